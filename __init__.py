@@ -1,0 +1,1 @@
+"""Merge, export and serve parameter-efficient tuners over one shared frozen backbone."""

@@ -1,0 +1,1 @@
+"""FLOOR 1: tuners and a frozen backbone become one torch model."""

@@ -1,0 +1,1 @@
+"""FLOOR 3: a bundle answers requests. Needs neither torch nor timm."""

@@ -1,0 +1,1 @@
+"""SHELF: the servers that carry the service."""

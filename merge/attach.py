@@ -1,0 +1,167 @@
+"""Tuners on a frozen backbone, as a module that an ordinary torch loop trains.
+
+    tuned = attach(backbone, lora(4), classes=10)
+    optimizer = torch.optim.AdamW(tuned.trainable(), lr=1e-3)
+    ...
+    save_delta(path, tuned.delta("digits", labels))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .delta import Delta, require_backbone, validate
+from .errors import UsageError
+from .methods import EveryBias, Planting, head_branch
+from .parallel import joined
+from .sites import Sites, blocks, measure
+from .tuner import Branch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .preprocessing import Preprocessing
+
+
+class Tuned(nn.Module):
+    """A frozen backbone with one task's branches: images `[B, C, H, W]` to logits `[B, K]`.
+
+    The backbone is shared, not copied, and stays in eval mode; only the branches train.
+
+    Args:
+        backbone: The frozen backbone.
+        branches: Branches by name.
+        tensors: Their stored tensors by name.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        branches: Mapping[str, Branch],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.trunk = backbone.model
+        self.branches = dict(branches)
+        self.weights = nn.ModuleList(
+            nn.ParameterDict({k: nn.Parameter(v.clone()) for k, v in tensors[name].items()})
+            for name in branches
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]`."""
+        weighted = [
+            (branch, dict(weights.items()))
+            for branch, weights in zip(self.branches.values(), self.weights, strict=True)
+        ]
+        with joined(self.trunk, weighted):
+            return self.trunk(images)
+
+    def train(self, mode: bool = True) -> Tuned:
+        """Set the branches' mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The parameters of the branches that training moves; a scale is a constant."""
+        for weights in self.weights:
+            for name, parameter in weights.items():
+                if name != "scale":
+                    yield parameter
+
+    def delta(
+        self,
+        task: str,
+        labels: Sequence[str],
+        *,
+        preprocessing: Preprocessing | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> Delta:
+        """The branches as they are now, ready for `save_delta`.
+
+        Args:
+            task: The task's name.
+            labels: Class names in the order of the logits.
+            preprocessing: How pictures become tensors; timm's for the backbone if None.
+            provenance: Free text by key.
+
+        Raises:
+            IncompatibleArtefact: The labels are not the head's, or a tensor is not finite.
+        """
+        delta = Delta(
+            task=task,
+            labels=tuple(labels),
+            preprocessing=preprocessing or self.backbone.preprocessing(),
+            backbone=self.backbone.identity,
+            branches=self.branches,
+            tensors={
+                name: {k: v.detach().clone() for k, v in weights.items()}
+                for name, weights in zip(self.branches, self.weights, strict=True)
+            },
+            provenance=provenance or {},
+        )
+        validate(delta, where=f"task {task}")
+        return delta
+
+
+def attach(
+    backbone: Backbone,
+    *methods: Sequence[Planting | EveryBias],
+    classes: int,
+    seed: int = 0,
+    sites: Sites | None = None,
+) -> Tuned:
+    """Plant methods in a backbone, with a head of its own.
+
+    Args:
+        backbone: The frozen backbone.
+        methods: See `methods.py`; several combine, none is a linear probe.
+        classes: The head's number of classes.
+        seed: Of the starting values.
+        sites: From `measure`, when at hand.
+
+    Raises:
+        UsageError: Two branches would have one name, or a block is not there.
+        IncompatibleArtefact: A place cannot carry its branch.
+    """
+    sites = sites or measure(backbone)
+    generator = torch.Generator().manual_seed(seed)
+    branches: dict[str, Branch] = {}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+
+    def plant(name: str, branch: Branch, rank: int, scale: float = 1.0) -> None:
+        if name in branches:
+            raise UsageError("two branches have one name", found=name)
+        sizes = {"in": sites.require(branch.tap), "out": sites.require(branch.add), "r": rank}
+        branches[name] = branch
+        tensors[name] = branch.tuner.init(sizes, generator)
+        if "scale" in branch.tuner.shapes:
+            tensors[name] = {**tensors[name], "scale": torch.tensor(float(scale))}
+
+    for planting in (planting for method in methods for planting in method):
+        if isinstance(planting, EveryBias):
+            for name, branch in planting.branches(backbone.model):
+                plant(name, branch, 0)
+            continue
+        if planting.rank < 1:
+            raise UsageError("a tuner needs a rank or length of at least 1", found=planting.rank)
+        for name, branch in planting.branches(backbone.model, blocks(backbone.model)):
+            plant(name, branch, planting.rank, planting.scale)
+    plant(*head_branch(backbone.classifier), classes)
+    return Tuned(backbone, branches, tensors)
+
+
+def restore(backbone: Backbone, delta: Delta, sites: Sites | None = None) -> Tuned:
+    """The tuned model of a delta.
+
+    Raises:
+        IncompatibleArtefact: The delta belongs to another backbone, or does not fit it.
+    """
+    require_backbone(delta, backbone, sites or measure(backbone))
+    return Tuned(backbone, delta.branches, delta.tensors)

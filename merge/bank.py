@@ -1,0 +1,157 @@
+"""The bank: branches of T tasks stacked into tensors `[T, ...]`, padded where tasks differ.
+
+Tasks share a slot when their branches have the same place and the same settings. A task without a
+branch in a slot holds its neutral element there: zero weights, or keys that the softmax never sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import IncompatibleArtefact, UsageError
+from .tuner import Branch, bind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from .delta import Delta
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the bank.
+
+    Attributes:
+        name: Starts the names of its tensors.
+        branch: Tuner and place, shared by its tasks.
+        sizes: Sizes of the axes `in`, `out` and `r`, `r` the largest of its tasks.
+    """
+
+    name: str
+    branch: Branch
+    sizes: Mapping[str, int]
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of one task's padded tensor."""
+        return tuple(self.sizes[axis] for axis in self.branch.tuner.served[tensor])
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Stacked tensors.
+
+    Attributes:
+        tasks: Task names; a task's place is its row.
+        slots: In the order in which they join.
+        tensors: `[T, ...]` by `SLOT/TENSOR`.
+    """
+
+    tasks: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def stack(deltas: Sequence[Delta]) -> Bank:
+    """The bank of several lowered deltas of one backbone.
+
+    Raises:
+        UsageError: No delta, or two tasks of one name.
+        IncompatibleArtefact: Deltas of different backbones, or with unlike channels at one place.
+    """
+    if not deltas:
+        raise UsageError("there is no task", wanted="at least one delta")
+    names = [delta.task for delta in deltas]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UsageError("two deltas have one task name", found=", ".join(twice))
+    for delta in deltas:
+        if delta.backbone.fingerprint != deltas[0].backbone.fingerprint:
+            raise IncompatibleArtefact(
+                "the deltas belong to different backbones",
+                where=f"task {delta.task}",
+                wanted=deltas[0].backbone.fingerprint[:16],
+                found=delta.backbone.fingerprint[:16],
+            )
+    slots = _slots(deltas)
+    rows = [fill_row(slots, delta) for delta in deltas]
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return Bank(tuple(names), slots, tensors)
+
+
+def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
+    """One lowered delta as a row of a bank with these slots.
+
+    Raises:
+        IncompatibleArtefact: A branch has no slot, or is larger than its slot.
+    """
+    slots = tuple(slots)
+    taken: dict[str, str] = {}
+    for name, branch in delta.branches.items():
+        free = [s for s in slots if s.branch == branch and s.name not in taken]
+        if not free:
+            raise IncompatibleArtefact(
+                "the bank has no slot for a branch",
+                where=f"task {delta.task}: {name}",
+                wanted=", ".join(sorted({str(s.branch.add) for s in slots})[:6]) + ", ...",
+                found=f"{branch.tuner} from {branch.tap} to {branch.add}",
+                do="export the bundle again with this task",
+            )
+        taken[free[0].name] = name
+    dtype = delta.tensors[delta.head]["weight"].dtype
+    row: dict[str, Tensor] = {}
+    for slot in slots:
+        tuner = slot.branch.tuner
+        stored = delta.tensors[taken[slot.name]] if slot.name in taken else None
+        settled = tuner.settle(stored) if stored is not None else {}
+        for tensor in tuner.served:
+            padded = torch.full(slot.shape(tensor), tuner.fill.get(tensor, 0.0), dtype=dtype)
+            if stored is not None:
+                value = settled[tensor]
+                if any(have > room for have, room in zip(value.shape, padded.shape, strict=True)):
+                    raise IncompatibleArtefact(
+                        "a branch is larger than its slot in the bank",
+                        where=f"task {delta.task}: {taken[slot.name]}/{tensor}",
+                        wanted=f"at most {list(padded.shape)}",
+                        found=list(value.shape),
+                        do="export the bundle again with this task, or with a larger --rank-room",
+                    )
+                padded[tuple(slice(0, size) for size in value.shape)] = value.to(dtype)
+            row[f"{slot.name}/{tensor}"] = padded
+    return row
+
+
+def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
+    """The slots that hold every branch of every task, in an order that respects each task's own."""
+    slots: list[Slot] = []
+    for delta in deltas:
+        taken: set[str] = set()
+        for name, branch in delta.branches.items():
+            sizes = bind(branch.tuner.shapes, delta.tensors[name], where=f"task {delta.task}: {name}")
+            at = next(
+                (i for i, s in enumerate(slots) if s.branch == branch and s.name not in taken), None
+            )
+            if at is None:
+                used = {slot.name for slot in slots}
+                number = next(i for i in range(len(slots) + 1) if f"{name}.{i}" not in used)
+                slots.append(Slot(f"{name}.{number}", branch, sizes))
+                taken.add(slots[-1].name)
+                continue
+            slot = slots[at]
+            for axis in ("in", "out"):
+                if slot.sizes.get(axis) != sizes.get(axis):
+                    raise IncompatibleArtefact(
+                        "two tasks disagree about the channels of one place",
+                        where=f"task {delta.task}: {name}",
+                        wanted=f"{axis}={slot.sizes.get(axis)}",
+                        found=f"{axis}={sizes.get(axis)}",
+                    )
+            if "r" in sizes:
+                sizes = {**sizes, "r": max(sizes["r"], slot.sizes["r"])}
+            slots[at] = Slot(slot.name, branch, sizes)
+            taken.add(slot.name)
+    return tuple(slots)

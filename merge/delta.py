@@ -1,0 +1,280 @@
+"""One task's file: what was trained, where it joins, and which backbone it belongs to.
+
+A delta is a safetensors file. Its tensors are named `BRANCH/TENSOR`; its one metadata key holds
+canonical JSON, because safetensors writes several keys in random order. `docs/delta.md` specifies it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .backbone import Backbone, Identity
+from .errors import IncompatibleArtefact, UsageError
+from .files import atomic_file, canonical_json, digest, refuse_existing
+from .preprocessing import Preprocessing
+from .tuner import Branch, Point, bind
+from .tuners import TUNERS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from .sites import Sites
+
+FORMAT = "utune-delta"
+VERSION = 1
+KEY = "utune"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one task adds to a frozen backbone.
+
+    Attributes:
+        task: The task's name.
+        labels: Class names in the order of the logits.
+        preprocessing: How its pictures become tensors.
+        backbone: The backbone it was trained on.
+        branches: Its branches by name, in the order in which they join; one is the head.
+        tensors: Each branch's stored tensors by name.
+        provenance: Free text by key: method, command, seed, numbers.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    backbone: Identity
+    branches: Mapping[str, Branch]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def head(self) -> str:
+        """The name of the head's branch."""
+        return next(n for n, b in self.branches.items() if b.tuner.join == "replace")
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored values."""
+        return sum(t.numel() for tensors in self.tensors.values() for t in tensors.values())
+
+    def weighted(self) -> list[tuple[Branch, Mapping[str, Tensor]]]:
+        """The branches with their stored tensors, in the order in which they join."""
+        return [(branch, self.tensors[name]) for name, branch in self.branches.items()]
+
+
+def save_delta(path: Path, delta: Delta, *, force: bool = False) -> str:
+    """Write a delta, whole or not at all; the same delta gives the same bytes.
+
+    Returns:
+        SHA-256 of the file, in hex.
+
+    Raises:
+        UsageError: The file exists and `force` is not set.
+        IncompatibleArtefact: The delta would not be readable.
+    """
+    path = Path(path)
+    refuse_existing(path, force=force)
+    validate(delta, where=path)
+    tensors = {
+        f"{branch}/{name}": tensor.detach().cpu().contiguous().clone()
+        for branch, named in delta.tensors.items()
+        for name, tensor in named.items()
+    }
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata={KEY: canonical_json(_header(delta))})
+    return digest(path)
+
+
+def load_delta(path: Path) -> Delta:
+    """Read and validate a delta.
+
+    Raises:
+        UsageError: There is no such file.
+        IncompatibleArtefact: The file is truncated or malformed, of an unknown version, has an
+            unknown kind, missing or surplus tensors, wrong shapes, or NaN or Inf.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError("there is no such file", where=path, wanted="a delta (.safetensors)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise IncompatibleArtefact(
+            "the file is truncated or not safetensors", where=path, found=str(cause)
+        ) from cause
+    if set(metadata) != {KEY}:
+        raise IncompatibleArtefact(
+            "the file is not a delta",
+            where=path,
+            wanted=f"the metadata key {KEY!r} and no other",
+            found=sorted(metadata) or "no metadata",
+            do="write deltas with utune-deploy",
+        )
+    try:
+        header = json.loads(metadata[KEY])
+        kind, version = header["format"], header["version"]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise IncompatibleArtefact("the header of the delta is malformed", where=path) from cause
+    if kind != FORMAT or version != VERSION:
+        raise IncompatibleArtefact(
+            "the delta has an unknown format or version",
+            where=path,
+            wanted=f"{FORMAT} version {VERSION}",
+            found=f"{kind} version {version}",
+            do="use the version of utune-deploy that wrote it, or a newer one",
+        )
+    delta = _parse(path, header, flat)
+    validate(delta, where=path)
+    return delta
+
+
+def validate(delta: Delta, *, where: object) -> None:
+    """Hold a delta to itself.
+
+    Raises:
+        IncompatibleArtefact: See `load_delta`.
+    """
+    if not delta.task or not delta.task.isprintable() or "/" in delta.task:
+        raise IncompatibleArtefact(
+            "the task has no usable name",
+            where=where,
+            wanted="printable text without a slash",
+            found=repr(delta.task),
+        )
+    heads = [name for name, branch in delta.branches.items() if branch.tuner.join == "replace"]
+    if len(heads) != 1:
+        raise IncompatibleArtefact(
+            "a delta has exactly one head", where=where, found=", ".join(heads) or "none"
+        )
+    for name, branch in delta.branches.items():
+        bind(branch.tuner.shapes, delta.tensors.get(name, {}), where=f"{where}: {name}")
+        for key, tensor in delta.tensors[name].items():
+            if not tensor.is_floating_point():
+                raise IncompatibleArtefact(
+                    "a tensor does not hold floating-point numbers",
+                    where=f"{where}: {name}/{key}",
+                    found=tensor.dtype,
+                )
+            if not torch.isfinite(tensor).all():
+                raise IncompatibleArtefact(
+                    "a tensor holds NaN or Inf",
+                    where=f"{where}: {name}/{key}",
+                    found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
+                    do="train again, or save an earlier step",
+                )
+    classes = delta.tensors[heads[0]]["weight"].shape[0]
+    if len(delta.labels) != classes or len(set(delta.labels)) != classes:
+        raise IncompatibleArtefact(
+            "the labels do not name the head's classes one by one",
+            where=where,
+            wanted=f"{classes} different labels",
+            found=f"{len(delta.labels)} labels, {len(set(delta.labels))} different",
+        )
+
+
+def require_backbone(
+    delta: Delta, backbone: Backbone, sites: Sites, *, where: object = None
+) -> None:
+    """Hold a delta to a backbone.
+
+    Raises:
+        IncompatibleArtefact: Another backbone's fingerprint, or a place that cannot carry a branch.
+    """
+    where = where or f"task {delta.task}"
+    if delta.backbone.fingerprint != backbone.identity.fingerprint:
+        raise IncompatibleArtefact(
+            "the delta belongs to another backbone",
+            where=where,
+            wanted=f"{delta.backbone.architecture} {delta.backbone.fingerprint[:16]}",
+            found=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
+            do="load the weights that it was trained on, in the same dtype",
+        )
+    for name, branch in delta.branches.items():
+        sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
+
+
+def _header(delta: Delta) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": delta.task,
+        "labels": list(delta.labels),
+        "preprocessing": delta.preprocessing.to_json(),
+        "backbone": delta.backbone.to_json(),
+        "branches": [
+            {
+                "name": name,
+                "kind": branch.tuner.kind,
+                "tap": str(branch.tap),
+                "add": str(branch.add),
+                "settings": branch.tuner.settings(),
+            }
+            for name, branch in delta.branches.items()
+        ],
+        "provenance": dict(delta.provenance),
+    }
+
+
+def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) -> Delta:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in flat.items():
+        branch, _, name = full.rpartition("/")
+        tensors.setdefault(branch, {})[name] = tensor
+    try:
+        branches = {str(e["name"]): _branch(path, e) for e in header["branches"]}
+        if len(branches) != len(header["branches"]):
+            raise ValueError("two branches have one name")
+        backbone = header["backbone"]
+        delta = Delta(
+            task=str(header["task"]),
+            labels=tuple(str(label) for label in header["labels"]),
+            preprocessing=Preprocessing.from_json(header["preprocessing"], where=path),
+            backbone=Identity(
+                str(backbone["architecture"]),
+                dict(backbone["arguments"]),
+                str(backbone["fingerprint"]),
+            ),
+            branches=branches,
+            tensors=tensors,
+            provenance={str(k): str(v) for k, v in header["provenance"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise IncompatibleArtefact(
+            "the header of the delta lacks a field", where=path, found=repr(cause)
+        ) from cause
+    if surplus := sorted(set(tensors) - set(branches)):
+        raise IncompatibleArtefact(
+            "the file holds tensors of branches that its header does not declare",
+            where=path,
+            wanted=", ".join(branches),
+            found=", ".join(surplus),
+        )
+    return delta
+
+
+def _branch(path: Path, entry: Mapping[str, Any]) -> Branch:
+    kind = TUNERS.get(entry["kind"])
+    if kind is None:
+        raise IncompatibleArtefact(
+            "the delta has a branch of an unknown kind",
+            where=f"{path}: {entry['name']}",
+            wanted=f"one of {', '.join(TUNERS)}",
+            found=entry["kind"],
+            do="use a newer version of utune-deploy",
+        )
+    return Branch(
+        tuner=kind.from_settings(entry["settings"], where=f"{path}: {entry['name']}"),
+        tap=Point.parse(entry["tap"]),
+        add=Point.parse(entry["add"]),
+    )

@@ -1,0 +1,119 @@
+"""Deep prompts become constant prefixes: exact, and the sequence keeps its length.
+
+A deep prompt enters a block as a constant and is cut from its output, so it acts only through its
+keys and values, and these do not depend on the image (VPT-deep, arXiv 2203.12119). They are measured
+at the attention itself, with every other branch of the task in place, so whatever shapes them (norms,
+biases, LoRA, key norms) is accounted for. Two different images must give the same constants.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .backbone import Backbone
+from .delta import Delta
+from .errors import IncompatibleArtefact
+from .parallel import attention_arguments, joined
+from .sites import Sites, attention_inside
+from .tuner import Branch, Point
+from .tuners.prefix import Prefix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+CONSTANT = 1e-9  # relative, float64: rounding of one GEMM at two batch positions
+
+
+def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
+    """A delta whose prompts are prefixes; the delta itself when it has no prompts.
+
+    Raises:
+        IncompatibleArtefact: A prompt's keys depend on the image, or its block has no single
+            attention.
+    """
+    prompts = {n: b for n, b in delta.branches.items() if b.tuner.join == "tokens"}
+    if not prompts:
+        return delta
+    blocks = [branch.add.module for branch in prompts.values()]
+    if len(set(blocks)) != len(blocks):
+        raise IncompatibleArtefact(
+            "a block has two prompts", where=f"task {delta.task}", found=", ".join(blocks)
+        )
+    model = copy.deepcopy(backbone.model).double()
+    weighted = [
+        (branch, {k: v.double() for k, v in delta.tensors[name].items()})
+        for name, branch in delta.branches.items()
+    ]
+    keys = {name: attention_inside(sites, branch.add.module) for name, branch in prompts.items()}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles: list[Any] = []
+    for name, point in keys.items():
+        length = delta.tensors[name]["token"].shape[0]
+        watch = _Watch(name, length, seen)
+        module = model.get_submodule(point.module)
+        handles.append(module.register_forward_pre_hook(watch.enter))
+        handles.append(module.register_forward_hook(watch.leave))
+    images = backbone.example(batch=2).double()
+    try:
+        with torch.no_grad(), joined(model, weighted):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    branches: dict[str, Branch] = {}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for name, branch in delta.branches.items():
+        if name not in prompts:
+            branches[name], tensors[name] = branch, delta.tensors[name]
+            continue
+        dtype = delta.tensors[name]["token"].dtype
+        key, value = (_constant(t, name).to(dtype) for t in seen[name])
+        point: Point = keys[name]
+        branches[name] = Branch(Prefix(joint_softmax=True), point, point)
+        tensors[name] = {"key": key, "value": value}
+    return replace(delta, branches=branches, tensors=tensors)
+
+
+def _constant(t: Tensor, name: str) -> Tensor:
+    """`[2, H, P, d]` of two images as one `[P, C]`."""
+    if (t[0] - t[1]).abs().max() > CONSTANT * t.abs().max():
+        raise IncompatibleArtefact(
+            "the keys of a prompt depend on the image, so it is no constant prefix",
+            where=name,
+            found=f"two images differ by {float((t[0] - t[1]).abs().max()):.2g}",
+        )
+    return t[0].transpose(0, 1).flatten(1)
+
+
+class _Watch(TorchFunctionMode):
+    """Takes the last `length` keys and values that one attention is called with."""
+
+    def __init__(self, name: str, length: int, seen: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.name, self.length, self.seen = name, length, seen
+
+    def enter(self, *_: Any) -> None:
+        self.__enter__()
+
+    def leave(self, *_: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            _, key, value, _, _ = attention_arguments(args, kwargs or {})
+            self.seen[self.name] = (key[..., -self.length :, :], value[..., -self.length :, :])
+        return func(*args, **(kwargs or {}))

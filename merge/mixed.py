@@ -1,0 +1,87 @@
+"""One backbone, T tasks, each row of a batch its own: (images, task) to logits.
+
+The gather form of `y = OP(x) + U_task(x)`: every branch's weights are taken from the bank by row, so
+the cost does not grow with the number of tasks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .parallel import joined
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .bank import Bank
+
+
+class Mixed(nn.Module):
+    """A frozen backbone with the tasks of a bank.
+
+    Args:
+        backbone: The frozen backbone, shared.
+        bank: Stacked tensors.
+    """
+
+    def __init__(self, backbone: Backbone, bank: Bank) -> None:
+        super().__init__()
+        self.trunk = backbone.model
+        self.bank = bank
+        self.names = list(bank.tensors)
+        for number, tensor in enumerate(bank.tensors.values()):
+            self.register_buffer(f"bank_{number}", tensor)
+
+    def forward(self, images: Tensor, task: Tensor, *bank: Tensor) -> Tensor:
+        """Logits `[B, K]`, K the largest class count.
+
+        Args:
+            images: `[B, C, H, W]`.
+            task: `[B]` int64 rows of the bank. A row outside the bank yields NaN.
+            bank: Tensors in the order of `names` instead of the module's own.
+        """
+        tensors = bank or tuple(self.get_buffer(f"bank_{i}") for i in range(len(self.names)))
+        count = tensors[0].shape[0]
+        known = (task >= 0) & (task < count)
+        safe = torch.where(known, task, torch.zeros_like(task))
+        rows = {n: t.index_select(0, safe) for n, t in zip(self.names, tensors, strict=True)}
+        weighted = [
+            (
+                slot.branch,
+                {name: rows[f"{slot.name}/{name}"] for name in slot.branch.tuner.served},
+            )
+            for slot in self.bank.slots
+        ]
+        with joined(self.trunk, weighted, rows=images.shape[0]):
+            logits = self.trunk(images)
+        return torch.where(known[:, None], logits, torch.full_like(logits, torch.nan))
+
+
+class Single(nn.Module):
+    """A frozen backbone with one task's served branches: images to logits `[B, K]`.
+
+    Args:
+        backbone: The frozen backbone, shared.
+        bank: A bank of one task.
+    """
+
+    def __init__(self, backbone: Backbone, bank: Bank) -> None:
+        super().__init__()
+        self.trunk = backbone.model
+        self.bank = bank
+        self.names = list(bank.tensors)
+        for number, tensor in enumerate(bank.tensors.values()):
+            self.register_buffer(f"bank_{number}", tensor[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]` of images `[B, C, H, W]`."""
+        tensors = {name: self.get_buffer(f"bank_{i}") for i, name in enumerate(self.names)}
+        weighted = []
+        for slot in self.bank.slots:
+            weights = {n: tensors[f"{slot.name}/{n}"] for n in slot.branch.tuner.served}
+            weights.pop("mask", None)  # one task pads nothing
+            weighted.append((slot.branch, weights))
+        with joined(self.trunk, weighted):
+            return self.trunk(images)

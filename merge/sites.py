@@ -1,0 +1,221 @@
+"""The places of a backbone where a branch can read or join, measured on one image.
+
+Measured, not tabled: in some timm families `attn.qkv` is never called (its weight is read by another
+function), in others it runs on windows. A place that is never entered, or entered twice for one
+image, cannot carry a branch, and the error says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .errors import IncompatibleArtefact, UsageError
+from .parallel import attention_arguments
+from .tuner import Branch, Point, bind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What one image showed.
+
+    Attributes:
+        model: The backbone's class, for messages.
+        channels: Channels at every point that was entered.
+        dims: Number of axes of the value at every point.
+        calls: How often every point was entered.
+        modules: All module paths.
+    """
+
+    model: str
+    channels: Mapping[Point, int]
+    dims: Mapping[Point, int]
+    calls: Mapping[Point, int]
+    modules: frozenset[str]
+
+    def require(self, point: Point) -> int:
+        """The channels at a point that can carry a branch.
+
+        Raises:
+            IncompatibleArtefact: No such module, never entered, or entered more than once.
+        """
+        if point.module not in self.modules:
+            raise IncompatibleArtefact(
+                "the backbone has no such module", where=point, wanted=f"a module of {self.model}"
+            )
+        measured = Point(point.module, "input") if point.side == "tokens" else point
+        calls = self.calls.get(measured, 0)
+        if calls == 0:
+            reason = (
+                "no scaled dot product attention runs inside this module"
+                if point.side == "keys"
+                else "the backbone never calls this module, or not on a tensor"
+            )
+            raise IncompatibleArtefact(
+                f"a branch here would never act: {reason}",
+                where=point,
+                wanted="a point that one image passes once",
+                found="passed 0 times",
+            )
+        if calls > 1:
+            raise IncompatibleArtefact(
+                "a branch here would act more than once per image",
+                where=point,
+                wanted="a point that one image passes once",
+                found=f"passed {calls} times",
+            )
+        if point.side == "tokens" and self.dims[measured] != 3:
+            raise IncompatibleArtefact(
+                "tokens can join a sequence [B, N, C] only",
+                where=point,
+                found=f"a tensor of {self.dims[measured]} axes",
+            )
+        return self.channels[measured]
+
+    def check(self, branch: Branch, tensors: Mapping[str, Tensor], *, where: object) -> None:
+        """Hold a branch and its tensors to the backbone.
+
+        Raises:
+            IncompatibleArtefact: The place cannot carry it, or a tensor has the wrong shape.
+        """
+        shapes = branch.tuner.shapes
+        sizes = bind(shapes, tensors, where=where)
+        for axis, point in (("in", branch.tap), ("out", branch.add)):
+            used = any(axis in axes for axes in shapes.values())
+            channels = self.require(point)
+            if used and sizes[axis] != channels:
+                raise IncompatibleArtefact(
+                    "a branch does not have the channels of its place",
+                    where=where,
+                    wanted=f"{axis}={channels} at {point}",
+                    found=f"{axis}={sizes[axis]}",
+                    do="check that the delta was trained on this backbone",
+                )
+
+
+def measure(backbone: Backbone) -> Sites:
+    """Run one image of noise and note what every module is given and gives.
+
+    Raises:
+        UsageError: The backbone cannot run on its own image size.
+    """
+    seen = _Seen()
+    handles = []
+    model = backbone.model
+    names = {path: module for path, module in model.named_modules() if path}
+    for path, module in names.items():
+        handles.append(module.register_forward_pre_hook(seen.enter(path)))
+        handles.append(module.register_forward_hook(seen.leave(path, module)))
+    try:
+        with torch.no_grad(), seen:
+            model(backbone.example())
+    except (RuntimeError, AssertionError, ValueError) as cause:
+        raise UsageError(
+            "the backbone does not run on an image of its own size",
+            where=backbone.identity.architecture,
+            found=str(cause).splitlines()[0],
+        ) from cause
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Sites(type(model).__name__, seen.channels, seen.dims, seen.calls, frozenset(names))
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer blocks, in order: modules numbered under a list named `blocks`.
+
+    Raises:
+        UsageError: The backbone has none.
+    """
+    found = [
+        path
+        for path, _ in model.named_modules()
+        if len(parts := path.split(".")) >= 2 and parts[-2] == "blocks" and parts[-1].isdigit()
+    ]
+    if not found:
+        raise UsageError(
+            "the backbone has no blocks to tune",
+            where=type(model).__name__,
+            wanted="modules named blocks.0, blocks.1, ...",
+        )
+    return found
+
+
+def attention_inside(sites: Sites, block: str) -> Point:
+    """The `keys` point of the one attention inside a block.
+
+    Raises:
+        IncompatibleArtefact: There is none, or several.
+    """
+    inside = [
+        point
+        for point, calls in sites.calls.items()
+        if point.side == "keys" and calls == 1 and point.module.startswith(f"{block}.")
+    ]
+    if sites.calls.get(Point(block, "keys"), 0) != 1 or not inside:
+        raise IncompatibleArtefact(
+            "the block has no single attention whose keys could be lengthened", where=block
+        )
+    return max(inside, key=lambda point: len(point.module))
+
+
+class _Seen(TorchFunctionMode):
+    """Counts entries and attention calls of one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: dict[Point, int] = {}
+        self.dims: dict[Point, int] = {}
+        self.calls: Counter[Point] = Counter()
+        self.inside: list[str] = []
+
+    def note(self, point: Point, value: Any, module: nn.Module | None = None) -> None:
+        if not isinstance(value, Tensor):
+            return
+        conv = isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+        self.calls[point] += 1
+        self.channels[point] = value.shape[1 if conv else -1]
+        self.dims[point] = value.dim()
+
+    def enter(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inside.append(path)
+            self.note(Point(path, "input"), args[0] if args else None, module)
+
+        return hook
+
+    def leave(self, path: str, module: nn.Module) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+            self.inside.pop()
+            self.note(Point(path, "output"), value, module)
+
+        return hook
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            key = attention_arguments(args, kwargs or {})[1]
+            for path in set(self.inside):
+                point = Point(path, "keys")
+                self.calls[point] += 1
+                self.channels[point] = key.shape[-3] * key.shape[-1]
+                self.dims[point] = key.dim()
+        return func(*args, **(kwargs or {}))
+
+

@@ -1,0 +1,41 @@
+"""BitFit: a shift of an op's output by one vector (arXiv 2106.10199, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..tuner import Tuner, Weights
+from .bottleneck import op_bias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Bias(Tuner):
+    """The difference between a tuned bias and the frozen one."""
+
+    kind = "bias"
+    source = "arXiv 2106.10199 (BitFit)"
+    join = "add"
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """`shift [out]`."""
+        return {"shift": ("out",)}
+
+    def branch(self, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+        """The shift, `[1, out]` or `[B, 1, out]`."""
+        return w["shift"][..., None, :]
+
+    def init(self, sizes: Mapping[str, int], generator: Generator) -> Weights:
+        """Zero: training starts at the backbone."""
+        return {"shift": torch.zeros(sizes["out"])}
+
+    def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
+        """`b + shift`."""
+        return {"bias": op_bias(op) + w["shift"]}

@@ -143,15 +143,17 @@ class _Run:
 
     def _like(self, given: Tensor, value: Tensor, channel_axis: int) -> Tensor:
         """A branch's `[B, N, C]` in the layout of the value that it joins."""
-        layout = value.movedim(channel_axis, -1).shape
+        layout = value.shape
+        if channel_axis != -1:
+            layout = (*layout[:channel_axis], *layout[channel_axis + 1 :], layout[channel_axis])
         if given.dim() == 2:  # one vector for all rows and tokens
             given = given.reshape(*[1] * (len(layout) - 1), layout[-1])
         elif given.shape[1] == 1 and given.shape[0] == layout[0]:  # one vector per row
             given = given.reshape(layout[0], *[1] * (len(layout) - 2), layout[-1])
         elif given.shape != layout:
-            tokens = layout.numel() // layout[-1] // given.shape[0]
+            tokens = value.numel() // layout[-1] // given.shape[0]
             given = given.expand(given.shape[0], tokens, layout[-1]).reshape(layout)
-        return given.movedim(-1, channel_axis)
+        return given if channel_axis == -1 else given.movedim(-1, channel_axis)
 
 
 class _LongerKeys(TorchFunctionMode):

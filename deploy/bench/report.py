@@ -1,0 +1,218 @@
+"""The record of one benchmark, and its JSON. `schema.json` specifies the file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...export.engine import IMAGES
+from ...merge.errors import UsageError
+from ...merge.files import atomic_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ...export.bundle import Bundle
+    from .case import Case
+    from .machine import Load, Machine, Memory
+    from .summary import Ratio, Summary
+
+FORMAT = "utune-bench"
+VERSION = 1
+
+TIMED = (
+    "One engine call end to end in process: host arrays in, host logits out. "
+    "No pre-processing, no post-processing, no queue, no network."
+)
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task that the benchmark asks for.
+
+    Attributes:
+        name: Its name.
+        row: Its row in the bank, the value of the `task` input.
+        classes: How many labels it has.
+    """
+
+    name: str
+    row: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class About:
+    """What the benchmark is about.
+
+    Attributes:
+        name: Name of the bundle.
+        tasks: Its tasks in row order, at least one.
+        image_shape: `(3, H, W)` of a picture.
+        max_batch: Largest batch that the engines take; None if there is no limit.
+        facts: Label and text of what else a reader wants to know, in order.
+    """
+
+    name: str
+    tasks: tuple[TaskFacts, ...]
+    image_shape: tuple[int, int, int]
+    max_batch: int | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        warmup_rounds: Rounds of a case that run first and are not counted, at least 1.
+        min_rounds: Counted rounds at least, and never fewer than 2.
+        min_seconds: Counted rounds go on until this much time has passed.
+        settle_calls: Calls of a subject that are not timed before each one that is, so that caches
+            and threads are those of an engine that is called back to back, as a server does. With
+            0 every call follows another subject's.
+        seed: Of pictures, task rows, orders and bootstrap.
+
+    Raises:
+        UsageError: A setting is out of range.
+    """
+
+    warmup_rounds: int = 5
+    min_rounds: int = 50
+    min_seconds: float = 3.0
+    settle_calls: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("warmup_rounds", 1),
+            ("min_rounds", 2),
+            ("min_seconds", 0),
+            ("settle_calls", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(
+                    "a benchmark setting is out of range",
+                    where=name,
+                    wanted=f"at least {least}",
+                    found=getattr(self, name),
+                )
+
+
+@dataclass(frozen=True)
+class SubjectFacts:
+    """A subject without its engine; see `Subject` for the fields."""
+
+    name: str
+    note: str
+    provider: str
+    opened_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One subject in one case.
+
+    Attributes:
+        subject: Its name.
+        samples_ms: Raw latency of every counted round in order, in ms.
+        summary: Their statistics.
+        ratio: Cost beside the baseline of the same rounds; None for the baseline itself.
+    """
+
+    subject: str
+    samples_ms: tuple[float, ...]
+    summary: Summary
+    ratio: Ratio | None
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All subjects in one case.
+
+    Attributes:
+        case: Batch size and mix.
+        task_rows: The `task` input that was used, `B` rows of the bank.
+        results: One per subject, in the order of the subjects.
+    """
+
+    case: Case
+    task_rows: tuple[int, ...]
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured, and what it was measured on.
+
+    Attributes:
+        about: The bundle.
+        timed: What one sample is, in words.
+        subjects: What was timed; the first is the baseline.
+        cases: The numbers.
+        settings: How long was measured.
+        threads: Threads that the engines were given; None is the runtime's own choice.
+        machine: Where it ran.
+        load: Load average before and after.
+        memory: Resident memory of the process.
+        date: When it began, ISO 8601 with its offset.
+        command: The command line.
+        warnings: What a reader should doubt, one sentence each.
+    """
+
+    about: About
+    timed: str
+    subjects: tuple[SubjectFacts, ...]
+    cases: tuple[CaseResult, ...]
+    settings: Settings
+    threads: int | None
+    machine: Machine
+    load: Load
+    memory: Memory
+    date: str
+    command: str
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON value that `schema.json` specifies."""
+        return {"format": FORMAT, "version": VERSION, **_plain(asdict(self))}
+
+
+def about_bundle(bundle: Bundle) -> About:
+    """What a report says of a bundle."""
+    engine = bundle.engine
+    _, *shape = next(tensor.shape for tensor in engine.inputs if tensor.name == IMAGES)
+    channels, height, width = (int(size) for size in shape)
+    facts = (
+        ("backbone", str(bundle.backbone.get("architecture", "unknown"))),
+        ("mode", bundle.mode),
+        ("bank", bundle.bank),
+        ("engine", f"{engine.target}, {engine.precision}, opset {engine.opset}"),
+        ("picture", f"{channels} x {height} x {width}"),
+        ("identity", bundle.identity),
+    )
+    return About(
+        name=bundle.name,
+        tasks=tuple(TaskFacts(task.name, task.row, len(task.labels)) for task in bundle.tasks),
+        image_shape=(channels, height, width),
+        max_batch=engine.max_batch,
+        facts=facts,
+    )
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Write the report as JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(
+            json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

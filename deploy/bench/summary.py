@@ -1,0 +1,129 @@
+"""From raw samples to statistics, once: never a percentile of percentiles.
+
+The ratio to the baseline is paired. In every round each subject runs once, so dividing within the
+round cancels what the round had in common (clock speed, other processes). Its confidence interval is
+the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13)
+of the median, resampling rounds. It holds the noise of one run, not what reopening an engine changes
+(where its memory lies; Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong,
+ASPLOS 2009): a second baseline among the subjects shows that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+RESAMPLES = 2000
+"""Bootstrap resamples: the ends of a 95 % interval then rest on 50 of them each."""
+
+BLOCK = 1 << 20
+"""Values resampled at once, to bound the memory."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The statistics of one subject in one case.
+
+    Percentiles interpolate linearly between samples.
+
+    Attributes:
+        samples: How many there are.
+        min_ms: The fastest call, in ms.
+        mean_ms: Arithmetic mean, in ms.
+        std_ms: Standard deviation of the sample (`n - 1`), in ms.
+        p50_ms: Median, in ms.
+        p90_ms: 90th percentile, in ms.
+        p95_ms: 95th percentile, in ms.
+        p99_ms: 99th percentile, in ms.
+        max_ms: The slowest call, in ms.
+        images_per_second: Batch size over the median.
+        cv: Coefficient of variation, `std / mean`, a fraction.
+    """
+
+    samples: int
+    min_ms: float
+    mean_ms: float
+    std_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    images_per_second: float
+    cv: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What a subject costs beside the baseline: 1.0 is the same.
+
+    Attributes:
+        median: Median of the per-round ratios.
+        low: Lower end of its bootstrap interval.
+        high: Upper end.
+        confidence: Coverage of the interval, a fraction.
+        rounds: Pairs that it rests on.
+    """
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+    rounds: int
+
+
+def summarise(samples_ms: Sequence[float], batch: int) -> Summary:
+    """The statistics of raw latencies in ms of calls with `batch` images; two samples at least."""
+    samples = np.asarray(samples_ms, np.float64)
+    p50, p90, p95, p99 = (float(p) for p in np.percentile(samples, (50, 90, 95, 99)))
+    mean, std = float(samples.mean()), float(samples.std(ddof=1))
+    return Summary(
+        samples=samples.size,
+        min_ms=float(samples.min()),
+        mean_ms=mean,
+        std_ms=std,
+        p50_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        max_ms=float(samples.max()),
+        images_per_second=batch * 1000 / p50,
+        cv=std / mean,
+    )
+
+
+def paired_ratio(samples_ms: Sequence[float], baseline_ms: Sequence[float], seed: int) -> Ratio:
+    """How much slower the samples are than the baseline's of the same rounds.
+
+    Args:
+        samples_ms: One latency per round.
+        baseline_ms: The baseline's latency in the same rounds.
+        seed: Of the bootstrap; the same seed gives the same interval.
+    """
+    ratios = np.asarray(samples_ms, np.float64) / np.asarray(baseline_ms, np.float64)
+    medians = _resampled_medians(ratios, np.random.default_rng(seed))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(medians, (tail, 1 - tail))
+    return Ratio(float(np.median(ratios)), float(low), float(high), CONFIDENCE, ratios.size)
+
+
+def _resampled_medians(
+    ratios: NDArray[np.float64], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Medians `[RESAMPLES]` of as many draws with replacement."""
+    medians = np.empty(RESAMPLES)
+    block = max(1, BLOCK // ratios.size)
+    for start in range(0, RESAMPLES, block):
+        count = min(block, RESAMPLES - start)
+        chosen = generator.integers(ratios.size, size=(count, ratios.size))
+        medians[start : start + count] = np.median(ratios[chosen], axis=1)
+    return medians

@@ -1,0 +1,127 @@
+"""Numbers and sentences as people read them, the same on the terminal and on the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import CaseResult, Report
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def milliseconds(value: float) -> str:
+    """Four digits or so: `0.214`, `8.31`, `123.4`."""
+    digits = 3 if value < 1 else 2 if value < 100 else 1
+    return f"{value:.{digits}f}"
+
+
+def rate(value: float) -> str:
+    """Images per second: `9.4`, `1,204`."""
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A fraction as a whole number of percent."""
+    return f"{100 * share:.0f} %"
+
+
+def memory(value: int) -> str:
+    """Bytes as MiB or GiB."""
+    if abs(value) < GIB:
+        return f"{value / MIB:,.0f} MiB"
+    return f"{value / GIB:.1f} GiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 core`, `2 cores`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def verdict(report: Report) -> str:
+    """The finding in a sentence: what the subject after the baseline costs beside it.
+
+    It speaks of the largest batch that mixes tasks; of the largest batch if none does.
+    """
+    mixed = [case for case in report.cases if len(set(case.task_rows)) > 1]
+    case = max(mixed or report.cases, key=lambda case: case.case.batch)
+    if len(case.results) == 1:
+        alone = case.results[0]
+        return (
+            f"{alone.subject}: {milliseconds(alone.summary.p50_ms)} ms for {_batch(case).lower()}"
+        )
+    result, baseline = case.results[1], report.subjects[0].name
+    assert result.ratio is not None  # only the baseline, subject 0, has none
+    finding = f"{_batch(case)} costs {result.ratio.median:.2f}{NO_BREAK}{TIMES} {baseline}"
+    confidence = (
+        f"({percent(result.ratio.confidence)} CI {result.ratio.low:.2f} to {result.ratio.high:.2f})"
+    )
+    if len(report.subjects) > 2:  # say which of them it is
+        finding = f"{result.subject}: {finding[0].lower()}{finding[1:]}"
+    return f"{finding} {confidence}"
+
+
+def facts(report: Report) -> tuple[tuple[str, str], ...]:
+    """Label and text of the few things that a number is worth nothing without."""
+    machine, settings = report.machine, report.settings
+    providers = sorted({subject.provider for subject in report.subjects})
+    fewest = min(case.results[0].summary.samples for case in report.cases)
+    most = max(case.results[0].summary.samples for case in report.cases)
+    rounds = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    threads = "threads chosen by the runtime"
+    return (
+        ("processor", machine.cpu),
+        *(("device", gpu) for gpu in machine.gpus),
+        (
+            "cores",
+            f"{machine.usable_cores} usable of {machine.logical_cores}; "
+            f"{threads if report.threads is None else plural(report.threads, 'engine thread')}",
+        ),
+        ("provider", ", ".join(providers)),
+        ("rounds", f"{rounds} per case after {settings.warmup_rounds} of warm-up"),
+        ("date", report.date),
+    )
+
+
+def environment(report: Report) -> tuple[tuple[str, str], ...]:
+    """Label and text of everything else that the numbers depend on."""
+    machine, settings = report.machine, report.settings
+    return (
+        ("processor", machine.cpu),
+        *(("device", gpu) for gpu in machine.gpus),
+        (
+            "cores",
+            f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical, "
+            f"{machine.usable_cores} usable by this process",
+        ),
+        ("frequency governor", machine.governor or "not readable"),
+        ("main memory", memory(machine.memory_bytes)),
+        ("load average", f"{report.load.before:.2f} before, {report.load.after:.2f} after"),
+        (
+            "resident memory",
+            f"{memory(report.memory.before)} before, {memory(report.memory.after)} after, "
+            f"{memory(report.memory.peak)} peak of the process",
+        ),
+        ("system", machine.system),
+        ("Python", machine.python),
+        *machine.versions.items(),
+        ("warm-up", plural(settings.warmup_rounds, "round")),
+        (
+            "counted",
+            f"until {plural(settings.min_rounds, 'round')} and {settings.min_seconds:g} s",
+        ),
+        ("order", "every subject once a round, in an order drawn anew (seeded)"),
+        ("settling", f"{plural(settings.settle_calls, 'untimed call')} before each timed one"),
+        ("seed", str(settings.seed)),
+        ("date", report.date),
+    )
+
+
+def _batch(case: CaseResult) -> str:
+    if len(set(case.task_rows)) > 1:
+        return f"A mixed batch of {case.case.batch}"
+    return f"A batch of {case.case.batch}"

@@ -1,0 +1,166 @@
+"""From a torch module to an ONNX graph with a free batch axis and names that can be traced back.
+
+torch.export through `torch.onnx.export` (dynamo). The exporter's own optimiser is not used: it merges
+equal tensors and renames most of them, so a tensor of one task could no longer be told from another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from ..merge.errors import BuildFailed
+from .engine import IMAGES, LOGITS, TASK
+from .engine import Tensor as Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+OPSET = 23  # the first with one Attention operator
+BATCH = "batch"
+TASKS = "tasks"
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Example inputs of a trace.
+
+    Attributes:
+        images: `[B, C, H, W]`, B at least 2.
+        task: `[B]` int64, or None for one task.
+        bank: `[T, ...]` by input name, when the bank is an input.
+    """
+
+    images: Tensor
+    task: Tensor | None = None
+    bank: Mapping[str, Tensor] | None = None
+
+
+def trace(module: nn.Module, inputs: Inputs, *, rename: Mapping[str, str] | None = None) -> ir.Model:
+    """The graph of `module(images, task, *bank)`, constants folded, nothing else rewritten.
+
+    Args:
+        module: In eval mode.
+        inputs: Examples; the batch axis, and the task axis of bank inputs, stay free.
+        rename: New names for parameters and buffers, by their path in the module.
+
+    Raises:
+        BuildFailed: torch cannot export the module.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=1 << 20)
+    args: list[Tensor] = [inputs.images]
+    names = [IMAGES]
+    shapes: list[object] = [{0: batch}]
+    if inputs.task is not None:
+        args.append(inputs.task)
+        names.append(TASK)
+        shapes.append({0: batch})
+    if inputs.bank:
+        rows = torch.export.Dim(TASKS, min=1, max=1 << 20)
+        args.extend(inputs.bank.values())
+        names.extend(inputs.bank)
+        shapes.append(tuple({0: rows} for _ in inputs.bank))
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                tuple(args),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=[LOGITS],
+                dynamic_shapes=tuple(shapes),
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as cause:  # torch.export raises many kinds
+        raise BuildFailed(
+            "torch cannot export the model to ONNX",
+            where=type(module).__name__,
+            found=str(cause).strip().splitlines()[0] if str(cause).strip() else repr(cause),
+        ) from cause
+    if program is None:
+        raise BuildFailed("torch exported nothing", where=type(module).__name__)
+    model = program.model
+    for old, new in (rename or {}).items():
+        if (value := model.graph.initializers.get(old)) is not None:
+            value.name = new
+    clean(model)
+    return model
+
+
+def clean(model: ir.Model) -> ir.Model:
+    """Fold what is constant, drop what is unused, lift constants, name every node."""
+    with _quiet():
+        optimizer.fold_constants(
+            model, input_size_limit=UNLIMITED, output_size_limit=UNLIMITED
+        )
+    for step in (
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.RemoveUnusedOpsetsPass(),
+        common.TopologicalSortPass(),
+    ):
+        step(model)
+    return model
+
+
+def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
+    """The model as one ONNX file without external data.
+
+    Raises:
+        BuildFailed: The model is over protobuf's limit of 2 GiB.
+    """
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    model.producer_name = "utune-deploy"
+    try:
+        return ir.to_proto(model).SerializeToString()
+    except ValueError as cause:
+        raise BuildFailed(
+            "the engine is too large for one ONNX file", wanted="at most 2 GiB", found=str(cause)
+        ) from cause
+
+
+def specs(values: Sequence[ir.Value]) -> tuple[Spec, ...]:
+    """Name, dtype and shape of graph inputs or outputs."""
+    return tuple(
+        Spec(
+            value.name or "",
+            value.dtype.numpy().name if value.dtype is not None else "float32",
+            tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ()),
+        )
+        for value in values
+    )
+
+
+@contextlib.contextmanager
+def _quiet():  # noqa: ANN202 - the exporter prints and warns about its own internals
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,98 @@
+"""How a frozen or tuned linear layer looks in the graph: MatMul by a constant, perhaps plus a constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`y = x W (+ b)`.
+
+    Attributes:
+        matmul: The MatMul node.
+        weight: `[K, N]`.
+        add: The Add of the bias, or None.
+        bias: `[N]`, or None.
+    """
+
+    matmul: ir.Node
+    weight: np.ndarray
+    add: ir.Node | None
+    bias: np.ndarray | None
+
+    @property
+    def x(self) -> ir.Value:
+        """What it reads."""
+        value = self.matmul.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def y(self) -> ir.Value:
+        """What it gives."""
+        return (self.add or self.matmul).outputs[0]
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The array of an initializer that is no graph input."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def linear_from(matmul: ir.Node) -> Linear | None:
+    """The linear layer that starts at a MatMul node, if it is one."""
+    if matmul.op_type != "MatMul":
+        return None
+    weight = constant(matmul.inputs[1])
+    if weight is None or weight.ndim != 2:
+        return None
+    users = matmul.outputs[0].uses()
+    if len(users) == 1 and not matmul.outputs[0].is_graph_output():
+        node = users[0].node
+        if node.op_type == "Add":
+            for value in node.inputs:
+                bias = constant(value)
+                if bias is not None and bias.shape[-1:] == (bias.size,) == weight.shape[1:]:
+                    return Linear(matmul, weight, node, bias.ravel())
+    return Linear(matmul, weight, None, None)
+
+
+def linear_to(value: ir.Value | None) -> Linear | None:
+    """The linear layer whose output is `value`, if nothing else reads what is inside it."""
+    node = value.producer() if value is not None else None
+    if node is None:
+        return None
+    if node.op_type == "MatMul":
+        return linear_from(node)
+    if node.op_type == "Add":
+        for side in node.inputs:
+            inner = side.producer() if side is not None else None
+            found = linear_from(inner) if inner is not None else None
+            if found is not None and found.add is node:
+                return found
+    return None
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register a new constant."""
+    number, unique = 0, name
+    while unique in graph.initializers:
+        number, unique = number + 1, f"{name}.{number + 1}"
+    value = ir.val(unique, const_value=ir.tensor(np.ascontiguousarray(array), name=unique))
+    value.shape = ir.Shape(array.shape)
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def shaped(value: ir.Value, like: ir.Value, last: int) -> ir.Value:
+    """Give `value` the type of `like` with another last axis."""
+    value.dtype = like.dtype
+    if like.shape is not None:
+        value.shape = ir.Shape([*list(like.shape)[:-1], last])
+    return value

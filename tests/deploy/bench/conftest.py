@@ -1,0 +1,76 @@
+"""A clock that only subjects move, and a report made with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from utune_deploy.deploy.bench.case import Case
+from utune_deploy.deploy.bench.measure import measure
+from utune_deploy.deploy.bench.report import About, Settings, TaskFacts
+from utune_deploy.deploy.bench.subject import Subject
+
+
+@dataclass
+class FakeClock:
+    """Nanoseconds; `log` keeps who was called."""
+
+    now: int = 0
+    log: list[str] = field(default_factory=list)
+
+    def __call__(self) -> int:
+        return self.now
+
+    def subject(self, name, durations_ms, note="", **facts):
+        """A subject that takes the given durations in turn, and the last one from then on."""
+        durations = iter(durations_ms)
+        last = [durations_ms[-1]]
+
+        def run(images, task):
+            self.log.append(name)
+            last[0] = next(durations, last[0])
+            self.now += round(last[0] * 1e6)
+            return np.zeros((len(images), 3), np.float32)
+
+        return Subject(name, note, run, **facts)
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def about():
+    return About(
+        name="three tasks",
+        tasks=(TaskFacts("pets", 0, 37), TaskFacts("flowers", 2, 102), TaskFacts("birds", 5, 200)),
+        image_shape=(3, 4, 4),
+        max_batch=16,
+        facts=(("backbone", "vit_tiny"),),
+    )
+
+
+@pytest.fixture
+def report(clock, about):
+    """Three subjects, five cases, every latency known: no two rows share a number."""
+    noise = np.random.default_rng(0).uniform(1, 1.2, 4000)
+    subjects = [
+        clock.subject(
+            "backbone", list(10 * noise), "frozen", provider="CPU", opened_bytes=90 << 20
+        ),
+        clock.subject("mixed", list(10.7 * noise[::-1]), "all tasks", provider="CPU"),
+        clock.subject("separate", list(17 * noise), "one engine each", provider="CPU"),
+    ]
+    cases = [Case(1, "one"), Case(4, "one"), Case(1), Case(4), Case(8, "zipf")]
+    return measure(
+        subjects,
+        cases,
+        about=about,
+        settings=Settings(warmup_rounds=2, min_rounds=30, min_seconds=0, seed=3),
+        threads=2,
+        command="utune-deploy bench pets --batch 1",
+        clock=clock,
+    )

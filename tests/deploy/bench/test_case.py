@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utune_deploy.deploy.bench.case import MIXES, Case
+from utune_deploy.merge.errors import UsageError
+
+ROWS = (0, 2, 5)
+
+
+def test_one_asks_for_the_first_task_only():
+    assert Case(4, "one").task_rows(ROWS, 0).tolist() == [0, 0, 0, 0]
+
+
+def test_uniform_cycles_through_the_rows_of_the_bank():
+    assert Case(7, "uniform").task_rows(ROWS, 0).tolist() == [0, 2, 5, 0, 2, 5, 0]
+
+
+def test_zipf_prefers_the_first_tasks():
+    rows = Case(6000, "zipf").task_rows(ROWS, 0)
+    shares = [float((rows == row).mean()) for row in ROWS]
+    assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.02)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_rows_are_seeded_and_fit_the_task_input(mix):
+    rows = Case(64, mix).task_rows(ROWS, 1)
+    assert rows.dtype == np.int64
+    assert rows.shape == (64,)
+    assert set(rows.tolist()) <= set(ROWS)
+    np.testing.assert_array_equal(rows, Case(64, mix).task_rows(ROWS, 1))
+
+
+def test_another_seed_draws_other_rows():
+    case = Case(64, "zipf")
+    assert case.task_rows(ROWS, 1).tolist() != case.task_rows(ROWS, 2).tolist()
+
+
+def test_images_are_seeded_noise_of_the_asked_shape():
+    images = Case(2).images((3, 4, 5), 0)
+    assert images.dtype == np.float32
+    assert images.shape == (2, 3, 4, 5)
+    np.testing.assert_array_equal(images, Case(2, "one").images((3, 4, 5), 0))
+
+
+@pytest.mark.parametrize(("batch", "mix"), [(0, "one"), (1, "some")])
+def test_a_case_that_makes_no_sense_is_refused(batch, mix):
+    with pytest.raises(UsageError):
+        Case(batch, mix)

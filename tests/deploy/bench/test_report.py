@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import jsonschema
+import pytest
+
+from utune_deploy.deploy.bench.case import MIXES
+from utune_deploy.deploy.bench.report import VERSION, write_json
+
+PACKAGE = "utune_deploy.deploy.bench"
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return json.loads((resources.files(PACKAGE) / "schema.json").read_text())
+
+
+def objects(schema):
+    if isinstance(schema, dict):
+        if schema.get("type") == "object":
+            yield schema
+        for value in schema.values():
+            yield from objects(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from objects(value)
+
+
+def test_a_report_keeps_to_the_schema(report, schema):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(report.to_json(), schema)
+
+
+def test_the_schema_is_closed_and_asks_for_every_field(schema):
+    for part in objects(schema):
+        if "properties" in part:
+            assert part["additionalProperties"] is False
+            assert sorted(part["required"]) == sorted(part["properties"])
+
+
+def test_the_schema_knows_the_version_and_the_mixes(schema):
+    assert schema["properties"]["version"]["const"] == VERSION
+    mixes = schema["$defs"]["case"]["properties"]["case"]["properties"]["mix"]["enum"]
+    assert mixes == list(MIXES)
+
+
+@pytest.mark.parametrize("place", [(), ("machine",), ("cases", 0, "results", 0, "summary")])
+def test_the_schema_refuses_what_it_does_not_know(report, schema, place):
+    value = report.to_json()
+    part = value
+    for step in place:
+        part = part[step]
+    part["surprise"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="surprise"):
+        jsonschema.validate(value, schema)
+
+
+def test_the_file_holds_every_raw_sample(report, tmp_path):
+    path = tmp_path / "new" / "report.json"
+    write_json(report, path)
+    value = json.loads(path.read_text())
+    assert value == report.to_json()
+    for case, wanted in zip(value["cases"], report.cases, strict=True):
+        for result, raw in zip(case["results"], wanted.results, strict=True):
+            assert tuple(result["samples_ms"]) == raw.samples_ms
+            assert len(raw.samples_ms) == raw.summary.samples == 30

@@ -1,0 +1,204 @@
+"""Plan, model, graph, engine, check, bundle: each step is a function of the floors below."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+
+from ..export import bundle as bundles
+from ..export.graph import OPSET, Inputs, clean, serialise, specs, trace
+from ..export.passes import rewrite
+from ..merge.bank import Bank, stack
+from ..merge.delta import Delta, require_backbone
+from ..merge.errors import CheckFailed
+from ..merge.files import atomic_folder, refuse_existing
+from ..merge.fold import fold
+from ..merge.lower import lower
+from ..merge.mixed import Mixed, Single
+from ..merge.sites import Sites, measure
+from .check import Evidence, check_engine
+from .plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+    from ..merge.backbone import Backbone
+
+ENGINE_FILE = "model.onnx"
+LIBRARIES = ("utune-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxruntime-gpu", "safetensors", "numpy")
+IDENTITY = "utune.identity"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A delta and the digest of its file."""
+
+    delta: Delta
+    digest: str
+
+
+def export_bundle(
+    output: Path,
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    *,
+    name: str | None = None,
+    mode: str = "auto",
+    bank: str = "constants",
+    max_batch: int = 16,
+    evidence: Evidence | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> bundles.Bundle:
+    """Build, check and write a bundle; nothing is written unless the check passes.
+
+    Args:
+        output: The bundle's folder.
+        backbone: The frozen backbone, float32.
+        tasks: The tasks in row order.
+        name: Served name; the folder's name if None.
+        mode: See `make_plan`.
+        bank: See `make_plan`.
+        max_batch: Largest batch that is checked and may be asked for.
+        evidence: Pictures for the check.
+        threads: Of the engine during the check; None lets the runtime choose.
+        force: Replace what stands at `output`.
+        progress: Called with the name of each step as it begins.
+
+    Raises:
+        UsageError: The output exists, or the mode does not fit the tasks.
+        IncompatibleArtefact: A delta does not belong to the backbone.
+        BuildFailed: The graph cannot be made.
+        CheckFailed: The engine does not agree with torch; nothing is written.
+    """
+    refuse_existing(output, force=force)
+    deltas = [task.delta for task in tasks]
+    progress("measure")
+    sites = measure(backbone)
+    for delta in deltas:
+        require_backbone(delta, backbone, sites)
+    plan = make_plan(deltas, backbone, mode=mode, bank=bank)
+    progress("trace")
+    model, stacked, lowered = _graph(plan, backbone, deltas, sites)
+    progress("rewrite")
+    rewritten = rewrite(model)
+    clean(model)
+    entries = tuple(
+        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
+        for row, t in enumerate(tasks)
+    )
+    identity = bundles.identity_of(
+        backbone.identity.to_json(), plan.mode, plan.bank, entries, "fp32"
+    )
+    progress("serialise")
+    engine = serialise(model, {IDENTITY: identity})
+    bank_tensors = (
+        {f"bank/{key}": tensor.float().numpy() for key, tensor in stacked.tensors.items()}
+        if plan.bank == "inputs" and stacked is not None
+        else {}
+    )
+    progress("check")
+    verdict = check_engine(
+        engine,
+        backbone,
+        deltas,
+        sites,
+        mixes=plan.mode == "multi",
+        bank=bank_tensors,
+        max_batch=max_batch,
+        evidence=evidence or Evidence(),
+        threads=threads,
+    )
+    if not verdict.passed:
+        raise CheckFailed(
+            "the engine does not agree with torch, so no bundle was written",
+            where=output,
+            found="; ".join(f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in verdict.failures[:3]),
+            do="report this with the deltas: an exact rewrite was not exact",
+        )
+    progress("write")
+    result = bundles.Bundle(
+        path=output,
+        name=name or output.name,
+        mode=plan.mode,
+        bank=plan.bank,
+        engine=bundles.Engine(
+            target="onnxruntime",
+            file=ENGINE_FILE,
+            precision="fp32",
+            opset=OPSET,
+            max_batch=max_batch,
+            inputs=specs(model.graph.inputs),
+            outputs=specs(model.graph.outputs),
+        ),
+        tasks=entries,
+        backbone=backbone.identity.to_json(),
+        plan={**plan.to_json(), "rewritten": rewritten, "lowered": lowered},
+        check=verdict.to_json(),
+        versions=versions(),
+        identity=identity,
+    )
+    with atomic_folder(output) as folder:
+        (folder / ENGINE_FILE).write_bytes(engine)
+        if bank_tensors:
+            from safetensors.numpy import save_file
+
+            save_file(bank_tensors, folder / bundles.BANK)
+        bundles.write_manifest(folder, replace(result, path=folder))
+    progress("done")
+    return bundles.open_bundle(output)
+
+
+def _graph(
+    plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
+) -> tuple[ir.Model, Bank | None, list[str]]:
+    """The traced model, its bank, and the tasks whose prompts became prefixes."""
+    images = backbone.example(batch=2)
+    if plan.mode == "merged":
+        merged = fold(deltas[0], backbone, sites=sites)
+        arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
+        model = timm.create_model(backbone.identity.architecture, **arguments).eval()
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = True
+        model.load_state_dict(dict(merged.tensors))
+        return trace(model, Inputs(images)), None, []
+    constant = [lower(backbone, delta, sites) for delta in deltas]
+    lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
+    stacked = stack(constant)
+    if plan.mode == "parallel":
+        return trace(Single(backbone, stacked).eval(), Inputs(images)), stacked, lowered
+    module = Mixed(backbone, stacked).eval()
+    task = torch.tensor([0, min(1, len(deltas) - 1)])
+    if plan.bank == "inputs":
+        bank = {f"bank/{key}": tensor for key, tensor in stacked.tensors.items()}
+        return trace(module, Inputs(images, task, bank)), stacked, lowered
+    rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
+    return trace(module, Inputs(images, task), rename=rename), stacked, lowered
+
+
+def backbone_engine(backbone: Backbone) -> bytes:
+    """The backbone alone, through the same passes: the baseline of every benchmark."""
+    model = trace(backbone.model, Inputs(backbone.example(batch=2)))
+    rewrite(model)
+    return serialise(clean(model), {})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape an engine."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "absent"
+    return found

@@ -1,0 +1,137 @@
+"""Which task folds, which stays parallel, in which form, and why. Decided before anything is built."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..merge.errors import UsageError
+from ..merge.fold import refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..merge.backbone import Backbone
+    from ..merge.delta import Delta
+
+MODES = ("auto", "merged", "parallel", "multi")
+BANKS = ("constants", "inputs")
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What happens to one task.
+
+    Attributes:
+        task: Its name.
+        form: `merged` or `parallel`.
+        why: One sentence.
+        branches: Number of branches by kind.
+    """
+
+    task: str
+    form: str
+    why: str
+    branches: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `export` will build.
+
+    Attributes:
+        mode: `merged`, `parallel` or `multi`.
+        bank: `none`, `constants` or `inputs`.
+        why: One sentence for the mode and the bank.
+        tasks: In row order.
+    """
+
+    mode: str
+    bank: str
+    why: str
+    tasks: tuple[TaskPlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "mode": self.mode,
+            "bank": self.bank,
+            "why": self.why,
+            "tasks": [vars(task) for task in self.tasks],
+        }
+
+
+def make_plan(
+    deltas: Sequence[Delta], backbone: Backbone, *, mode: str = "auto", bank: str = "constants"
+) -> Plan:
+    """Choose the form of a bundle.
+
+    Args:
+        deltas: The tasks.
+        backbone: Their backbone.
+        mode: `auto` takes `merged` for one task that folds, `parallel` for one that does not,
+            `multi` for several.
+        bank: For `multi`: constants of the engine, or inputs of it.
+
+    Raises:
+        UsageError: The mode does not fit the tasks; a branch cannot fold and its reason.
+    """
+    if mode not in MODES or bank not in BANKS:
+        raise UsageError("unknown mode or bank", wanted=f"{MODES}, {BANKS}", found=f"{mode}, {bank}")
+    if not deltas:
+        raise UsageError("there is no task to export", do="name at least one delta")
+    if mode in ("merged", "parallel") and len(deltas) > 1:
+        raise UsageError(
+            f"mode {mode} holds one task", found=f"{len(deltas)} deltas", do="use --mode multi"
+        )
+    refused = {delta.task: refusals(delta, backbone) for delta in deltas}
+    if mode == "auto":
+        alone = deltas[0].task
+        mode = "multi" if len(deltas) > 1 else "parallel" if refused[alone] else "merged"
+    if mode == "merged" and refused[deltas[0].task]:
+        raise UsageError(
+            f"task {deltas[0].task} cannot be merged exactly",
+            found=str(refused[deltas[0].task][0]),
+            do="use --mode parallel",
+        )
+    return Plan(
+        mode=mode,
+        bank=bank if mode == "multi" else "none",
+        why=_why(mode, bank),
+        tasks=tuple(_task(delta, mode, refused[delta.task]) for delta in deltas),
+    )
+
+
+def _why(mode: str, bank: str) -> str:
+    if mode == "merged":
+        return "every branch folds exactly: the engine is the bare backbone with other weights"
+    if mode == "parallel":
+        return "one task: its branches are constants, fused into the backbone's own GEMMs"
+    form = (
+        "gather form: every row takes its branches' weights from the bank, so the cost does not grow "
+        "with the number of tasks"
+    )
+    kept = {
+        "constants": "the bank is part of the engine",
+        "inputs": "the bank is an input of the engine, so tasks can be added without a rebuild",
+    }
+    return f"{form}; {kept[bank]}"
+
+
+def _task(delta: Delta, mode: str, refused: Sequence[Any]) -> TaskPlan:
+    kinds = Counter(branch.tuner.kind for branch in delta.branches.values())
+    if mode == "merged":
+        why = "all branches fold exactly"
+    elif refused:
+        first = refused[0]
+        why = f"{first.branch}: {first.reason}"
+        if len(refused) > 1:
+            why += f" (and {len(refused) - 1} more branches)"
+    elif mode == "multi":
+        why = "it would fold alone, but folded weights serve one task per engine"
+    else:
+        why = "asked for; it would fold exactly"
+    if any(branch.tuner.join == "tokens" for branch in delta.branches.values()) and mode != "merged":
+        why += "; deep prompts become constant prefixes"
+    return TaskPlan(delta.task, "merged" if mode == "merged" else "parallel", why, dict(kinds))

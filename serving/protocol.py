@@ -1,0 +1,416 @@
+"""The Open Inference Protocol v2, once for every server: tensors, metadata, configuration, statistics.
+
+    images  FP32  [-1, 3, H, W]    preprocessed pixels
+    task    BYTES [-1, 1]          a task's name per row; optional when the bundle has one task
+    logits  FP32  [-1, K]          columns past a task's own classes hold the lowest float32
+    label   BYTES [-1, 1]          the best class's name
+    score   FP32  [-1, 1]          its softmax over the task's own classes
+
+Messages are plain dicts in the protocol's own spelling, which JSON and protobuf both read. Needs
+NumPy only, so that a Triton model can carry it. Source: the v2 dataplane of
+https://github.com/kserve/open-inference-protocol with Triton's extensions for binary tensors,
+classification, model configuration and statistics.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..export.engine import IMAGES, LOGITS, TASK
+from .rejections import InvalidRequest, UnknownModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from .batcher import Batcher
+    from .registry import Registry, Request
+    from .service import Answers, Service
+
+LABEL = "label"
+SCORE = "score"
+VERSION = "1"
+SERVER = "utune-deploy"
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
+
+_INPUT_TYPES = {IMAGES: "FP32", TASK: "BYTES"}
+_OUTPUT_TYPES = {LOGITS: "FP32", LABEL: "BYTES", SCORE: "FP32"}  # in the order of every reply
+_FLOAT32 = np.dtype("<f4")
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """An input as it came over the network.
+
+    Attributes:
+        name: Its name.
+        datatype: The protocol's name of its element type.
+        shape: Its sizes.
+        content: Little-endian bytes, or a list of numbers or strings, flat or nested.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    content: bytes | memoryview | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """An output that the client asks for.
+
+    Attributes:
+        name: Its name.
+        classes: With the classification extension, how many best classes; 0 for the tensor itself.
+    """
+
+    name: str
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """An output of a reply.
+
+    Attributes:
+        name: Its name.
+        datatype: `FP32` or `BYTES`.
+        array: `[n, ...]`; float32, or object holding UTF-8 bytes.
+    """
+
+    name: str
+    datatype: str
+    array: NDArray[Any]
+
+    def raw(self) -> bytes:
+        """Little-endian bytes; a BYTES element is its length in four bytes, then its bytes."""
+        if self.datatype == "BYTES":
+            return b"".join(struct.pack("<I", len(item)) + item for item in self.array.flat)
+        return self.array.astype(_FLOAT32, copy=False).tobytes()
+
+    def values(self) -> list[float] | list[str]:
+        """The elements in row order as JSON values; a float32 comes back bit for bit."""
+        if self.datatype == "BYTES":
+            return [item.decode() for item in self.array.flat]
+        return self.array.ravel().tolist()
+
+
+async def infer(
+    batcher: Batcher, inputs: Sequence[InputTensor], outputs: Sequence[OutputRequest]
+) -> list[OutputTensor]:
+    """One inference request, from wire tensors to wire tensors.
+
+    Raises:
+        InvalidRequest: The request cannot be answered as written.
+        Overloaded: The queue is full.
+        Stopping: The server drains.
+        EngineFailed: The engine could not answer.
+    """
+    registry = batcher.service.registry
+    start = time.perf_counter_ns()
+    try:
+        check_outputs(outputs)
+        request = read_request(registry, inputs)
+        answers = await batcher.submit(request)
+    except Exception:
+        batcher.service.counters.failure(time.perf_counter_ns() - start)
+        raise
+    return write_answers(registry, answers, outputs)
+
+
+def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
+    """The checked request that wire tensors spell.
+
+    Raises:
+        InvalidRequest: A tensor is missing, surplus, of the wrong type, or not what its shape says;
+            or the service refuses its content.
+    """
+    tensors: dict[str, InputTensor] = {}
+    for tensor in inputs:
+        if tensor.name not in _INPUT_TYPES or tensor.name in tensors:
+            raise InvalidRequest(
+                "an input is given twice" if tensor.name in tensors else "unknown input",
+                wanted=f"{IMAGES} and {TASK}, once each",
+                found=tensor.name,
+            )
+        wanted = _INPUT_TYPES[tensor.name]
+        if tensor.datatype != wanted:
+            raise InvalidRequest(
+                "an input has the wrong datatype",
+                where=tensor.name,
+                wanted=wanted,
+                found=tensor.datatype,
+            )
+        tensors[tensor.name] = tensor
+    if IMAGES not in tensors:
+        raise InvalidRequest("an input is missing", wanted=IMAGES, found=sorted(tensors))
+    images = _floats(tensors[IMAGES])
+    task = tensors.get(TASK)
+    return registry.check(images, None if task is None else _names(task))
+
+
+def task_names(elements: Iterable[bytes | str]) -> list[str]:
+    """The task names of BYTES elements.
+
+    Raises:
+        InvalidRequest: An element is not text in UTF-8.
+    """
+    names = []
+    for row, element in enumerate(elements):
+        try:
+            names.append(element if isinstance(element, str) else bytes(element).decode())
+        except (UnicodeDecodeError, TypeError, ValueError) as cause:
+            raise InvalidRequest(
+                "a task name is not text in UTF-8", where=f"{TASK}, row {row}", found=repr(element)
+            ) from cause
+    return names
+
+
+def check_outputs(outputs: Sequence[OutputRequest]) -> None:
+    """Refuse outputs that are not there before any work is done.
+
+    Raises:
+        InvalidRequest: Unknown output, or classes of an output that has none.
+    """
+    for output in outputs:
+        if output.name not in _OUTPUT_TYPES:
+            raise InvalidRequest(
+                "unknown output", wanted=f"one of {', '.join(_OUTPUT_TYPES)}", found=output.name
+            )
+        if output.classes < 0 or (output.classes and output.name != LOGITS):
+            raise InvalidRequest(
+                "this output cannot be given as classes",
+                where=output.name,
+                wanted=f"a positive number of classes of {LOGITS}",
+                found=output.classes,
+            )
+
+
+def write_answers(
+    registry: Registry, answers: Answers, outputs: Sequence[OutputRequest] = ()
+) -> list[OutputTensor]:
+    """The reply's tensors: those asked for, or all, in the order of the model's outputs."""
+    asked = {output.name: output.classes for output in outputs} or dict.fromkeys(_OUTPUT_TYPES, 0)
+    written = []
+    for name, datatype in _OUTPUT_TYPES.items():
+        if name not in asked:
+            continue
+        if asked[name]:
+            written.append(OutputTensor(name, "BYTES", _best(registry, answers, asked[name])))
+        elif name == LOGITS:
+            written.append(OutputTensor(name, datatype, answers.logits))
+        elif name == SCORE:
+            written.append(OutputTensor(name, datatype, answers.scores[:, None]))
+        else:
+            written.append(OutputTensor(name, datatype, _column(answers.labels)))
+    return written
+
+
+def server_metadata(version: str) -> dict[str, Any]:
+    """What `GET /v2` says."""
+    return {"name": SERVER, "version": version, "extensions": list(EXTENSIONS)}
+
+
+def model_metadata(registry: Registry) -> dict[str, Any]:
+    """Names, types and shapes; -1 is the batch axis."""
+    return {
+        "name": registry.bundle.name,
+        "versions": [VERSION],
+        "platform": SERVER,
+        "inputs": [
+            {"name": name, "datatype": datatype, "shape": [-1, *dims]}
+            for name, datatype, dims in _inputs(registry)
+        ],
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": [-1, *dims]}
+            for name, datatype, dims in _outputs(registry)
+        ],
+    }
+
+
+def model_config(registry: Registry, *, max_delay_ms: float) -> dict[str, Any]:
+    """The model's configuration in the fields of Triton's `ModelConfig`."""
+    optional = {"optional": True} if len(registry.names) == 1 else {}
+    return {
+        "name": registry.bundle.name,
+        "platform": SERVER,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": registry.max_batch,
+        "input": [
+            {
+                "name": name,
+                "data_type": _config_type(datatype),
+                "dims": dims,
+                **(optional if name == TASK else {}),
+            }
+            for name, datatype, dims in _inputs(registry)
+        ],
+        "output": [
+            {"name": name, "data_type": _config_type(datatype), "dims": dims}
+            for name, datatype, dims in _outputs(registry)
+        ],
+        "dynamic_batching": {"max_queue_delay_microseconds": round(max_delay_ms * 1e3)},
+    }
+
+
+def model_statistics(service: Service) -> dict[str, Any]:
+    """What the service has done, in the statistics extension's fields; times in nanoseconds."""
+    totals = service.counters.read()
+
+    def duration(count: int, nanoseconds: int) -> dict[str, int]:
+        return {"count": count, "ns": nanoseconds}
+
+    return {
+        "model_stats": [
+            {
+                "name": service.registry.bundle.name,
+                "version": VERSION,
+                "last_inference": totals.last_ms,
+                "inference_count": totals.rows,
+                "execution_count": totals.batches,
+                "inference_stats": {
+                    "success": duration(totals.answered, totals.request_ns),
+                    "fail": duration(totals.failed, totals.failed_ns),
+                    "queue": duration(totals.answered, totals.queue_ns),
+                    "compute_input": duration(totals.answered, 0),
+                    "compute_infer": duration(totals.answered, totals.engine_ns),
+                    "compute_output": duration(totals.answered, 0),
+                },
+            }
+        ]
+    }
+
+
+def repository_index(registry: Registry, *, ready: bool) -> list[dict[str, str]]:
+    """The one model that is served."""
+    state = "READY" if ready else "UNAVAILABLE"
+    return [{"name": registry.bundle.name, "version": VERSION, "state": state}]
+
+
+def check_model(registry: Registry, name: str, version: str = "") -> None:
+    """Refuse a model or version that is not the served one.
+
+    Raises:
+        UnknownModel: It is another.
+    """
+    if name != registry.bundle.name or version not in ("", VERSION):
+        raise UnknownModel(
+            "unknown model or version",
+            wanted=f"{registry.bundle.name} version {VERSION}",
+            found=f"{name} version {version}" if version else name,
+        )
+
+
+def _inputs(registry: Registry) -> list[tuple[str, str, list[int]]]:
+    dims = {IMAGES: list(registry.image_shape), TASK: [1]}
+    return [(name, datatype, dims[name]) for name, datatype in _INPUT_TYPES.items()]
+
+
+def _outputs(registry: Registry) -> list[tuple[str, str, list[int]]]:
+    dims = {LOGITS: [registry.classes], LABEL: [1], SCORE: [1]}
+    return [(name, datatype, dims[name]) for name, datatype in _OUTPUT_TYPES.items()]
+
+
+def _config_type(datatype: str) -> str:
+    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+
+
+def _floats(tensor: InputTensor) -> NDArray[np.float32]:
+    """An FP32 input as its shape says, a view where the bytes allow it."""
+    count = math.prod(tensor.shape)
+    if isinstance(tensor.content, (bytes, memoryview)):
+        if len(tensor.content) != count * _FLOAT32.itemsize:
+            raise _size_error(tensor, f"{count * _FLOAT32.itemsize} bytes", len(tensor.content))
+        return np.frombuffer(tensor.content, dtype=_FLOAT32).reshape(tensor.shape)
+    try:
+        values = np.asarray(tensor.content)
+    except (ValueError, OverflowError, TypeError) as cause:  # ragged or too deep
+        raise _values_error(tensor) from cause
+    if values.size and values.dtype.kind not in "iuf":
+        raise _values_error(tensor)
+    if values.size != count or (values.ndim != 1 and values.shape != tensor.shape):
+        raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
+    with np.errstate(over="ignore"):  # what leaves float32's range is refused as not finite
+        return values.astype(np.float32).reshape(tensor.shape)
+
+
+def _names(tensor: InputTensor) -> list[str]:
+    """The task names of `[n]` or `[n, 1]` BYTES."""
+    if len(tensor.shape) not in (1, 2) or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
+        raise InvalidRequest(
+            "an input has the wrong shape",
+            where=tensor.name,
+            wanted="[n, 1] or [n]",
+            found=list(tensor.shape),
+        )
+    elements: list[Any]
+    if isinstance(tensor.content, (bytes, memoryview)):
+        elements = _split_bytes(tensor)
+    else:
+        elements = list(tensor.content)
+        if len(tensor.shape) == 2 and all(isinstance(e, list) and len(e) == 1 for e in elements):
+            elements = [element[0] for element in elements]
+        if not all(isinstance(element, (str, bytes)) for element in elements):
+            raise _values_error(tensor)
+    if len(elements) != tensor.shape[0]:
+        raise _size_error(tensor, f"{tensor.shape[0]} elements", len(elements))
+    return task_names(elements)
+
+
+def _split_bytes(tensor: InputTensor) -> list[bytes]:
+    content = bytes(tensor.content)
+    elements = []
+    at = 0
+    while at < len(content):
+        end = at + 4
+        if end <= len(content):
+            (length,) = struct.unpack_from("<I", content, at)
+            at, end = end, end + length
+        if end > len(content):
+            raise _size_error(tensor, "elements behind their length in 4 bytes", "a cut element")
+        elements.append(content[at:end])
+        at = end
+    return elements
+
+
+def _size_error(tensor: InputTensor, wanted: object, found: object) -> InvalidRequest:
+    return InvalidRequest(
+        "an input does not hold what its shape says",
+        where=f"{tensor.name} {list(tensor.shape)}",
+        wanted=wanted,
+        found=found,
+    )
+
+
+def _values_error(tensor: InputTensor) -> InvalidRequest:
+    kind = "numbers" if tensor.datatype == "FP32" else "strings"
+    return InvalidRequest(
+        "an input holds values of the wrong kind",
+        where=tensor.name,
+        wanted=f"a list of {kind}, flat or nested as its shape",
+    )
+
+
+def _column(texts: Sequence[str]) -> NDArray[Any]:
+    column = np.empty((len(texts), 1), dtype=object)
+    column[:, 0] = [text.encode() for text in texts]
+    return column
+
+
+def _best(registry: Registry, answers: Answers, count: int) -> NDArray[Any]:
+    """`[n, count]` of `value:index:label`, best first; empty where a task has fewer classes."""
+    count = min(count, registry.classes)
+    cells = np.full((len(answers), count), b"", dtype=object)
+    for row, task in enumerate(answers.tasks):
+        labels = registry.labels(task)
+        own = answers.logits[row, : len(labels)]
+        for rank, index in enumerate(np.argsort(-own, kind="stable")[:count]):
+            cells[row, rank] = f"{own[index]:f}:{index}:{labels[index]}".encode()
+    return cells

@@ -1,0 +1,179 @@
+"""The embedded server: HTTP and gRPC in this process, on every system, over one batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from ..batcher import Batcher
+from ..registry import MAX_DELAY_MS
+from ..rejections import ServerFailed
+from ..service import Service
+from .grpc import grpc_server
+from .http import http_app
+from .ports import Addresses, host_port, listen
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from ...export.bundle import Bundle
+
+MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request out and says why
+JSON_GROWTH = 16  # a float32 as JSON takes up to about 25 bytes instead of 4; the rest is slack
+DRAIN_SECONDS = 30
+KEEP_ALIVE_SECONDS = 75  # longer than a person's pause; many clients do not try again by themselves
+
+
+def serve_embedded(
+    bundle: Bundle,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    provider: str = "cpu",
+    threads: int | None = None,
+    max_delay_ms: float = MAX_DELAY_MS,
+    on_ready: Callable[[Addresses], None] | None = None,
+) -> None:
+    """Serve a bundle until Ctrl-C or SIGTERM, then answer what was taken and return.
+
+    Args:
+        bundle: What to serve.
+        host: Address to listen on.
+        http_port: Port of HTTP; 0 picks a free one.
+        grpc_port: Port of gRPC; 0 picks a free one.
+        provider: Execution provider of the engine, `cpu` or `cuda`.
+        threads: Threads inside one operator; None lets the runtime choose.
+        max_delay_ms: Longest that a request waits for company.
+        on_ready: Called once, when requests are answered.
+
+    Raises:
+        UsageError: A port cannot be had.
+        MissingDependency: The provider cannot be loaded.
+        IncompatibleArtefact: The engine cannot be loaded or served.
+    """
+    service = Service.open(bundle, provider=provider, threads=threads)
+
+    async def until_signalled() -> None:
+        with _stop_signals() as stop:
+            async with running(
+                service,
+                host=host,
+                http_port=http_port,
+                grpc_port=grpc_port,
+                max_delay_ms=max_delay_ms,
+            ) as addresses:
+                if on_ready is not None:
+                    on_ready(addresses)
+                await stop.wait()
+
+    asyncio.run(until_signalled())
+
+
+@contextlib.asynccontextmanager
+async def running(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 0,
+    grpc_port: int = 0,
+    max_delay_ms: float = MAX_DELAY_MS,
+    max_queued_rows: int | None = None,
+) -> AsyncIterator[Addresses]:
+    """Both servers over a service; leaving the block drains them.
+
+    Args:
+        service: What answers.
+        host: Address to listen on.
+        http_port: Port of HTTP; 0 picks a free one.
+        grpc_port: Port of gRPC; 0 picks a free one.
+        max_delay_ms: Longest that a request waits for company.
+        max_queued_rows: See `Batcher`.
+
+    Raises:
+        UsageError: A port cannot be had.
+    """
+    row = 4
+    for size in service.registry.image_shape:
+        row *= size
+    limit = max(MIN_BODY, JSON_GROWTH * service.registry.max_batch * row)
+    batcher = Batcher(service, max_delay_ms=max_delay_ms, max_queued_rows=max_queued_rows)
+    version = _version()
+    with listen(host, http_port) as socket:
+        rpc, grpc_port = grpc_server(
+            batcher,
+            version=version,
+            max_delay_ms=max_delay_ms,
+            max_message=limit,
+            host=host,
+            port=grpc_port,
+        )
+        web = _Uvicorn(
+            uvicorn.Config(
+                http_app(batcher, version=version, max_delay_ms=max_delay_ms, max_body=limit),
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+            )
+        )
+        async with batcher:
+            await rpc.start()
+            serving = asyncio.create_task(web.serve(sockets=[socket]))
+            try:
+                while not web.started:
+                    if serving.done():
+                        raise ServerFailed("the HTTP server did not start") from serving.exception()
+                    await asyncio.sleep(0.005)
+                yield Addresses(
+                    http=host_port(host, socket.getsockname()[1]), grpc=host_port(host, grpc_port)
+                )
+            finally:
+                batcher.stop()  # not ready from here on; what was taken is answered
+                web.should_exit = True
+                await asyncio.gather(rpc.stop(DRAIN_SECONDS), serving)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: it would end the process by the signal it caught."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that Ctrl-C and SIGTERM set, in the running loop's main thread."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(_number: int, _frame: object) -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _version() -> str:
+    try:
+        return installed_version("utune-deploy")
+    except PackageNotFoundError:  # a copy that was carried, not installed
+        return "unknown"

@@ -1,0 +1,367 @@
+"""HTTP of the Open Inference Protocol v2 as an ASGI app: JSON, binary tensors, gzip and deflate.
+
+A body that cannot be answered is told so with a 4xx and `{"error": ...}`; a 5xx is our mistake, a
+full queue (503) or a server that drains (503).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import logging
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ...merge.errors import UtuneError
+from .. import protocol
+from ..rejections import InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from starlette.requests import Request
+
+    from ..batcher import Batcher
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+COMPRESSION_LEVEL = 1  # pixels and logits barely shrink: the cheapest level loses nothing
+CLIENT_GONE = 499  # nobody reads this status; it is what proxies log
+_AUTOMATIC = zlib.MAX_WBITS | 32  # gzip and zlib by their first bytes
+
+log = logging.getLogger(__name__)
+
+
+def http_app(batcher: Batcher, *, version: str, max_delay_ms: float, max_body: int) -> Starlette:
+    """The app over a batcher.
+
+    Args:
+        batcher: What answers; already entered when the first request comes.
+        version: The server's version, for its metadata.
+        max_delay_ms: The batching delay, for the model's configuration.
+        max_body: Largest request body in bytes, packed or unpacked.
+    """
+    endpoints = _Endpoints(batcher, version, max_delay_ms, max_body)
+    routes = [
+        Route("/v2", endpoints.server),
+        Route("/v2/health/live", endpoints.live),
+        Route("/v2/health/ready", endpoints.ready),
+        Route("/v2/models/stats", endpoints.statistics),
+        Route("/v2/repository/index", endpoints.index, methods=["POST"]),
+    ]
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes += [
+            Route(model, endpoints.metadata),
+            Route(f"{model}/ready", endpoints.model_ready),
+            Route(f"{model}/config", endpoints.config),
+            Route(f"{model}/stats", endpoints.statistics),
+            Route(f"{model}/infer", endpoints.infer, methods=["POST"]),
+        ]
+    return Starlette(
+        routes=routes,
+        exception_handlers={
+            UtuneError: _on_error,
+            HTTPException: _on_http_error,
+            Exception: _on_mistake,
+        },
+    )
+
+
+class _Endpoints:
+    def __init__(self, batcher: Batcher, version: str, max_delay_ms: float, max_body: int) -> None:
+        self._batcher = batcher
+        self._registry = batcher.service.registry
+        self._version = version
+        self._max_delay_ms = max_delay_ms
+        self._max_body = max_body
+
+    async def server(self, _request: Request) -> Response:
+        return JSONResponse(protocol.server_metadata(self._version))
+
+    async def live(self, _request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(self, _request: Request) -> Response:
+        ready = self._batcher.ready
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
+
+    async def model_ready(self, request: Request) -> Response:
+        self._check_model(request)
+        ready = self._batcher.ready
+        body = {"name": self._registry.bundle.name, "ready": ready}
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def metadata(self, request: Request) -> Response:
+        self._check_model(request)
+        return JSONResponse(protocol.model_metadata(self._registry))
+
+    async def config(self, request: Request) -> Response:
+        self._check_model(request)
+        return JSONResponse(protocol.model_config(self._registry, max_delay_ms=self._max_delay_ms))
+
+    async def statistics(self, request: Request) -> Response:
+        if "model" in request.path_params:
+            self._check_model(request)
+        return JSONResponse(protocol.model_statistics(self._batcher.service))
+
+    async def index(self, _request: Request) -> Response:
+        return JSONResponse(protocol.repository_index(self._registry, ready=self._batcher.ready))
+
+    async def infer(self, request: Request) -> Response:
+        self._check_model(request)
+        try:
+            body = await _read_body(request, self._max_body)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        head, tail = _split(body, request.headers.get(HEADER_LENGTH))
+        message = _read_json(head)
+        inputs = _read_inputs(message, tail)
+        outputs, binary = _read_outputs(message)
+        identity = message.get("id", "")
+        if not isinstance(identity, str):
+            raise InvalidRequest("the request's id is not a string", where="id")
+        answered = await _unless_gone(request, protocol.infer(self._batcher, inputs, outputs))
+        if answered is None:
+            return Response(status_code=CLIENT_GONE)
+        return _write(
+            {
+                "model_name": self._registry.bundle.name,
+                "model_version": protocol.VERSION,
+                **({"id": identity} if identity else {}),
+            },
+            answered,
+            binary,
+            request.headers.get("Accept-Encoding", ""),
+        )
+
+    def _check_model(self, request: Request) -> None:
+        protocol.check_model(
+            self._registry, request.path_params["model"], request.path_params.get("version", "")
+        )
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The request's body, unpacked."""
+    chunks = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise HTTPException(413, f"the body is larger than {limit} bytes")
+        chunks.append(chunk)
+    body = b"".join(chunks)
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise HTTPException(415, f"unknown content encoding {encoding!r}: send gzip or deflate")
+    unpacker = zlib.decompressobj(wbits=_AUTOMATIC)
+    try:
+        unpacked = unpacker.decompress(body, limit)
+    except zlib.error as cause:
+        raise InvalidRequest("the body is not what its encoding says", found=encoding) from cause
+    if unpacker.unconsumed_tail:
+        raise HTTPException(413, f"the unpacked body is larger than {limit} bytes")
+    if not unpacker.eof:
+        raise InvalidRequest("the packed body is cut", found=f"{len(body)} bytes of {encoding}")
+    return unpacked
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryview]:
+    """The JSON head and the binary tail of a body."""
+    view = memoryview(body)
+    if header_length is None:
+        return view, view[len(body) :]
+    try:
+        length = int(header_length)
+    except ValueError:
+        length = -1
+    if not 0 <= length <= len(body):
+        raise InvalidRequest(
+            "the JSON head is not as long as its header says",
+            where=HEADER_LENGTH,
+            wanted=f"0 to {len(body)}",
+            found=header_length,
+        )
+    return view[:length], view[length:]
+
+
+def _read_json(head: memoryview) -> dict[str, Any]:
+    try:
+        message = json.loads(bytes(head))
+    except (ValueError, RecursionError) as cause:
+        raise InvalidRequest("the body is not JSON", found=str(cause)[:200]) from cause
+    return _object(message, "body")
+
+
+def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[protocol.InputTensor]:
+    """The inputs; binary ones take their bytes from the tail in the order of the list."""
+    tensors = []
+    for entry in _list(message, "inputs"):
+        entry = _object(entry, "inputs")
+        name, datatype, shape = entry.get("name"), entry.get("datatype"), entry.get("shape")
+        if not isinstance(name, str) or not isinstance(datatype, str):
+            raise InvalidRequest("an input lacks its name or datatype", where="inputs")
+        if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+            raise InvalidRequest("an input's shape is not a list of sizes", where=name)
+        parameters = _object(entry.get("parameters", {}), f"{name}, parameters")
+        content: Any = entry.get("data")
+        if "binary_data_size" in parameters:
+            size = parameters["binary_data_size"]
+            if not _is_size(size) or size > len(tail):
+                raise InvalidRequest(
+                    "an input's binary data is cut",
+                    where=name,
+                    wanted=size,
+                    found=f"{len(tail)} bytes",
+                )
+            content, tail = tail[:size], tail[size:]
+        elif not isinstance(content, list):
+            raise InvalidRequest("an input has no data", where=name, wanted="a list")
+        tensors.append(protocol.InputTensor(name, datatype, tuple(shape), content))
+    if len(tail):
+        raise InvalidRequest("bytes are left behind the last input", found=f"{len(tail)} bytes")
+    return tensors
+
+
+def _read_outputs(
+    message: Mapping[str, Any],
+) -> tuple[list[protocol.OutputRequest], dict[str, bool]]:
+    """The outputs asked for, and which of them as bytes; `""` holds the default."""
+    parameters = _object(message.get("parameters", {}), "parameters")
+    binary = {"": _flag(parameters, "binary_data_output", False)}
+    outputs = []
+    for entry in _list(message, "outputs") if "outputs" in message else []:
+        entry = _object(entry, "outputs")
+        name = entry.get("name")
+        if not isinstance(name, str):
+            raise InvalidRequest("an output lacks its name", where="outputs")
+        settings = _object(entry.get("parameters", {}), f"{name}, parameters")
+        classes = settings.get("classification", 0)
+        if not _is_size(classes):
+            raise InvalidRequest("the number of classes is not a size", where=name, found=classes)
+        binary[name] = _flag(settings, "binary_data", binary[""])
+        outputs.append(protocol.OutputRequest(name, classes))
+    return outputs, binary
+
+
+def _write(
+    head: dict[str, Any],
+    outputs: Sequence[protocol.OutputTensor],
+    binary: Mapping[str, bool],
+    accepted: str,
+) -> Response:
+    entries = []
+    tail = []
+    for output in outputs:
+        entry: dict[str, Any] = {
+            "name": output.name,
+            "datatype": output.datatype,
+            "shape": list(output.array.shape),
+        }
+        if binary.get(output.name, binary[""]):
+            raw = output.raw()
+            tail.append(raw)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+        else:
+            entry["data"] = output.values()
+        entries.append(entry)
+    text = json.dumps({**head, "outputs": entries}, separators=(",", ":"), allow_nan=False).encode()
+    body = b"".join([text, *tail])
+    headers = {HEADER_LENGTH: str(len(text))} if tail else {}
+    encodings = {part.strip().lower() for part in accepted.split(",")}
+    if "gzip" in encodings:
+        body = gzip.compress(body, COMPRESSION_LEVEL, mtime=0)
+        headers["Content-Encoding"] = "gzip"
+    elif "deflate" in encodings:
+        body = zlib.compress(body, COMPRESSION_LEVEL)
+        headers["Content-Encoding"] = "deflate"
+    kind = "application/octet-stream" if tail else "application/json"
+    return Response(body, media_type=kind, headers=headers)
+
+
+async def _unless_gone(request: Request, work: Any) -> list[protocol.OutputTensor] | None:
+    """The result of `work`, or None when the client hangs up first: then the work is cancelled."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for future in (working, gone):
+            future.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            "the request is malformed", where=where, wanted="a JSON object", found=_kind(value)
+        )
+    return value
+
+
+def _list(message: Mapping[str, Any], key: str) -> list[Any]:
+    value = message.get(key)
+    if not isinstance(value, list):
+        raise InvalidRequest(
+            "the request is malformed", where=key, wanted="a JSON list", found=_kind(value)
+        )
+    return value
+
+
+def _flag(settings: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = settings.get(key, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest("a parameter is not true or false", where=key, found=_kind(value))
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
+    return "nothing" if value is None else names.get(type(value), "a number")
+
+
+def _refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": sentence}, status_code=status, headers=headers)
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, UtuneError)
+    if isinstance(error, UnknownModel):
+        return _refuse(404, one_line(error))
+    if isinstance(error, InvalidRequest):
+        return _refuse(400, one_line(error))
+    if isinstance(error, (Overloaded, Stopping)):
+        return _refuse(503, one_line(error), {"Retry-After": "1"})
+    log.error("a request failed", exc_info=error)
+    return _refuse(500, one_line(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    sentence = {
+        404: f"there is nothing at {request.url.path}",
+        405: f"{request.method} is not offered at {request.url.path}",
+    }.get(error.status_code, error.detail)
+    return _refuse(error.status_code, sentence, error.headers)
+
+
+async def _on_mistake(_request: Request, error: Exception) -> Response:
+    log.error("a request met a mistake of the server", exc_info=error)
+    return _refuse(500, "internal error: see the server's log")

@@ -1,0 +1,195 @@
+"""HTTP as it comes off the wire: every body has an answer, and no body brings a 500."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import zlib
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+INFER = "/v2/models/tiny/infer"
+PIXELS = np.zeros((1, 3, 8, 8), np.float32)
+IMAGES = {"name": "images", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": PIXELS.tolist()}
+TASK = {"name": "task", "datatype": "BYTES", "shape": [1], "data": ["pets"]}
+GOOD = {"inputs": [IMAGES, TASK]}
+
+
+@pytest.fixture(scope="module")
+def address(embed, service):
+    with embed(service) as addresses:
+        yield addresses.http
+
+
+def _call(address, method, path, body=b"", headers=None):
+    with closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+
+
+def _infer(address, message, **headers):
+    body = message if isinstance(message, bytes) else json.dumps(message).encode()
+    status, _, reply = _call(address, "POST", INFER, body, headers)
+    return status, json.loads(reply)
+
+
+def test_json_in_and_out(address, service):
+    status, reply = _infer(address, {**GOOD, "id": "seven"})
+    assert status == 200
+    assert (reply["model_name"], reply["model_version"], reply["id"]) == ("tiny", "1", "seven")
+    logits, label, score = reply["outputs"]
+    reference = service.answer(PIXELS, ["pets"])
+    assert np.array(logits["data"], np.float32).tobytes() == reference.logits.tobytes()
+    assert label == {
+        "name": "label",
+        "datatype": "BYTES",
+        "shape": [1, 1],
+        "data": list(reference.labels),
+    }
+    assert score["shape"] == [1, 1]
+
+
+def test_a_version_may_be_named(address):
+    body = json.dumps(GOOD).encode()
+    assert _call(address, "POST", "/v2/models/tiny/versions/1/infer", body)[0] == 200
+    assert _call(address, "POST", "/v2/models/tiny/versions/2/infer", body)[0] == 404
+
+
+def test_health_answers_in_json(address):
+    assert _call(address, "GET", "/v2/health/live")[2] == b'{"live":true}'
+    assert _call(address, "GET", "/v2/health/ready")[2] == b'{"ready":true}'
+
+
+def _without(entry, key):
+    return {name: value for name, value in entry.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[null,null]",
+        b"null",
+        b"1e999",
+        b"[" * 100_000,
+        b'{"inputs": ' + b"[" * 500 + b"]" * 500 + b"}",
+        {},
+        {"inputs": None},
+        {"inputs": {}},
+        {"inputs": [None]},
+        {"inputs": []},
+        {"inputs": [IMAGES, TASK], "outputs": None},
+        {"inputs": [IMAGES, TASK], "outputs": [None]},
+        {"inputs": [IMAGES, TASK], "outputs": [{}]},
+        {"inputs": [IMAGES, TASK], "outputs": [{"name": "x"}]},
+        {"inputs": [IMAGES, TASK], "parameters": []},
+        {"inputs": [IMAGES, TASK], "parameters": {"binary_data_output": "yes"}},
+        {"inputs": [IMAGES, TASK], "id": 7},
+        *({"inputs": [_without(IMAGES, key), TASK]} for key in IMAGES),
+        {"inputs": [{**IMAGES, "shape": [1, 3, 8, -8]}, TASK]},
+        {"inputs": [{**IMAGES, "shape": [1, 3, 8, 8.0]}, TASK]},
+        {"inputs": [{**IMAGES, "shape": [True, 3, 8, 8]}, TASK]},
+        {"inputs": [{**IMAGES, "shape": []}, TASK]},
+        {"inputs": [{**IMAGES, "shape": [10**30, 3, 8, 8]}, TASK]},
+        {"inputs": [{**IMAGES, "data": "x"}, TASK]},
+        {"inputs": [{**IMAGES, "data": [float("nan")] * 192}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": None}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": {"binary_data_size": 768}}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": {"binary_data_size": -1}}, TASK]},
+        {"inputs": [IMAGES, {**TASK, "data": [["pets"]], "shape": [1, 1, 1]}]},
+        {"inputs": [IMAGES, {**TASK, "data": [{}]}]},
+        {"inputs": [IMAGES, {**TASK, "data": [7]}]},
+    ],
+)
+def test_a_malformed_body_is_a_400_with_a_sentence(address, message):
+    status, reply = _infer(address, message)
+    assert status == 400, reply
+    assert reply["error"]
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "999999", "5", ""])
+def test_a_wrong_head_length_is_a_400(address, length):
+    status, reply = _infer(address, GOOD, **{"Inference-Header-Content-Length": length})
+    assert status == 400, reply
+
+
+def test_bytes_behind_the_last_input_are_refused(address):
+    head = json.dumps(GOOD).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    status, reply = _infer(address, head + b"more", **headers)
+    assert status == 400
+    assert "4 bytes" in reply["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status"),
+    [
+        (gzip.compress(json.dumps(GOOD).encode()), "gzip", 200),
+        (zlib.compress(json.dumps(GOOD).encode()), "deflate", 200),
+        (json.dumps(GOOD).encode(), "gzip", 400),
+        (gzip.compress(json.dumps(GOOD).encode())[:-20], "gzip", 400),
+        (json.dumps(GOOD).encode(), "br", 415),
+        (gzip.compress(b" " * (65 << 20), 1), "gzip", 413),
+    ],
+    ids=["gzip", "deflate", "not gzip", "cut", "unknown", "bomb"],
+)
+def test_packed_bodies(address, body, encoding, status):
+    found, reply = _infer(address, body, **{"Content-Encoding": encoding})
+    assert found == status, reply
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/models/other/ready", 404),
+        ("POST", "/v2/models/other/infer", 404),
+        ("GET", INFER, 405),
+        ("DELETE", "/v2/health/live", 405),
+        ("TRACE", "/v2", 405),
+    ],
+)
+def test_an_address_that_is_not_there(address, method, path, status):
+    found, headers, reply = _call(address, method, path)
+    assert found == status
+    assert json.loads(reply)["error"]
+    assert status != 405 or "allow" in {name.lower() for name in headers}
+
+
+_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["images", "task", "FP32", "BYTES", "pets", "logits"])
+)
+_KEYS = st.sampled_from(
+    ["inputs", "outputs", "parameters", "name", "datatype", "shape", "data", "binary_data_size"]
+)
+_VALUES = st.recursive(
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    value=_VALUES | st.fixed_dictionaries({"inputs": st.lists(_VALUES, max_size=3)}),
+    key=_KEYS,
+    entry=st.sampled_from([IMAGES, TASK]),
+)
+def test_no_json_brings_a_500(address, value, key, entry):
+    for message in (value, {"inputs": [IMAGES, {**entry, key: value}]}, {**GOOD, key: value}):
+        status, reply = _infer(address, message)
+        assert status in (200, 400), reply

@@ -1,0 +1,178 @@
+"""How requests meet in one engine call, and how they leave the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from utune_deploy.serving.batcher import Batcher
+from utune_deploy.serving.rejections import Overloaded, Stopping
+from utune_deploy.serving.service import Service
+
+
+class GatedSession:
+    """Records every engine call; waits for the gate before it runs."""
+
+    provider = "gated"
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+        self.calls: list[list[int]] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, images, task=None):
+        self.entered.set()
+        self.gate.wait()
+        self.calls.append(task.tolist())
+        return self.inner.run(images, task)
+
+
+@pytest.fixture
+def gated(service, bundle) -> Service:
+    return Service(bundle, GatedSession(service.session))
+
+
+async def _blocked(service: Service, batcher: Batcher, request) -> asyncio.Task:
+    """A request that the engine holds, so that what follows gathers in the queue."""
+    service.session.gate.clear()
+    service.session.entered.clear()
+    held = asyncio.create_task(batcher.submit(request))
+    while not service.session.entered.is_set():
+        await asyncio.sleep(0.001)
+    return held
+
+
+def _requests(service: Service, rows, sizes):
+    return [service.registry.check(*rows(size, seed=seed)) for seed, size in enumerate(sizes)]
+
+
+def test_rows_of_different_requests_and_tasks_share_one_call(gated, service, rows):
+    requests = _requests(gated, rows, [1, 3, 2, 3])
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            held = await _blocked(gated, batcher, requests[0])
+            others = [asyncio.create_task(batcher.submit(request)) for request in requests[1:]]
+            await asyncio.sleep(0)
+            gated.session.gate.set()
+            return [await task for task in (held, *others)]
+
+    answers = asyncio.run(main())
+    assert [len(call) for call in gated.session.calls] == [1, 8]
+    assert set(gated.session.calls[1]) == {0, 1, 2}
+    for request, answer in zip(requests, answers, strict=True):
+        reference = service.answer(request.images, request.tasks)
+        np.testing.assert_allclose(answer.logits, reference.logits, rtol=1e-5, atol=1e-4)
+        assert answer.labels == reference.labels
+
+
+def test_no_call_is_larger_than_the_engine_allows_and_order_is_kept(gated, rows):
+    requests = _requests(gated, rows, [1, 5, 5, 3, 8, 1])
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            tasks = [await _blocked(gated, batcher, requests[0])]
+            tasks += [asyncio.create_task(batcher.submit(request)) for request in requests[1:]]
+            await asyncio.sleep(0)
+            gated.session.gate.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert [len(call) for call in gated.session.calls] == [1, 5, 8, 8, 1]
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0, 60_000.0])
+def test_a_full_batch_leaves_at_once_whatever_the_delay(gated, rows, delay):
+    (full,) = _requests(gated, rows, [8])
+
+    async def main():
+        async with Batcher(gated, max_delay_ms=delay) as batcher:
+            await batcher.submit(full)
+
+    asyncio.run(main())
+    assert len(gated.session.calls) == 1
+
+
+def test_leaving_answers_what_waits_without_its_delay(gated, rows):
+    (request,) = _requests(gated, rows, [1])
+
+    async def main():
+        async with Batcher(gated, max_delay_ms=60_000) as batcher:
+            waiting = asyncio.create_task(batcher.submit(request))
+            await asyncio.sleep(0)
+        assert len(await waiting) == 1
+        with pytest.raises(Stopping):
+            await batcher.submit(request)
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses_newcomers_and_keeps_its_own(gated, rows):
+    requests = _requests(gated, rows, [1, 3, 2])
+
+    async def main():
+        async with Batcher(gated, max_queued_rows=4) as batcher:
+            held = await _blocked(gated, batcher, requests[0])
+            queued = asyncio.create_task(batcher.submit(requests[1]))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="queue is full"):
+                await batcher.submit(requests[2])
+            gated.session.gate.set()
+            assert [len(await task) for task in (held, queued)] == [1, 3]
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_request_leaves_the_queue_and_frees_its_room(gated, rows):
+    requests = _requests(gated, rows, [1, 4, 4])
+
+    async def main():
+        async with Batcher(gated, max_queued_rows=4) as batcher:
+            held = await _blocked(gated, batcher, requests[0])
+            dropped = asyncio.create_task(batcher.submit(requests[1]))
+            await asyncio.sleep(0)
+            dropped.cancel()
+            await asyncio.gather(dropped, return_exceptions=True)
+            kept = asyncio.create_task(batcher.submit(requests[2]))
+            await asyncio.sleep(0)
+            held.cancel()  # inside the engine: its rows run, nobody reads them
+            gated.session.gate.set()
+            assert len(await kept) == 4
+
+    asyncio.run(main())
+    assert [len(call) for call in gated.session.calls] == [1, 4]
+    assert gated.counters.read().rows == 4
+
+
+def test_cancelling_the_only_request_leaves_the_batcher_alive(gated, rows):
+    (request,) = _requests(gated, rows, [1])
+
+    async def main():
+        async with Batcher(gated, max_delay_ms=20) as batcher:
+            dropped = asyncio.create_task(batcher.submit(request))
+            await asyncio.sleep(0.001)
+            dropped.cancel()
+            await asyncio.sleep(0.03)
+            assert batcher.ready
+            assert len(await batcher.submit(request)) == 1
+
+    asyncio.run(main())
+
+
+def test_our_own_mistake_reaches_the_callers_and_the_batcher_lives_on(gated, rows, monkeypatch):
+    (request,) = _requests(gated, rows, [1])
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            with monkeypatch.context() as patch:
+                patch.setattr(gated, "run", lambda requests: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    await batcher.submit(request)
+            assert len(await batcher.submit(request)) == 1
+
+    asyncio.run(main())

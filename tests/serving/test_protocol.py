@@ -1,0 +1,136 @@
+"""Wire tensors: bytes and lists in, bytes and lists out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utune_deploy.serving import protocol
+from utune_deploy.serving.protocol import InputTensor, OutputRequest
+from utune_deploy.serving.rejections import InvalidRequest
+
+SHAPE = (2, 3, 8, 8)
+PIXELS = np.arange(2 * 3 * 8 * 8, dtype=np.float32).reshape(SHAPE)
+NAMES = b"\x04\0\0\0pets\x04\0\0\0cars"
+
+
+RAW = PIXELS.tobytes()
+
+
+def _images(content=RAW, shape=SHAPE, datatype="FP32") -> InputTensor:
+    return InputTensor("images", datatype, shape, content)
+
+
+def _task(content=NAMES, shape=(2, 1), datatype="BYTES") -> InputTensor:
+    return InputTensor("task", datatype, shape, content)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [_images(), _images(PIXELS.tolist()), _images(PIXELS.ravel().tolist())],
+    ids=["raw", "nested", "flat"],
+)
+@pytest.mark.parametrize(
+    "task",
+    [
+        _task(),
+        _task(shape=(2,)),
+        _task(["pets", "cars"]),
+        _task([["pets"], ["cars"]]),
+        _task([b"pets", b"cars"], shape=(2,)),
+    ],
+)
+def test_every_spelling_reads_the_same(service, images, task):
+    request = protocol.read_request(service.registry, [task, images])
+    assert request.images.tobytes() == PIXELS.tobytes()
+    assert request.tasks == ("pets", "cars")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ([], "an input is missing"),
+        ([_task()], "an input is missing"),
+        ([_images()], "names no task"),
+        ([_images(), _images(), _task()], "given twice"),
+        ([_images(), InputTensor("x", "FP32", (1,), [1])], "unknown input"),
+        ([_images(datatype="FP64"), _task()], "wrong datatype"),
+        ([_images(), _task(datatype="INT64")], "wrong datatype"),
+        ([_images(PIXELS.tobytes()[:-1]), _task()], "does not hold"),
+        ([_images(shape=(2, 3, 8, 9)), _task()], "does not hold"),
+        ([_images(shape=(10**9, 10**9)), _task()], "does not hold"),
+        ([_images([[1.0], [1.0, 2.0]]), _task()], "wrong kind"),
+        ([_images(["1.5"] * 384), _task()], "wrong kind"),
+        ([_images([None] * 384), _task()], "wrong kind"),
+        ([_images([True] * 384), _task()], "wrong kind"),
+        ([_images([10**400] * 384), _task()], "wrong kind"),
+        ([_images([1e39] * 384), _task()], "not finite"),
+        ([_images([float("nan")] * 384), _task()], "not finite"),
+        ([_images(), _task(NAMES[:-1])], "does not hold"),
+        ([_images(), _task(NAMES[:10])], "does not hold"),
+        ([_images(), _task(b"\xff\xff\xff\xffpets")], "does not hold"),
+        ([_images(), _task(["pets"])], "does not hold"),
+        ([_images(), _task([1, 2])], "wrong kind"),
+        ([_images(), _task([None, "pets"])], "wrong kind"),
+        ([_images(), _task(shape=(1, 2))], "wrong shape"),
+        ([_images(), _task(b"\x01\0\0\0\xff\x04\0\0\0cars")], "UTF-8"),
+    ],
+)
+def test_a_malformed_tensor_has_its_own_sentence(service, inputs, sentence):
+    with pytest.raises(InvalidRequest, match=sentence):
+        protocol.read_request(service.registry, inputs)
+
+
+def test_outputs_come_in_the_models_order_and_only_those_asked_for(service):
+    answers = service.answer(PIXELS / 100, ["pets", "cars"])
+    everything = protocol.write_answers(service.registry, answers)
+    assert [(t.name, t.datatype, t.array.shape) for t in everything] == [
+        ("logits", "FP32", (2, 5)),
+        ("label", "BYTES", (2, 1)),
+        ("score", "FP32", (2, 1)),
+    ]
+    some = [OutputRequest("score"), OutputRequest("label")]
+    tensors = protocol.write_answers(service.registry, answers, some)
+    assert [t.name for t in tensors] == ["label", "score"]
+
+
+def test_values_and_bytes_say_the_same(service):
+    answers = service.answer(PIXELS / 100, ["pets", "cars"])
+    logits, label, _ = protocol.write_answers(service.registry, answers)
+    assert np.array(logits.values(), np.float32).tobytes() == logits.raw()
+    assert label.values() == list(answers.labels)
+    first, second = (text.encode() for text in answers.labels)
+    head = [len(text).to_bytes(4, "little") for text in (first, second)]
+    assert label.raw() == head[0] + first + head[1] + second
+
+
+def test_classes_are_the_rows_own_best_first(service):
+    answers = service.answer(PIXELS / 100, ["pets", "cars"])
+    asked = [OutputRequest("logits", classes=9)]
+    (tensor,) = protocol.write_answers(service.registry, answers, asked)
+    assert tensor.datatype == "BYTES"
+    cells = tensor.array.tolist()
+    for row, (task, count) in enumerate((("pets", 5), ("cars", 3))):
+        best = np.argsort(-answers.logits[row, :count])
+        assert [cell.split(b":", 1)[1].decode() for cell in cells[row][:count]] == [
+            f"{index}:{task}-{index}" for index in best
+        ]
+        assert cells[row][count:] == [b""] * (5 - count)
+
+
+@pytest.mark.parametrize(
+    "output", [OutputRequest("x"), OutputRequest("label", 1), OutputRequest("logits", -1)]
+)
+def test_an_output_that_is_not_there_is_refused(output):
+    with pytest.raises(InvalidRequest):
+        protocol.check_outputs([output])
+
+
+def test_the_task_is_optional_only_where_there_is_one(service, single):
+    from utune_deploy.serving.registry import Registry
+
+    several = protocol.model_config(service.registry, max_delay_ms=1)
+    alone = protocol.model_config(Registry(single), max_delay_ms=0)
+    assert [entry.get("optional", False) for entry in several["input"]] == [False, False]
+    assert [entry.get("optional", False) for entry in alone["input"]] == [False, True]
+    assert several["dynamic_batching"]["max_queue_delay_microseconds"] == 1000

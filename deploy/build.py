@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import timm
@@ -23,6 +21,7 @@ from ..merge.mixed import Mixed, Single
 from ..merge.sites import Sites, measure
 from .check import Evidence, check_engine
 from .plan import Plan, make_plan
+from .versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
 
 ENGINE_FILE = "model.onnx"
-LIBRARIES = ("utune-deploy", "torch", "timm", "onnx", "onnx-ir", "onnxruntime-gpu", "safetensors", "numpy")
-IDENTITY = "utune.identity"
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def export_bundle(
         backbone.identity.to_json(), plan.mode, plan.bank, entries, "fp32"
     )
     progress("serialise")
-    engine = serialise(model, {IDENTITY: identity})
+    engine = serialise(model, {bundles.IDENTITY: identity})
     bank_tensors = (
         {f"bank/{key}": tensor.float().numpy() for key, tensor in stacked.tensors.items()}
         if plan.bank == "inputs" and stacked is not None
@@ -122,7 +119,9 @@ def export_bundle(
         raise CheckFailed(
             "the engine does not agree with torch, so no bundle was written",
             where=output,
-            found="; ".join(f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in verdict.failures[:3]),
+            found="; ".join(
+                f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in verdict.failures[:3]
+            ),
             do="report this with the deltas: an exact rewrite was not exact",
         )
     progress("write")
@@ -191,14 +190,3 @@ def backbone_engine(backbone: Backbone) -> bytes:
     model = trace(backbone.model, Inputs(backbone.example(batch=2)))
     rewrite(model)
     return serialise(clean(model), {})
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape an engine."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "absent"
-    return found

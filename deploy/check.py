@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,23 +16,28 @@ import numpy as np
 import onnx
 import torch
 
-from ..export.parity import Comparison, Verdict, budget, compare, relative_error
+from ..export.parity import FLOOR, UNIT, Comparison, Verdict, budget, compare, relative_error
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.attach import restore
+from ..merge.errors import IncompatibleArtefact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
+    from ..export.bundle import Bundle
     from ..export.engine import Session
     from ..merge.attach import Tuned
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
     from ..merge.sites import Sites
 
+    _Live = tuple[str, nn.Parameter, Tensor]  # name, tensor, a step that moves the answer
+
 ODD = 3
-LIVENESS_SECONDS = 60.0  # past this, liveness samples instead of trying every tensor
+SAMPLE = 32  # tensors that liveness really changes, besides measuring the slope of all
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 
@@ -44,7 +48,7 @@ class Evidence:
     Attributes:
         images: Preprocessed real pictures `[n, C, H, W]` float32 by task; tasks without any use noise.
         seed: Of the noise.
-        every_tensor: Try every tensor for liveness, however long it takes.
+        every_tensor: Really change every tensor for liveness, however long it takes.
     """
 
     images: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -79,7 +83,38 @@ def check_engine(
         threads: Of the engine.
         provider: Of the engine.
     """
-    return _Check(engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, threads, provider).run()
+    return _Check(
+        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, threads, provider
+    ).run()
+
+
+def require_tasks(bundle: Bundle, deltas: Mapping[str, Delta]) -> list[Delta]:
+    """The deltas of a bundle's tasks, in row order.
+
+    Args:
+        bundle: The bundle.
+        deltas: By the SHA-256 of their files.
+
+    Raises:
+        IncompatibleArtefact: A task's delta is not among them, or one is of no task.
+    """
+    wanted = {task.delta: task.name for task in bundle.tasks}
+    for digest, delta in deltas.items():
+        if digest not in wanted:
+            raise IncompatibleArtefact(
+                "a delta is not one that the bundle was exported from",
+                where=f"task {delta.task}",
+                wanted=", ".join(f"{name} {key[:16]}" for key, name in wanted.items()),
+                found=digest[:16],
+            )
+    if missing := [name for key, name in wanted.items() if key not in deltas]:
+        raise IncompatibleArtefact(
+            "the deltas of some tasks are not given",
+            where=bundle.path,
+            wanted=", ".join(missing),
+            do="name the delta of every task of the bundle",
+        )
+    return [deltas[task.delta] for task in bundle.tasks]
 
 
 class _Check:
@@ -103,6 +138,7 @@ class _Check:
         self.models = [restore(backbone, delta, sites).eval() for delta in deltas]
         double = copy.deepcopy(backbone.model).double()
         self.exact = [_in_double(model, double) for model in self.models]
+        self.cases: dict[tuple[int, bool], _Case] = {}
         self.classes = [len(delta.labels) for delta in deltas]
 
     def open(self, engine: bytes, bank: Mapping[str, NDArray[np.float32]]) -> Session:
@@ -125,7 +161,9 @@ class _Check:
 
     # what is fed
 
-    def batch(self, size: int, *, real: bool = False) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def batch(
+        self, size: int, *, real: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Images and task rows; tasks take turns."""
         task = np.arange(size, dtype=np.int64) % len(self.deltas)
         noise = np.random.default_rng(self.evidence.seed + size)
@@ -155,7 +193,9 @@ class _Check:
         self, images: NDArray[np.float32], task: NDArray[np.int64], session: Session | None = None
     ) -> NDArray:
         """The engine's logits `[B, K]`; absent classes hold 0 after making sure they cannot win."""
-        logits = (session or self.session).run(images, task if self.mixes else None).astype(np.float64)
+        logits = (
+            (session or self.session).run(images, task if self.mixes else None).astype(np.float64)
+        )
         for row, number in enumerate(task):
             absent = logits[row, self.classes[number] :]
             if absent.size and not (absent < logits[row, : self.classes[number]].min()).all():
@@ -165,32 +205,37 @@ class _Check:
 
     # what is compared
 
+    def case(self, size: int, *, real: bool) -> _Case:
+        """A batch with its reference and budget; made once."""
+        if (size, real) not in self.cases:
+            images, task = self.batch(size, real=real)
+            exact = self.reference(images, task, self.exact)
+            plain = self.reference(images, task, self.models)
+            self.cases[size, real] = _Case(images, task, exact, budget(plain, exact, "fp32"))
+        return self.cases[size, real]
+
     def parity(self, size: int, *, real: bool) -> Comparison:
-        images, task = self.batch(size, real=real)
-        exact = self.reference(images, task, self.exact)
-        allowed = budget(self.reference(images, task, self.models), exact, "fp32")
+        case = self.case(size, real=real)
         name = f"parity, batch {size}, {'real images' if real else 'seeded noise'}"
-        return compare(name, self.answer(images, task), exact, allowed)
+        return compare(name, self.answer(case.images, case.task), case.exact, case.allowed)
 
     def row_isolation(self) -> Comparison:
-        size = min(self.max_batch, max(2, 2 * len(self.deltas)))
-        images, task = self.batch(size, real=bool(self.evidence.images))
-        exact = self.reference(images, task, self.exact)
-        allowed = budget(self.reference(images, task, self.models), exact, "fp32")
+        case = self.case(self.max_batch, real=bool(self.evidence.images))
         alone = np.concatenate(
-            [self.answer(images[row : row + 1], task[row : row + 1]) for row in range(size)]
+            [
+                self.answer(case.images[row : row + 1], case.task[row : row + 1])
+                for row in range(len(case.task))
+            ]
         )
-        return compare("row isolation: mixed batch == one by one", self.answer(images, task), alone, allowed)
+        together = self.answer(case.images, case.task)
+        return compare("row isolation: mixed batch == one by one", together, alone, case.allowed)
 
     def permutation(self) -> Comparison:
-        size = min(self.max_batch, 2 * len(self.deltas))
-        images, task = self.batch(size)
-        order = np.random.default_rng(self.evidence.seed).permutation(size)
-        straight = self.answer(images, task)[order]
-        exact = self.reference(images, task, self.exact)
-        allowed = budget(self.reference(images, task, self.models), exact, "fp32")
-        shuffled = self.answer(images[order], task[order])
-        return compare("permutation of rows and tasks", shuffled, straight, allowed)
+        case = self.case(self.max_batch, real=False)
+        order = np.random.default_rng(self.evidence.seed).permutation(len(case.task))
+        straight = self.answer(case.images, case.task)[order]
+        shuffled = self.answer(case.images[order], case.task[order])
+        return compare("permutation of rows and tasks", shuffled, straight, case.allowed)
 
     def outside_rows(self) -> Comparison:
         """A task row that the bank does not have answers NaN, and its neighbours do not notice."""
@@ -208,80 +253,145 @@ class _Check:
         """
         count = len(self.deltas)
         images, task = self.batch(count)
-        before = self.session.run(images, task)
-        same = True
+        session, bank = self.with_bank_as_input()
+        before = session.run(images, task)
+        same = relative_error(before, self.session.run(images, task)) <= FLOOR * UNIT["fp32"]
+        noise = np.random.default_rng(self.evidence.seed)
         for bit in range(max(1, (count - 1).bit_length())):
             for kept in (0, 1):
                 keep = np.array([(row >> bit) & 1 == kept for row in range(count)])
                 if keep.all() or not keep.any():
                     continue
-                after = self.with_garbage(~keep).run(images, task)
+                spoiled = {name: values.copy() for name, values in bank.items()}
+                for values in spoiled.values():
+                    values[~keep] = GARBAGE * noise.standard_normal(values[~keep].shape)
+                session.replace_bank(spoiled)
+                after = session.run(images, task)
                 same &= np.array_equal(before[keep], after[keep])
-                same &= not np.array_equal(before[~keep], after[~keep])  # the garbage did arrive
-        return _yes_or_no("isolation from other tasks' tensors, bit for bit", count, same)
+                same &= all(  # the garbage did arrive
+                    not np.array_equal(b, a)
+                    for b, a in zip(before[~keep], after[~keep], strict=True)
+                )
+        return _yes_or_no("isolation from other tasks' tensors, bit for bit", count, bool(same))
 
-    def with_garbage(self, spoiled: NDArray[np.bool_]) -> Session:
-        """The engine with the spoiled tasks' rows of the bank replaced."""
-        noise = np.random.default_rng(self.evidence.seed)
-
-        def spoil(values: NDArray[np.float32]) -> NDArray[np.float32]:
-            values = values.copy()
-            values[spoiled] = GARBAGE * noise.standard_normal(values[spoiled].shape)
-            return values
-
+    def with_bank_as_input(self) -> tuple[Session, Mapping[str, NDArray[np.float32]]]:
+        """The engine with its bank as an input, whatever it is in the bundle, and that bank."""
         if self.bank:
-            return self.open(self.engine, {name: spoil(value) for name, value in self.bank.items()})
+            return self.open(self.engine, self.bank), self.bank
         model = onnx.load_from_string(self.engine)
-        for tensor in model.graph.initializer:
-            if tensor.name.startswith("bank/"):
-                tensor.CopyFrom(onnx.numpy_helper.from_array(spoil(onnx.numpy_helper.to_array(tensor)), tensor.name))
-        return self.open(model.SerializeToString(), {})
+        inside = [tensor for tensor in model.graph.initializer if tensor.name.startswith("bank/")]
+        bank = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in inside}
+        for tensor in inside:
+            model.graph.initializer.remove(tensor)
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+        return self.open(model.SerializeToString(), bank), bank
 
     def liveness(self) -> Comparison:
-        """Change one tensor in torch: the engine must no longer agree with it.
+        """Every tensor moves the answer, and the engine does not agree with a changed one.
 
-        A tensor that does not change torch's own answer either is inert in the task itself (a bias of
-        the keys, say) and is named; a branch none of whose tensors matter fails the check.
+        The slope of torch's logits along each tensor says how far a change of the tensor's own size
+        would move them; a sample of tensors (all with `every_tensor`) is then really changed, and the
+        engine must no longer agree with torch. A tensor without slope is inert in the task itself
+        (a bias of the keys, say) and is named; a branch of such tensors only fails the check.
         """
         images, _ = self.batch(1, real=bool(self.evidence.images))
-        tried = inert = 0
-        names: list[str] = []
-        dead: list[str] = []
-        unseen: list[str] = []
-        every, began = True, time.monotonic()
+        found = _Liveness()
         for number, (delta, model) in enumerate(zip(self.deltas, self.models, strict=True)):
             task = np.array([number])
-            engine = self.answer(images, task)
-            exact = self.reference(images, task, self.exact)
             plain = self.reference(images, task, self.models)
-            allowed = budget(plain, exact, "fp32")
-            for branch, weights in zip(delta.branches, model.weights, strict=True):
-                alive = False
-                for name, parameter in weights.items():  # type: ignore[attr-defined]
-                    late = time.monotonic() - began > LIVENESS_SECONDS
-                    if late and not self.evidence.every_tensor and alive:
-                        every = False
-                        continue
-                    tried += 1
-                    before = parameter.data
-                    parameter.data = before + _nudge(before, tried)
-                    changed = self.reference(images, task, self.models)
-                    parameter.data = before
-                    if relative_error(changed, plain) <= 2 * allowed:
-                        inert += 1
-                        names.append(f"{delta.task}: {branch}/{name}")
-                        continue
-                    alive = True
-                    if relative_error(engine, changed) <= allowed:
-                        unseen.append(f"{delta.task}: {branch}/{name}")
-                if not alive:
-                    dead.append(f"{delta.task}: {branch}")
-        note = f"{tried} tensors changed one by one" + ("" if every else ", a sample")
-        if names:
-            note += f"; {inert} without effect in torch either ({', '.join(names[:3])})"
-        if dead or unseen:
-            note += f"; dead branches: {dead[:3]}; not in the engine: {unseen[:3]}"
-        return _yes_or_no("liveness of every tensor", tried, not dead and not unseen, note)
+            allowed = budget(plain, self.reference(images, task, self.exact), "fp32")
+            steps = _steps(model, torch.from_numpy(images), plain)
+            live: list[tuple[str, nn.Parameter, Tensor]] = []
+            for (branch, weights), slopes in zip(
+                zip(delta.branches, model.weights, strict=True), steps, strict=True
+            ):
+                moves = [name for name, (moved, _) in slopes.items() if moved > 2 * allowed]
+                found.tensors += len(slopes)
+                found.inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
+                if not moves:
+                    found.dead.append(f"{delta.task}: {branch}")
+                live += [(f"{branch}/{n}", weights[n], slopes[n][1]) for n in moves]  # type: ignore[index]
+            engine = self.answer(images, task)
+            for name, parameter, step in self.sample(live):
+                before = parameter.data
+                parameter.data = before + step
+                changed = self.reference(images, task, self.models)
+                parameter.data = before
+                found.changed += 1
+                if relative_error(changed, plain) > 2 * allowed >= relative_error(engine, changed):
+                    found.absent.append(f"{delta.task}: {name}")
+        return _yes_or_no(
+            "liveness of every tensor",
+            found.tensors,
+            not found.dead and not found.absent,
+            str(found),
+        )
+
+    def sample(self, live: Sequence[_Live]) -> Sequence[_Live]:
+        """The tensors of one task to change: all, or an even choice."""
+        share = max(2, SAMPLE // len(self.deltas))
+        if self.evidence.every_tensor or len(live) <= share:
+            return live
+        chosen = np.random.default_rng(self.evidence.seed).choice(len(live), share, replace=False)
+        return [live[index] for index in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class _Case:
+    images: NDArray[np.float32]
+    task: NDArray[np.int64]
+    exact: NDArray
+    allowed: float
+
+
+@dataclass
+class _Liveness:
+    tensors: int = 0
+    changed: int = 0
+    inert: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"slope of {self.tensors} tensors, {self.changed} changed one by one"]
+        for what, names in (
+            ("inert in torch too", self.inert),
+            ("branches without any effect", self.dead),
+            ("not in the engine", self.absent),
+        ):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                parts.append(f"{what}: {', '.join(names[:3])}{more}")
+        return "; ".join(parts)
+
+
+def _steps(model: Tuned, images: Tensor, plain: NDArray) -> list[dict[str, tuple[float, Tensor]]]:
+    """Per branch and tensor: how far a step of the tensor's own size moves the logits, and the step.
+
+    The first number is a lower bound to first order, over the largest logit: the slope of a sum of
+    logits with random signs, divided by their number.
+    """
+    named = [dict(weights.items()) for weights in model.weights]  # type: ignore[union-attr]
+    flat = [parameter for weights in named for parameter in weights.values()]
+    logits = model(images)
+    signs = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).sign()
+    slopes = torch.autograd.grad((signs * logits).sum(), flat, allow_unused=True)
+    scale = float(np.abs(plain).max()) or 1.0
+    found, at = [], iter(zip(flat, slopes, strict=True))
+    for weights in named:
+        steps = {}
+        for name in weights:
+            parameter, slope = next(at)
+            size = float(parameter.detach().double().pow(2).mean().sqrt()) or 0.1
+            if slope is None:
+                steps[name] = (0.0, torch.zeros_like(parameter))
+                continue
+            moved = size * float(slope.double().abs().sum()) / logits.numel() / scale
+            steps[name] = (moved, size * slope.sign())
+        found.append(steps)
+    return found
 
 
 def _in_double(model: Tuned, trunk: torch.nn.Module) -> Tuned:
@@ -289,13 +399,6 @@ def _in_double(model: Tuned, trunk: torch.nn.Module) -> Tuned:
     shared = model.trunk
     twin = copy.deepcopy(model, {id(shared): trunk, id(model.backbone): model.backbone})
     return twin.double()
-
-
-def _nudge(value: torch.Tensor, seed: int) -> torch.Tensor:
-    """Seeded noise as large as the tensor itself."""
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    size = float(value.double().pow(2).mean().sqrt())
-    return (noise.sign() * noise.abs().clamp(min=0.5) * (size or 0.1)).to(value.dtype)
 
 
 def _yes_or_no(name: str, rows: int, passed: bool, note: str = "") -> Comparison:

@@ -78,7 +78,9 @@ def make_plan(
         UsageError: The mode does not fit the tasks; a branch cannot fold and its reason.
     """
     if mode not in MODES or bank not in BANKS:
-        raise UsageError("unknown mode or bank", wanted=f"{MODES}, {BANKS}", found=f"{mode}, {bank}")
+        raise UsageError(
+            "unknown mode or bank", wanted=f"{MODES}, {BANKS}", found=f"{mode}, {bank}"
+        )
     if not deltas:
         raise UsageError("there is no task to export", do="name at least one delta")
     if mode in ("merged", "parallel") and len(deltas) > 1:
@@ -132,6 +134,9 @@ def _task(delta: Delta, mode: str, refused: Sequence[Any]) -> TaskPlan:
         why = "it would fold alone, but folded weights serve one task per engine"
     else:
         why = "asked for; it would fold exactly"
-    if any(branch.tuner.join == "tokens" for branch in delta.branches.values()) and mode != "merged":
+    if (
+        any(branch.tuner.join == "tokens" for branch in delta.branches.values())
+        and mode != "merged"
+    ):
         why += "; deep prompts become constant prefixes"
     return TaskPlan(delta.task, "merged" if mode == "merged" else "parallel", why, dict(kinds))

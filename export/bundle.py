@@ -32,6 +32,7 @@ FORMAT = "utune-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 BANK = "bank.safetensors"
+IDENTITY = "utune.identity"  # metadata key inside the engine file
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,27 @@ class Bundle:
 
         Raises:
             MissingDependency: The provider cannot be loaded.
-            IncompatibleArtefact: The engine cannot be loaded.
+            IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
         """
-        return target(self.engine.target).open_session(
+        session = target(self.engine.target).open_session(
             self.path / self.engine.file,
             provider=provider,
             threads=threads,
             bank=self.read_bank(),
         )
+        if session.metadata.get(IDENTITY) != self.identity:
+            raise IncompatibleArtefact(
+                "the engine belongs to another bundle",
+                where=self.path / self.engine.file,
+                wanted=f"identity {self.identity}",
+                found=f"identity {session.metadata.get(IDENTITY, 'none')}",
+                do="copy the bundle again, or export it again",
+            )
+        return session
+
+    def read_engine(self) -> bytes:
+        """The engine file."""
+        return (self.path / self.engine.file).read_bytes()
 
     def read_bank(self) -> dict[str, Any]:
         """The bank's tensors by engine input name; empty unless the bank is an input."""

@@ -48,7 +48,9 @@ class Inputs:
     bank: Mapping[str, Tensor] | None = None
 
 
-def trace(module: nn.Module, inputs: Inputs, *, rename: Mapping[str, str] | None = None) -> ir.Model:
+def trace(
+    module: nn.Module, inputs: Inputs, *, rename: Mapping[str, str] | None = None
+) -> ir.Model:
     """The graph of `module(images, task, *bank)`, constants folded, nothing else rewritten.
 
     Args:
@@ -104,9 +106,7 @@ def trace(module: nn.Module, inputs: Inputs, *, rename: Mapping[str, str] | None
 def clean(model: ir.Model) -> ir.Model:
     """Fold what is constant, drop what is unused, lift constants, name every node."""
     with _quiet():
-        optimizer.fold_constants(
-            model, input_size_limit=UNLIMITED, output_size_limit=UNLIMITED
-        )
+        optimizer.fold_constants(model, input_size_limit=UNLIMITED, output_size_limit=UNLIMITED)
     for step in (
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -152,7 +152,7 @@ def specs(values: Sequence[ir.Value]) -> tuple[Spec, ...]:
 
 
 @contextlib.contextmanager
-def _quiet():  # noqa: ANN202 - the exporter prints and warns about its own internals
+def _quiet():
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,9 +1,9 @@
 """Tuners on a frozen backbone, as a module that an ordinary torch loop trains.
 
-    tuned = attach(backbone, lora(4), classes=10)
-    optimizer = torch.optim.AdamW(tuned.trainable(), lr=1e-3)
-    ...
-    save_delta(path, tuned.delta("digits", labels))
+tuned = attach(backbone, lora(4), classes=10)
+optimizer = torch.optim.AdamW(tuned.trainable(), lr=1e-3)
+...
+save_delta(path, tuned.delta("digits", labels))
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Backbone:
         return torch.randn(batch, self.channels, *self.image_size, generator=noise).to(dtype)
 
     def preprocessing(self) -> Preprocessing:
-        """timm's own preprocessing for this architecture at this image size."""
+        """Timm's own preprocessing for this architecture at this image size."""
         cfg = self.model.pretrained_cfg or {}  # type: ignore[union-attr]
         interpolation = cfg.get("interpolation", "bicubic")
         return Preprocessing(
@@ -136,12 +136,12 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
         )
     model.eval().requires_grad_(requires_grad=False)
     for module in model.modules():
-        if hasattr(module, "fused_attn"):  # one attention call: where prefixes join, and one ONNX node
+        if hasattr(
+            module, "fused_attn"
+        ):  # one attention call: where prefixes join, and one ONNX node
             module.fused_attn = True  # type: ignore[assignment]
     arguments = {k: v for k, v in arguments.items() if k != "num_classes"}
-    identity = Identity(
-        architecture, arguments, fingerprint(dict(model.state_dict()), classifier)
-    )
+    identity = Identity(architecture, arguments, fingerprint(dict(model.state_dict()), classifier))
     return Backbone(model, identity, classifier)
 
 
@@ -171,9 +171,7 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
     return wrap(model, architecture, arguments)
 
 
-def load(
-    architecture: str | None, arguments: Mapping[str, Any] | None, weights: Path
-) -> Backbone:
+def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights: Path) -> Backbone:
     """A backbone from a file of weights, or from a folder that `save` wrote.
 
     Args:
@@ -262,9 +260,7 @@ def _described(
     return found
 
 
-def _require_same(
-    path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> None:
+def _require_same(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     for what, names in (
         ("lacks tensors", sorted(set(wanted) - set(found))),
         ("has tensors that the architecture lacks", sorted(set(found) - set(wanted))),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import IncompatibleArtefact, UsageError
-from .tuner import Branch, bind
+from .tuner import Branch, Point, bind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -91,9 +91,10 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
     """
     slots = tuple(slots)
     taken: dict[str, str] = {}
+    last: dict[Point, int] = {}
     for name, branch in delta.branches.items():
-        free = [s for s in slots if s.branch == branch and s.name not in taken]
-        if not free:
+        at = _next(slots, branch, last)
+        if at is None:
             raise IncompatibleArtefact(
                 "the bank has no slot for a branch",
                 where=f"task {delta.task}: {name}",
@@ -101,7 +102,8 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
                 found=f"{branch.tuner} from {branch.tap} to {branch.add}",
                 do="export the bundle again with this task",
             )
-        taken[free[0].name] = name
+        taken[slots[at].name] = name
+        last[branch.add] = at
     dtype = delta.tensors[delta.head]["weight"].dtype
     row: dict[str, Tensor] = {}
     for slot in slots:
@@ -109,7 +111,8 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
         stored = delta.tensors[taken[slot.name]] if slot.name in taken else None
         settled = tuner.settle(stored) if stored is not None else {}
         for tensor in tuner.served:
-            padded = torch.full(slot.shape(tensor), tuner.fill.get(tensor, 0.0), dtype=dtype)
+            fill = max(tuner.fill.get(tensor, 0.0), torch.finfo(dtype).min)
+            padded = torch.full(slot.shape(tensor), fill, dtype=dtype)
             if stored is not None:
                 value = settled[tensor]
                 if any(have > room for have, room in zip(value.shape, padded.shape, strict=True)):
@@ -126,20 +129,27 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
 
 
 def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
-    """The slots that hold every branch of every task, in an order that respects each task's own."""
+    """The slots that hold every branch of every task.
+
+    At each point they stand in an order that respects each task's own: a serial branch reads what
+    the ones before it left.
+    """
     slots: list[Slot] = []
     for delta in deltas:
-        taken: set[str] = set()
+        last: dict[Point, int] = {}
         for name, branch in delta.branches.items():
-            sizes = bind(branch.tuner.shapes, delta.tensors[name], where=f"task {delta.task}: {name}")
-            at = next(
-                (i for i, s in enumerate(slots) if s.branch == branch and s.name not in taken), None
+            if branch.tuner.join == "tokens":
+                raise ValueError(f"task {delta.task}: {name}: lower prompts before stacking")
+            sizes = bind(
+                branch.tuner.shapes, delta.tensors[name], where=f"task {delta.task}: {name}"
             )
+            at = _next(slots, branch, last)
             if at is None:
                 used = {slot.name for slot in slots}
                 number = next(i for i in range(len(slots) + 1) if f"{name}.{i}" not in used)
-                slots.append(Slot(f"{name}.{number}", branch, sizes))
-                taken.add(slots[-1].name)
+                at = _room(slots, branch, last)
+                slots.insert(at, Slot(f"{name}.{number}", branch, sizes))
+                last = {point: i + (i >= at) for point, i in last.items()} | {branch.add: at}
                 continue
             slot = slots[at]
             for axis in ("in", "out"):
@@ -153,5 +163,21 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
             if "r" in sizes:
                 sizes = {**sizes, "r": max(sizes["r"], slot.sizes["r"])}
             slots[at] = Slot(slot.name, branch, sizes)
-            taken.add(slot.name)
+            last[branch.add] = at
     return tuple(slots)
+
+
+def _next(slots: Sequence[Slot], branch: Branch, last: Mapping[Point, int]) -> int | None:
+    """The first slot for a branch behind the one that its task took last at the same point."""
+    behind = range(last.get(branch.add, -1) + 1, len(slots))
+    return next((i for i in behind if slots[i].branch == branch), None)
+
+
+def _room(slots: Sequence[Slot], branch: Branch, last: Mapping[Point, int]) -> int:
+    """Where a new slot goes: behind the one taken last at its point, in front of the others there.
+
+    No slot behind it holds an equal branch, so the tasks before keep theirs.
+    """
+    if branch.add in last:
+        return last[branch.add] + 1
+    return next((i for i, s in enumerate(slots) if s.branch.add == branch.add), len(slots))

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 FORMAT = "utune-delta"
 VERSION = 1
 KEY = "utune"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIDES_OF = {
+    "add": ("input", "output"),
+    "replace": ("output",),
+    "extend": ("keys",),
+    "tokens": ("tokens",),
+}
 
 
 @dataclass(frozen=True)
@@ -157,13 +164,22 @@ def validate(delta: Delta, *, where: object) -> None:
         raise IncompatibleArtefact(
             "a delta has exactly one head", where=where, found=", ".join(heads) or "none"
         )
+    if surplus := sorted(set(delta.tensors) - set(delta.branches)):
+        raise IncompatibleArtefact(
+            "the file holds tensors of branches that its header does not declare",
+            where=where,
+            wanted=", ".join(delta.branches),
+            found=", ".join(surplus),
+        )
     for name, branch in delta.branches.items():
+        _require_side(branch, where=f"{where}: {name}")
         bind(branch.tuner.shapes, delta.tensors.get(name, {}), where=f"{where}: {name}")
         for key, tensor in delta.tensors[name].items():
-            if not tensor.is_floating_point():
+            if tensor.dtype not in DTYPES:
                 raise IncompatibleArtefact(
                     "a tensor does not hold floating-point numbers",
                     where=f"{where}: {name}/{key}",
+                    wanted="float16, bfloat16, float32 or float64",
                     found=tensor.dtype,
                 )
             if not torch.isfinite(tensor).all():
@@ -202,6 +218,20 @@ def require_backbone(
         )
     for name, branch in delta.branches.items():
         sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
+
+
+def _require_side(branch: Branch, *, where: object) -> None:
+    join = branch.tuner.join
+    taps = ("input", "output") if join in ("add", "replace") else (branch.add.side,)
+    beside = join in ("extend", "tokens") and not branch.serial
+    if branch.add.side not in SIDES_OF[join] or branch.tap.side not in taps or beside:
+        raise IncompatibleArtefact(
+            f"a {branch.tuner.kind} branch cannot stand here",
+            where=where,
+            wanted=f"added at MODULE:SIDE with SIDE one of {', '.join(SIDES_OF[join])}"
+            + (", and tapped at the same point" if join in ("extend", "tokens") else ""),
+            found=f"from {branch.tap} to {branch.add}",
+        )
 
 
 def _header(delta: Delta) -> dict[str, Any]:
@@ -253,13 +283,6 @@ def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) ->
         raise IncompatibleArtefact(
             "the header of the delta lacks a field", where=path, found=repr(cause)
         ) from cause
-    if surplus := sorted(set(tensors) - set(branches)):
-        raise IncompatibleArtefact(
-            "the file holds tensors of branches that its header does not declare",
-            where=path,
-            wanted=", ".join(branches),
-            found=", ".join(surplus),
-        )
     return delta
 
 
@@ -273,8 +296,9 @@ def _branch(path: Path, entry: Mapping[str, Any]) -> Branch:
             found=entry["kind"],
             do="use a newer version of utune-deploy",
         )
+    where = f"{path}: {entry['name']}"
     return Branch(
-        tuner=kind.from_settings(entry["settings"], where=f"{path}: {entry['name']}"),
-        tap=Point.parse(entry["tap"]),
-        add=Point.parse(entry["add"]),
+        tuner=kind.from_settings(entry["settings"], where=where),
+        tap=Point.parse(entry["tap"], where=where),
+        add=Point.parse(entry["add"], where=where),
     )

@@ -157,7 +157,9 @@ def _fold(delta: Delta, backbone: Backbone) -> tuple[nn.Module, list[Refusal]]:
                 raise CannotFold(f"it joins at {branch.add}, in front of an op")
             op = submodule(model, branch.add.module)
             if not branch.serial and branch.tap != Point(branch.add.module, "input"):
-                raise CannotFold(f"it reads {branch.tap}, which is not the input of {branch.add.module}")
+                raise CannotFold(
+                    f"it reads {branch.tap}, which is not the input of {branch.add.module}"
+                )
             w = {key: tensor.double() for key, tensor in delta.tensors[name].items()}
             changed = branch.tuner.fold(w, op, serial=branch.serial)
         except CannotFold as answer:
@@ -176,7 +178,11 @@ def _replace_classifier(model: nn.Module, path: str, changed: Mapping[str, Tenso
     layer = torch.nn.Linear(features, classes, dtype=torch.float64)
     layer.load_state_dict(dict(changed))
     parent, _, name = path.rpartition(".")
-    setattr(submodule(model, parent) if parent else model, name, layer.requires_grad_(requires_grad=False))
+    setattr(
+        submodule(model, parent) if parent else model,
+        name,
+        layer.requires_grad_(requires_grad=False),
+    )
 
 
 def _loss(name: str, frozen: Tensor, exact: Tensor, dtype: torch.dtype) -> Loss:

@@ -54,15 +54,18 @@ def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
     keys = {name: attention_inside(sites, branch.add.module) for name, branch in prompts.items()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles: list[Any] = []
-    for name, point in keys.items():
-        length = delta.tensors[name]["token"].shape[0]
-        watch = _Watch(name, length, seen)
-        module = model.get_submodule(point.module)
-        handles.append(module.register_forward_pre_hook(watch.enter))
-        handles.append(module.register_forward_hook(watch.leave))
     images = backbone.example(batch=2).double()
     try:
         with torch.no_grad(), joined(model, weighted):
+            # The watches stand inside what `joined` opens: they see the keys that end in the prompt,
+            # before a prefix of the same block lengthens them.
+            for name, point in keys.items():
+                watch = _Watch(name, delta.tensors[name]["token"].shape[0], seen)
+                module = model.get_submodule(point.module)
+                handles.append(module.register_forward_pre_hook(watch.enter))
+                handles.append(
+                    module.register_forward_hook(watch.leave, prepend=True, always_call=True)
+                )
             model(images)
     finally:
         for handle in handles:

@@ -80,7 +80,10 @@ class EveryBias:
 
 
 def lora(
-    rank: int, *, alpha: float | None = None, at: str = "attn.qkv",
+    rank: int,
+    *,
+    alpha: float | None = None,
+    at: str = "attn.qkv",
     blocks: tuple[int, ...] | None = None,
 ) -> list[Planting]:
     """LoRA on one linear layer per block, scale alpha / rank (arXiv 2106.09685)."""
@@ -90,7 +93,11 @@ def lora(
 
 
 def parallel_adapter(
-    rank: int, *, at: str = "mlp", activation: str = "relu", scale: float = 1.0,
+    rank: int,
+    *,
+    at: str = "mlp",
+    activation: str = "relu",
+    scale: float = 1.0,
     blocks: tuple[int, ...] | None = None,
 ) -> list[Planting]:
     """An adapter beside an op that reads what the op reads (arXiv 2205.13535, 2303.00690)."""
@@ -99,7 +106,10 @@ def parallel_adapter(
 
 
 def dual_adapter(
-    rank: int, *, activation: str = "relu", scale: float = 1.0,
+    rank: int,
+    *,
+    activation: str = "relu",
+    scale: float = 1.0,
     blocks: tuple[int, ...] | None = None,
 ) -> list[Planting]:
     """Parallel adapters at attention and FFN: the dual U-Tuner (arXiv 2303.00690, section 3)."""
@@ -110,7 +120,11 @@ def dual_adapter(
 
 
 def serial_adapter(
-    rank: int, *, at: str = "mlp", activation: str = "gelu", scale: float = 1.0,
+    rank: int,
+    *,
+    at: str = "mlp",
+    activation: str = "gelu",
+    scale: float = 1.0,
     blocks: tuple[int, ...] | None = None,
 ) -> list[Planting]:
     """An adapter on an op's output, added to it (arXiv 1902.00751)."""
@@ -119,7 +133,10 @@ def serial_adapter(
 
 
 def prefix(
-    length: int, *, at: str = "attn", joint_softmax: bool = True,
+    length: int,
+    *,
+    at: str = "attn",
+    joint_softmax: bool = True,
     blocks: tuple[int, ...] | None = None,
 ) -> list[Planting]:
     """Constant keys and values in every attention (arXiv 2101.00190)."""

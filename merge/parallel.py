@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def joined(model: nn.Module, branches: Sequence[Weighted], rows: int | None = None) -> Iterator[None]:
+def joined(
+    model: nn.Module, branches: Sequence[Weighted], rows: int | None = None
+) -> Iterator[None]:
     """While the block runs, `model` computes with the branches.
 
     Args:
@@ -61,7 +63,9 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as cause:
         raise UsageError(
-            "the backbone has no such module", where=path, wanted=f"a module of {type(model).__name__}"
+            "the backbone has no such module",
+            where=path,
+            wanted=f"a module of {type(model).__name__}",
         ) from cause
 
 
@@ -100,9 +104,7 @@ class _Run:
     def leave(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """The hook behind a module."""
         extends = Point(path, "keys") in self.joins
-        tokens = sum(
-            w["token"].shape[-2] for _, w in self.joins.get(Point(path, "tokens"), [])
-        )
+        tokens = sum(w["token"].shape[-2] for _, w in self.joins.get(Point(path, "tokens"), []))
 
         def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
             if extends:

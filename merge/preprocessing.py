@@ -60,7 +60,7 @@ class Preprocessing:
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
             )
-        except (KeyError, IndexError, TypeError, ValueError) as cause:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as cause:
             raise IncompatibleArtefact(
                 "the preprocessing cannot be read",
                 where=where,
@@ -75,7 +75,7 @@ class Preprocessing:
             or min(settings.size) < 1
             or not 0 < settings.crop <= 1
             or len(settings.mean) != len(settings.std)
-            or min(settings.std) <= 0
+            or min(settings.std, default=0) <= 0
         )
         if wrong:
             raise IncompatibleArtefact(
@@ -106,11 +106,15 @@ class Preprocessing:
 
 
 def _resized(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """PIL width and height after timm's resize: square targets keep the aspect ratio."""
+    """PIL width and height after timm's resize: the picture covers the target, its aspect ratio kept.
+
+    For a target that is not square timm has another function, which rounds instead of cutting.
+    """
     height, width = target
-    if height != width:
-        return width, height
     old_width, old_height = size
+    if height != width:
+        ratio = min(old_height / height, old_width / width)
+        return round(old_width / ratio), round(old_height / ratio)
     if old_width <= old_height:
         return width, int(width * old_height / old_width)
     return int(height * old_width / old_height), height

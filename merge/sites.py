@@ -102,6 +102,16 @@ class Sites:
                     found=f"{axis}={sizes[axis]}",
                     do="check that the delta was trained on this backbone",
                 )
+        if branch.serial:
+            return
+        order = list(self.channels)  # as the image passed them
+        if order.index(branch.tap) > order.index(branch.add):
+            raise IncompatibleArtefact(
+                "a branch joins before the value that it reads is there",
+                where=where,
+                wanted="a tap that the image passes before the add point",
+                found=f"from {branch.tap} to {branch.add}",
+            )
 
 
 def measure(backbone: Backbone) -> Sites:
@@ -217,5 +227,3 @@ class _Seen(TorchFunctionMode):
                 self.channels[point] = key.shape[-3] * key.shape[-1]
                 self.dims[point] = key.dim()
         return func(*args, **(kwargs or {}))
-
-

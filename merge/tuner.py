@@ -42,7 +42,7 @@ class Point:
         return f"{self.module}:{self.side}"
 
     @classmethod
-    def parse(cls, text: str) -> Point:
+    def parse(cls, text: str, *, where: object = None) -> Point:
         """The point that `str` wrote.
 
         Raises:
@@ -52,13 +52,14 @@ class Point:
         if side not in SIDES or not re.fullmatch(r"[\w.]*", module):
             raise IncompatibleArtefact(
                 "a point of the backbone cannot be read",
+                where=where,
                 wanted=f"MODULE:SIDE with SIDE one of {', '.join(SIDES)}",
                 found=text,
             )
         return cls(module, side)  # type: ignore[arg-type]
 
 
-class CannotFold(Exception):  # noqa: N818 - an answer, not an error: `merge` turns it into one
+class CannotFold(Exception):
     """The branch has no exact place in the frozen weights.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .linear import constant, initializer, shaped
+from .linear import constant, initializer, leading, replace, shaped
 
 
 def flat_heads(model: ir.Model) -> int:
@@ -23,7 +23,8 @@ def flat_heads(model: ir.Model) -> int:
     """
     found = 0
     for node in list(model.graph):
-        if node.op_type == "Attention" and _rewrite(model.graph, node):
+        alone = node.op_type == "Attention" and len(node.outputs) == 1
+        if alone and _rewrite(model.graph, node):
             found += 1
     return found
 
@@ -39,6 +40,9 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
         return False
     width = qkv.shape[-1]
     if not isinstance(width, int) or width % 3:
+        return False
+    tokens = leading(qkv)
+    if tokens is None or leading(joined) != tokens or joined.shape[-1] != width // 3:  # type: ignore[index]
         return False
     name = attention.name or "attention"
     sizes = initializer(graph, f"{name}.thirds", np.array([width // 3] * 3, dtype=np.int64))
@@ -59,7 +63,7 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
     for output in (*split.outputs, flat.outputs[0]):
         shaped(output, qkv, width // 3)
     graph.insert_before(attention, [split, flat])
-    joined.replace_all_uses_with(flat.outputs[0], replace_graph_outputs=True)
+    replace(joined, flat.outputs[0])
     return True
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .linear import Linear, initializer, linear_to, shaped
+from .linear import Linear, initializer, leading, linear_to, shaped
 
 
 def join_added(model: ir.Model) -> int:
@@ -38,11 +38,10 @@ def _joinable(first: Linear, second: Linear) -> bool:
     private = all(
         len(layer.y.uses()) == 1 and not layer.y.is_graph_output() for layer in (first, second)
     )
-    shapes = [layer.x.shape for layer in (first, second)]
-    if not private or first.matmul is second.matmul or any(shape is None for shape in shapes):
+    axes = leading(first.x)
+    if not private or first.matmul is second.matmul or axes is None:
         return False
-    leading = [[str(d) for d in list(shape or ())[:-1]] for shape in shapes]
-    if leading[0] != leading[1] or first.weight.shape[1] != second.weight.shape[1]:
+    if axes != leading(second.x) or first.weight.shape[1] != second.weight.shape[1]:
         return False
     concat = 2 * (first.weight.shape[0] + second.weight.shape[0])  # read and write, per token
     return concat <= 3 * first.weight.shape[1]  # the sum reads two and writes one

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from .linear import Linear, constant, initializer, linear_from, shaped
+from .linear import Linear, constant, initializer, linear_from, replace, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,9 @@ def _join(graph: ir.Graph, x: ir.Value, layers: Sequence[Linear]) -> None:
     nodes = [matmul]
     if any(layer.bias is not None for layer in layers):
         zeros = [np.zeros(width, dtype=layers[0].weight.dtype) for width in widths]
-        parts = [z if layer.bias is None else layer.bias for layer, z in zip(layers, zeros, strict=True)]
+        parts = [
+            z if layer.bias is None else layer.bias for layer, z in zip(layers, zeros, strict=True)
+        ]
         bias = initializer(graph, f"{name}.columns_bias", np.concatenate(parts))
         nodes.append(ir.node("Add", [matmul.outputs[0], bias], name=f"{name}.joined_bias"))
     old: list[ir.Value] = []  # what the pieces of the split stand for, in order
@@ -96,12 +98,12 @@ def _join(graph: ir.Graph, x: ir.Value, layers: Sequence[Linear]) -> None:
     graph.insert_before(min((layer.matmul for layer in layers), key=_order(graph)), [*nodes, new])
     for value, output, width in zip(old, new.outputs, pieces, strict=True):
         shaped(output, value, width)
-        value.replace_all_uses_with(output, replace_graph_outputs=True)
+        replace(value, output)
     for layer, split in zip(layers, cut, strict=True):
         dead = [n for n in (split, layer.add, layer.matmul) if n is not None]
         graph.remove(dead, safe=True)
 
 
-def _order(graph: ir.Graph):  # noqa: ANN202
+def _order(graph: ir.Graph):
     place = {node: number for number, node in enumerate(graph)}
     return place.__getitem__

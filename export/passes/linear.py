@@ -44,6 +44,27 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def vector_beside(x: ir.Value, value: ir.Value | None) -> np.ndarray | None:
+    """The constant `[N]` that `value` adds to `x` `[..., N]` without changing its shape."""
+    array, shape = constant(value), shape_of(x)
+    if array is None or shape is None or array.ndim > len(shape):
+        return None
+    return array.ravel() if array.shape[-1:] == (array.size,) == (shape[-1],) else None
+
+
+def shape_of(x: ir.Value) -> list[object] | None:
+    """The shape of a value; the exporter leaves it off the product inside a linear layer."""
+    if x.shape is not None:
+        return list(x.shape)
+    node = x.producer()
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
+        return None
+    rows, weight = node.inputs[0].shape, constant(node.inputs[1])
+    if rows is None or weight is None or weight.ndim != 2:
+        return None
+    return [*list(rows)[:-1], weight.shape[1]]
+
+
 def linear_from(matmul: ir.Node) -> Linear | None:
     """The linear layer that starts at a MatMul node, if it is one."""
     if matmul.op_type != "MatMul":
@@ -56,9 +77,9 @@ def linear_from(matmul: ir.Node) -> Linear | None:
         node = users[0].node
         if node.op_type == "Add":
             for value in node.inputs:
-                bias = constant(value)
-                if bias is not None and bias.shape[-1:] == (bias.size,) == weight.shape[1:]:
-                    return Linear(matmul, weight, node, bias.ravel())
+                bias = vector_beside(matmul.outputs[0], value)
+                if bias is not None:
+                    return Linear(matmul, weight, node, bias)
     return Linear(matmul, weight, None, None)
 
 
@@ -92,7 +113,24 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def shaped(value: ir.Value, like: ir.Value, last: int) -> ir.Value:
     """Give `value` the type of `like` with another last axis."""
-    value.dtype = like.dtype
+    if like.dtype is not None:
+        value.dtype = like.dtype
     if like.shape is not None:
         value.shape = ir.Shape([*list(like.shape)[:-1], last])
     return value
+
+
+def leading(value: ir.Value) -> list[int | str] | None:
+    """All axes but the last, by size or name; None where one is unknown."""
+    if value.shape is None:
+        return None
+    axes = [d if isinstance(d, int) else d.value for d in list(value.shape)[:-1]]
+    return None if None in axes else axes  # type: ignore[return-value]
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Put `new` wherever `old` is read; a graph output keeps its name."""
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}.replaced"
+        new.name = name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -6,6 +6,8 @@ asked for is the one that runs, or opening fails.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,8 +58,11 @@ class OnnxRuntimeSession:
                 found=ort.get_available_providers(),
                 do="run `utune-deploy doctor`, or choose another --provider",
             )
+        ort.set_default_logger_severity(4)  # what matters is raised below
+        if provider == "cuda":
+            _preload_cuda()
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what matters is raised below
+        options.log_severity_level = 4
         if threads:
             options.intra_op_num_threads = threads
         try:
@@ -81,6 +86,7 @@ class OnnxRuntimeSession:
                 found=running,
                 do="run `utune-deploy doctor` to see what the provider lacks",
             )
+        self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         names = [entry.name for entry in self._session.get_inputs()]
         self.mixes_tasks = TASK in names
         self._bank_names = frozenset(names) - {IMAGES, TASK}
@@ -113,3 +119,9 @@ class OnnxRuntimeSession:
 
 
 open_session = OnnxRuntimeSession
+
+
+def _preload_cuda() -> None:
+    """Load CUDA and cuDNN from the Python packages that torch brings, where the system has none."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()

@@ -39,7 +39,10 @@ class Head(Tuner):
         """Normal weights of standard deviation 1 / sqrt(in), zero bias."""
         weight = torch.empty(sizes["r"], sizes["in"])
         std = 1 / math.sqrt(sizes["in"])
-        return {"weight": weight.normal_(std=std, generator=generator), "bias": torch.zeros(sizes["r"])}
+        return {
+            "weight": weight.normal_(std=std, generator=generator),
+            "bias": torch.zeros(sizes["r"]),
+        }
 
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
         """The classifier is replaced, whatever its number of classes was."""

@@ -1,0 +1,89 @@
+"""A bundle, its bare backbone and other bundles as subjects of one benchmark.
+
+The backbone is created anew with random weights and goes through the same graph passes: the time of
+an engine does not depend on the values in it, and the comparison needs no file but the bundle.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .case import Case
+from .measure import measure
+from .report import about_bundle
+from .subject import open_subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ...export.bundle import Bundle
+    from ...export.engine import Session
+    from .measure import Progress
+    from .report import Report, Settings
+
+
+def bench(
+    bundle: Bundle,
+    others: Sequence[Bundle],
+    *,
+    batches: Sequence[int],
+    mixes: Sequence[str],
+    provider: str,
+    threads: int | None,
+    settings: Settings,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Time a bundle.
+
+    Args:
+        bundle: What the verdict is about.
+        others: Other bundles of the same image size, timed in the same run.
+        batches: Batch sizes.
+        mixes: Task mixes, keys of `case.MIXES`.
+        provider: Of every engine.
+        threads: Of every engine.
+        settings: Rounds and seconds.
+        progress: Called between rounds.
+
+    Raises:
+        UsageError: A batch or a mix that the bundle does not have.
+    """
+    subjects = [
+        open_subject(
+            "backbone only",
+            "the frozen model without any tuner, through the same graph passes",
+            lambda: bare_backbone(bundle, provider=provider, threads=threads),
+            takes_task=False,
+        )
+    ]
+    for number, opened in enumerate((bundle, *others)):
+        name = opened.name if number == 0 else f"{opened.name} ({number})"
+        subjects.append(
+            open_subject(
+                name,
+                f"{opened.mode}, {len(opened.tasks)} tasks, bank {opened.bank}",
+                lambda opened=opened: opened.open_session(provider=provider, threads=threads),
+                takes_task=opened.mode == "multi",
+            )
+        )
+    cases = [Case(batch, mix) for batch in batches for mix in mixes]
+    return measure(
+        subjects,
+        cases,
+        about=about_bundle(bundle),
+        settings=settings,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def bare_backbone(bundle: Bundle, *, provider: str, threads: int | None) -> Session:
+    """The bundle's backbone without tuners, as an open session."""
+    from ...export.targets.onnxruntime import OnnxRuntimeSession
+    from ...merge.backbone import create
+    from ..build import backbone_engine
+
+    classes = max(len(task.labels) for task in bundle.tasks)
+    arguments = {**bundle.backbone["arguments"], "num_classes": classes}
+    backbone = create(bundle.backbone["architecture"], arguments)
+    return OnnxRuntimeSession(backbone_engine(backbone), provider=provider, threads=threads)

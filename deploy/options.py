@@ -1,0 +1,92 @@
+"""Options that several verbs share, spelled the same everywhere."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..merge.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..merge.backbone import Backbone
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+force_option = click.option("--force", is_flag=True, help="Replace what is there already.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the engine runs; never another place silently.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+
+
+@dataclass(frozen=True)
+class BackboneChoice:
+    """The backbone that a person named.
+
+    Attributes:
+        architecture: timm's name, or None when `weights` is a folder.
+        arguments: For `timm.create_model`.
+        weights: A safetensors file with timm's keys, or a folder that `save` wrote.
+    """
+
+    architecture: str | None
+    arguments: dict[str, Any]
+    weights: Path
+
+    def load(self) -> Backbone:
+        """The backbone itself."""
+        from ..merge.backbone import load
+
+        return load(self.architecture, self.arguments, self.weights)
+
+
+def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """`--backbone`, `--backbone-arg` and `--weights`, handed on as `choice`."""
+
+    @click.option("--backbone", metavar="TIMM_NAME", help="timm's name of the architecture.")
+    @click.option(
+        "--backbone-arg",
+        "arguments",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An argument of the architecture, such as img_size=32; repeatable.",
+    )
+    @click.option(
+        "--weights",
+        type=PATH,
+        required=True,
+        help="Frozen weights: safetensors with timm's keys, or a folder that `save` wrote.",
+    )
+    @functools.wraps(verb)
+    def with_choice(
+        *args: Any, backbone: str | None, arguments: tuple[str, ...], weights: Path, **kwargs: Any
+    ) -> Any:
+        choice = BackboneChoice(backbone, dict(map(_argument, arguments)), weights)
+        return verb(*args, choice=choice, **kwargs)
+
+    return with_choice
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(
+            "an argument of the backbone cannot be read", wanted="KEY=VALUE", found=text
+        )
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

@@ -1,0 +1,19 @@
+"""SHELF: the verbs of the command line. Each is a file with a click command named `command`."""
+
+GROUPS = {
+    "Make": {
+        "merge": "Fold a task into the frozen weights, exactly or not at all.",
+        "export": "Build one engine for one or many tasks, check it, write a bundle.",
+        "check": "Hold a bundle to torch, claim by claim.",
+    },
+    "Use": {
+        "predict": "Labels and scores of pictures or tensors.",
+        "serve": "Answer over HTTP and gRPC (Open Inference Protocol v2).",
+        "bench": "Time a bundle against the bare backbone.",
+    },
+    "Look": {
+        "inspect": "Say what a delta or a bundle holds.",
+        "triton": "Write a Triton model repository from a bundle.",
+        "doctor": "Say what is installed, what really loads, what is missing.",
+    },
+}

@@ -1,0 +1,106 @@
+"""`utune-deploy check`: a bundle against the deltas and the backbone it claims to be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import (
+    PATH,
+    BackboneChoice,
+    backbone_options,
+    json_option,
+    provider_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..console import Console
+
+
+@click.command("check", short_help="Hold a bundle to torch, claim by claim.")
+@click.argument("bundle", type=PATH)
+@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@backbone_options
+@click.option("--images", type=PATH, help="Folder of real pictures, or one per task in it.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option(
+    "--every-tensor", is_flag=True, help="Try every tensor for liveness, however long it takes."
+)
+@provider_option
+@threads_option
+@json_option
+@click.pass_obj
+def command(
+    console: Console,
+    bundle: Path,
+    deltas: tuple[Path, ...],
+    choice: BackboneChoice,
+    images: Path | None,
+    seed: int,
+    every_tensor: bool,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Check that BUNDLE answers as the tasks in DELTA... do in torch.
+
+    Exit code 3 when a comparison fails, 4 when bundle, deltas and backbone do not belong together.
+    """
+    from ...export.bundle import open_bundle
+    from ...merge.delta import load_delta, require_backbone
+    from ...merge.errors import CheckFailed
+    from ...merge.files import digest
+    from ...merge.sites import measure
+    from ..check import Evidence, check_engine, require_tasks
+    from ..pictures import read_folder
+
+    opened = open_bundle(bundle)
+    tasks = require_tasks(opened, {digest(path): load_delta(path) for path in deltas})
+    backbone = choice.load()
+    sites = measure(backbone)
+    for delta in tasks:
+        require_backbone(delta, backbone, sites)
+    pictures = {}
+    if images is not None:
+        pictures = read_folder(images, [(delta.task, delta.preprocessing) for delta in tasks])
+    verdict = check_engine(
+        opened.read_engine(),
+        backbone,
+        tasks,
+        sites,
+        mixes=opened.mode == "multi",
+        bank=opened.read_bank(),
+        max_batch=opened.engine.max_batch,
+        evidence=Evidence(pictures, seed, every_tensor),
+        provider=provider,
+        threads=threads,
+    )
+    if as_json:
+        console.json({"bundle": str(bundle), **verdict.to_json()})
+    else:
+        rows = [
+            (
+                "pass" if c.passed else "FAIL",
+                c.name,
+                c.rows,
+                f"{c.error:.1e}",
+                f"{c.budget:.1e}",
+                c.flips,
+                c.note,
+            )
+            for c in verdict.comparisons
+        ]
+        console.table(("", "comparison", "rows", "error", "budget", "flips", "note"), rows)
+    if not verdict.passed:
+        raise CheckFailed(
+            "the bundle does not answer as its tasks do in torch",
+            where=bundle,
+            found=", ".join(c.name for c in verdict.failures),
+            do="do not ship it; export it again",
+        )
+    if not as_json:
+        console.result(f"{bundle}: all {len(verdict.comparisons)} comparisons passed")

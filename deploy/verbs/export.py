@@ -1,0 +1,134 @@
+"""`utune-deploy export`: deltas and a backbone into one checked bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import (
+    PATH,
+    BackboneChoice,
+    backbone_options,
+    dry_run_option,
+    force_option,
+    json_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..console import Console
+
+STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
+
+
+@click.command("export", short_help="Build, check and write a bundle.")
+@click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
+@backbone_options
+@click.option("-o", "--output", type=PATH, required=True, help="The bundle's folder.")
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "merged", "parallel", "multi"]),
+    default="auto",
+    show_default=True,
+    help="auto: several tasks share one multi engine; one task is merged if it folds, else parallel.",
+)
+@click.option(
+    "--bank",
+    type=click.Choice(["constants", "inputs"]),
+    default="constants",
+    show_default=True,
+    help="multi: the tasks' tensors inside the engine, or inputs of it.",
+)
+@click.option("--name", help="Served name; the folder's name if not given.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Largest batch."
+)
+@click.option(
+    "--images", type=PATH, help="Folder of real pictures for the check, or one per task in it."
+)
+@threads_option
+@dry_run_option
+@json_option
+@force_option
+@click.pass_obj
+def command(
+    console: Console,
+    deltas: tuple[Path, ...],
+    choice: BackboneChoice,
+    output: Path,
+    mode: str,
+    bank: str,
+    name: str | None,
+    max_batch: int,
+    images: Path | None,
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Build one engine for the tasks in DELTA..., check it against torch and write a bundle.
+
+    Nothing is written unless every comparison passes.
+    """
+    from ...merge.delta import load_delta, require_backbone
+    from ...merge.files import digest, refuse_existing
+    from ...merge.sites import measure
+    from ..build import Task, export_bundle
+    from ..check import Evidence
+    from ..pictures import read_folder
+    from ..plan import make_plan
+
+    if not dry_run:
+        refuse_existing(output, force=force)
+    tasks = [Task(load_delta(path), digest(path)) for path in deltas]
+    backbone = choice.load()
+    if dry_run:
+        sites = measure(backbone)
+        for task in tasks:
+            require_backbone(task.delta, backbone, sites)
+        plan = make_plan([task.delta for task in tasks], backbone, mode=mode, bank=bank).to_json()
+        _print_plan(console, plan, as_json=as_json)
+        return
+    pictures = {}
+    if images is not None:
+        pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
+    with console.steps(*STEPS) as step:
+        bundle = export_bundle(
+            output,
+            backbone,
+            tasks,
+            name=name,
+            mode=mode,
+            bank=bank,
+            max_batch=max_batch,
+            evidence=Evidence(pictures),
+            threads=threads,
+            force=force,
+            progress=step,
+        )
+    if as_json:
+        console.json({"bundle": str(output), "plan": bundle.plan, "check": bundle.check})
+        return
+    _print_plan(console, bundle.plan, as_json=False)
+    rewritten = [f"{name} {times}" for name, times in bundle.plan["rewritten"].items() if times]
+    console.result(f"graph passes: {', '.join(rewritten) or 'nothing to rewrite'}")
+    comparisons = bundle.check["comparisons"]
+    console.result(f"check: {len(comparisons)} of {len(comparisons)} comparisons passed")
+    if images is None:
+        console.say("note: checked on seeded noise only; --images FOLDER adds real pictures")
+    size = (output / bundle.engine.file).stat().st_size
+    console.result(
+        f"wrote {output} ({bundle.mode}, {len(bundle.tasks)} tasks, engine {size / 1e6:.1f} MB)"
+    )
+
+
+def _print_plan(console: Console, plan, *, as_json: bool) -> None:
+    if as_json:
+        console.json(plan)
+        return
+    console.result(f"mode {plan['mode']}: {plan['why']}")
+    rows = [(task["task"], task["form"], task["why"]) for task in plan["tasks"]]
+    console.table(("task", "form", "why"), rows)

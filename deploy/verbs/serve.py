@@ -1,0 +1,82 @@
+"""`utune-deploy serve`: the embedded server, or a real Triton."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import PATH, provider_option, threads_option
+
+if TYPE_CHECKING:
+    from ..console import Console
+
+
+@click.command("serve", short_help="Answer over HTTP and gRPC.")
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--engine",
+    type=click.Choice(["embedded", "triton"]),
+    default="embedded",
+    show_default=True,
+    help="embedded: in this process. triton: tritonserver in an environment of its own.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", type=int, default=8000, show_default=True, help="0 picks a free one.")
+@click.option("--grpc-port", type=int, default=8001, show_default=True, help="0 picks a free one.")
+@click.option("--metrics-port", type=int, default=8002, show_default=True, help="Triton's metrics.")
+@click.option(
+    "--max-delay-ms", type=click.FloatRange(0), help="Longest that a request waits for company."
+)
+@click.option(
+    "--triton-env",
+    type=PATH,
+    envvar="UTUNE_TRITON_ENV",
+    show_envvar=True,
+    help="Environment with nvidia-pytriton, onnxruntime and numpy below 2.",
+)
+@provider_option
+@threads_option
+@click.pass_obj
+def command(
+    console: Console,
+    bundle: Path,
+    engine: str,
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    max_delay_ms: float | None,
+    triton_env: Path | None,
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
+    from ...export.bundle import open_bundle
+    from ...serving.greeting import greeting
+    from ...serving.registry import MAX_DELAY_MS
+    from ...serving.servers import server
+
+    opened = open_bundle(bundle)
+
+    def on_ready(addresses) -> None:
+        console.result(greeting(opened, addresses, server=engine, provider=provider))
+
+    options = {
+        "host": host,
+        "http_port": http_port,
+        "grpc_port": grpc_port,
+        "provider": provider,
+        "threads": threads,
+        "on_ready": on_ready,
+        "max_delay_ms": MAX_DELAY_MS if max_delay_ms is None else max_delay_ms,
+    }
+    if engine == "embedded":
+        server("embedded").serve_embedded(opened, **options)
+        return
+    environment = triton_env or Path(os.environ.get("VIRTUAL_ENV", ".venv")).parent / ".venv-triton"
+    server("triton").serve_triton(
+        opened, environment=environment, metrics_port=metrics_port, **options
+    )

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
 from .delta import Delta, require_backbone, validate
 from .errors import UsageError
 from .methods import EveryBias, Planting, head_branch
 from .parallel import joined
 from .sites import Sites, blocks, measure
-from .tuner import Branch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from .backbone import Backbone
     from .preprocessing import Preprocessing
+    from .tuner import Branch
 
 
 class Tuned(nn.Module):
@@ -74,6 +74,12 @@ class Tuned(nn.Module):
             for name, parameter in weights.items():
                 if name != "scale":
                     yield parameter
+
+    @property
+    def head(self) -> nn.ParameterDict:
+        """The classifier's `weight [K, C]` and `bias [K]`, for a warm start."""
+        joins = [branch.tuner.join for branch in self.branches.values()]
+        return self.weights[joins.index("replace")]  # type: ignore[return-value]
 
     def delta(
         self,
@@ -146,7 +152,7 @@ def attach(
 
     for planting in (planting for method in methods for planting in method):
         if isinstance(planting, EveryBias):
-            for name, branch in planting.branches(backbone.model):
+            for name, branch in planting.branches(backbone.model, backbone.classifier):
                 plant(name, branch, 0)
             continue
         if planting.rank < 1:

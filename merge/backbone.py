@@ -146,7 +146,10 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
 
 
 def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Backbone:
-    """A backbone with timm's random initial weights, for training one or for timing.
+    """A backbone with timm's random initial weights, for timing, or for training one.
+
+    It comes frozen, with the fingerprint of its initial weights: to train it, call
+    `model.requires_grad_(True)`, and then `wrap` or `save` and `load` what came out.
 
     Raises:
         UsageError: timm has no such architecture, or it refuses the arguments.

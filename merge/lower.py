@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .backbone import Backbone
-from .delta import Delta
 from .errors import IncompatibleArtefact
 from .parallel import attention_arguments, joined
 from .sites import Sites, attention_inside
@@ -27,6 +25,9 @@ from .tuners.prefix import Prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from .backbone import Backbone
+    from .delta import Delta
 
 CONSTANT = 1e-9  # relative, float64: rounding of one GEMM at two batch positions
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from .errors import UsageError
 from .tuner import Branch, Point, Side, Tuner
 from .tuners.bias import Bias
@@ -21,6 +19,8 @@ from .tuners.prompt import Prompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,10 @@ class Planting:
 class EveryBias:
     """A shift beside every bias of the trunk (BitFit)."""
 
-    classifier: str
-
-    def branches(self, model: nn.Module) -> Iterator[tuple[str, Branch]]:
-        """Names and branches of all modules that have a bias, the classifier's left out."""
+    def branches(self, model: nn.Module, classifier: str) -> Iterator[tuple[str, Branch]]:
+        """Names and branches of all modules that have a bias, the classifier left out."""
         for path, module in model.named_modules():
-            if path != self.classifier and getattr(module, "bias", None) is not None:
+            if path != classifier and getattr(module, "bias", None) is not None:
                 point = Point(path, "output")
                 yield f"{path}/bias", Branch(Bias(), point, point)
 
@@ -149,9 +147,9 @@ def deep_prompt(length: int, *, blocks: tuple[int, ...] | None = None) -> list[P
     return [Planting("prompt", Prompt(), "", "tokens", "tokens", length, blocks=blocks)]
 
 
-def bitfit(classifier: str = "head") -> list[EveryBias]:
+def bitfit() -> list[EveryBias]:
     """Every bias of the trunk and nothing else (arXiv 2106.10199)."""
-    return [EveryBias(classifier)]
+    return [EveryBias()]
 
 
 def head_branch(classifier: str) -> tuple[str, Branch]:

@@ -88,14 +88,12 @@ class Preprocessing:
 
     def apply(self, image: Image) -> NDArray[np.float32]:
         """One picture as `[3, H, W]` float32."""
-        from PIL import Image as PIL
+        from PIL.Image import Resampling
 
         height, width = self.size
         scaled = (math.floor(height / self.crop), math.floor(width / self.crop))
         image = image.convert("RGB")
-        image = image.resize(
-            _resized(image.size, scaled), PIL.Resampling[self.interpolation.upper()]
-        )
+        image = image.resize(_resized(image.size, scaled), Resampling[self.interpolation.upper()])
         top = round((image.height - height) / 2)
         left = round((image.width - width) / 2)
         image = image.crop((left, top, left + width, top + height))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     _Live = tuple[str, nn.Parameter, Tensor]  # name, tensor, a step that moves the answer
 
 ODD = 3
+LOOKS = 4  # images that liveness looks at: a ReLU may be silent on one of them
 SAMPLE = 32  # tensors that liveness really changes, besides measuring the slope of all
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
@@ -166,15 +167,20 @@ class _Check:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Images and task rows; tasks take turns."""
         task = np.arange(size, dtype=np.int64) % len(self.deltas)
-        noise = np.random.default_rng(self.evidence.seed + size)
+        return self.images(task, real=real), task
+
+    def images(self, task: NDArray[np.int64], *, real: bool) -> NDArray[np.float32]:
+        """Seeded noise, or each task's own pictures in turn where there are any."""
+        noise = np.random.default_rng(self.evidence.seed + len(task))
         shape = (self.backbone.channels, *self.backbone.image_size)
-        images = noise.standard_normal((size, *shape)).astype(np.float32)
-        if real:
-            for row, number in enumerate(task):
-                pictures = self.evidence.images.get(self.deltas[number].task)
-                if pictures is not None and len(pictures):
-                    images[row] = pictures[(row // len(self.deltas)) % len(pictures)]
-        return images, task
+        images = noise.standard_normal((len(task), *shape)).astype(np.float32)
+        used = [0] * len(self.deltas)
+        for row, number in enumerate(task):
+            pictures = self.evidence.images.get(self.deltas[number].task)
+            if real and pictures is not None and len(pictures):
+                images[row] = pictures[used[number] % len(pictures)]
+                used[number] += 1
+        return images
 
     def reference(
         self, images: NDArray[np.float32], task: NDArray[np.int64], models: Sequence[Tuned]
@@ -296,10 +302,10 @@ class _Check:
         engine must no longer agree with torch. A tensor without slope is inert in the task itself
         (a bias of the keys, say) and is named; a branch of such tensors only fails the check.
         """
-        images, _ = self.batch(1, real=bool(self.evidence.images))
         found = _Liveness()
         for number, (delta, model) in enumerate(zip(self.deltas, self.models, strict=True)):
-            task = np.array([number])
+            task = np.full(min(LOOKS, self.max_batch), number)
+            images = self.images(task, real=bool(self.evidence.images))
             plain = self.reference(images, task, self.models)
             allowed = budget(plain, self.reference(images, task, self.exact), "fp32")
             steps = _steps(model, torch.from_numpy(images), plain)

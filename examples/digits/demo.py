@@ -121,7 +121,7 @@ def main() -> None:
     run("check", relative(bundle), *deltas, *weights, "--images", relative(pictures))
 
     title("4  Ask in process")
-    shown = [next((pictures / task).iterdir()) for task in TASKS]
+    shown = [min((pictures / task).iterdir()) for task in TASKS]
     asked = [word for task in TASKS for word in ("--task", task)]
     run("predict", relative(bundle), *map(relative, shown), *asked)
 
@@ -314,7 +314,10 @@ def batch(rows: list[Row], truths: dict[str, Truth]) -> tuple[NDArray[np.float32
 
 def unpack(answer: Any) -> tuple[NDArray[np.float32], list[str]]:
     """Logits `[B, K]` and labels."""
-    return answer.as_numpy("logits"), [label.decode() for label in answer.as_numpy("label")[:, 0]]
+    labels = answer.as_numpy("label")[:, 0]  # bytes, or text when the answer was JSON
+    return answer.as_numpy("logits"), [
+        label.decode() if isinstance(label, bytes) else label for label in labels
+    ]
 
 
 def compare(

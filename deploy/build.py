@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import timm
 import torch
 
 from ..export import bundle as bundles
 from ..export.graph import OPSET, Inputs, clean, serialise, specs, trace
 from ..export.passes import rewrite
+from ..merge.backbone import create
 from ..merge.bank import Bank, stack
 from ..merge.delta import Delta, require_backbone
 from ..merge.errors import CheckFailed
@@ -165,12 +165,9 @@ def _graph(
     if plan.mode == "merged":
         merged = fold(deltas[0], backbone, sites=sites)
         arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
-        model = timm.create_model(backbone.identity.architecture, **arguments).eval()
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = True
-        model.load_state_dict(dict(merged.tensors))
-        return trace(model, Inputs(images)), None, []
+        plain = create(backbone.identity.architecture, arguments).model
+        plain.load_state_dict(dict(merged.tensors))
+        return trace(plain, Inputs(images)), None, []
     constant = [lower(backbone, delta, sites) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
     stacked = stack(constant)

@@ -310,15 +310,13 @@ class _Check:
             allowed = budget(plain, self.reference(images, task, self.exact), "fp32")
             steps = _steps(model, torch.from_numpy(images), plain)
             live: list[tuple[str, nn.Parameter, Tensor]] = []
-            for (branch, weights), slopes in zip(
-                zip(delta.branches, model.weights, strict=True), steps, strict=True
-            ):
+            for (branch, _, weights), slopes in zip(model.parts(), steps, strict=True):
                 moves = [name for name, (moved, _) in slopes.items() if moved > 2 * allowed]
                 found.tensors += len(slopes)
                 found.inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
                 if not moves:
                     found.dead.append(f"{delta.task}: {branch}")
-                live += [(f"{branch}/{n}", weights[n], slopes[n][1]) for n in moves]  # type: ignore[index]
+                live += [(f"{branch}/{n}", weights[n], slopes[n][1]) for n in moves]
             engine = self.answer(images, task)
             for name, parameter, step in self.sample(live):
                 before = parameter.data
@@ -363,7 +361,7 @@ class _Liveness:
     def __str__(self) -> str:
         parts = [f"slope of {self.tensors} tensors, {self.changed} changed one by one"]
         for what, names in (
-            ("inert in torch too", self.inert),
+            ("without visible effect in torch either", self.inert),
             ("branches without any effect", self.dead),
             ("not in the engine", self.absent),
         ):
@@ -377,24 +375,26 @@ def _steps(model: Tuned, images: Tensor, plain: NDArray) -> list[dict[str, tuple
     """Per branch and tensor: how far a step of the tensor's own size moves the logits, and the step.
 
     The first number is a lower bound to first order, over the largest logit: the slope of a sum of
-    logits with random signs, divided by their number.
+    logits with random weights, divided by the sum of their sizes (signs alone could cancel exactly
+    between rows).
     """
-    named = [dict(weights.items()) for weights in model.weights]  # type: ignore[union-attr]
+    named = [dict(weights) for _, _, weights in model.parts()]
     flat = [parameter for weights in named for parameter in weights.values()]
     logits = model(images)
-    signs = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).sign()
-    slopes = torch.autograd.grad((signs * logits).sum(), flat, allow_unused=True)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    slopes = torch.autograd.grad((weights * logits).sum(), flat, allow_unused=True)
+    total = float(weights.abs().sum())
     scale = float(np.abs(plain).max()) or 1.0
     found, at = [], iter(zip(flat, slopes, strict=True))
-    for weights in named:
+    for names in named:
         steps = {}
-        for name in weights:
+        for name in names:
             parameter, slope = next(at)
             size = float(parameter.detach().double().pow(2).mean().sqrt()) or 0.1
             if slope is None:
                 steps[name] = (0.0, torch.zeros_like(parameter))
                 continue
-            moved = size * float(slope.double().abs().sum()) / logits.numel() / scale
+            moved = size * float(slope.double().abs().sum()) / total / scale
             steps[name] = (moved, size * slope.sign())
         found.append(steps)
     return found

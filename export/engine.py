@@ -40,8 +40,11 @@ class Session(Protocol):
 
     provider: str
     """The execution provider that really runs it, in the runtime's own name."""
-    metadata: Mapping[str, str]
-    """What the exporter wrote into the engine file."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the exporter wrote into the engine file."""
+        ...
 
     def run(
         self, images: NDArray[np.float32], task: NDArray[np.int64] | None = None

@@ -71,7 +71,8 @@ def trace(
         shapes.append({0: batch})
     if inputs.bank:
         rows = torch.export.Dim(TASKS, min=1, max=1 << 20)
-        args.extend(inputs.bank.values())
+        # Copies: of a tensor that is also a buffer of the module, the exporter takes the buffer's size.
+        args.extend(tensor.clone() for tensor in inputs.bank.values())
         names.extend(inputs.bank)
         shapes.append(tuple({0: rows} for _ in inputs.bank))
     try:
@@ -128,9 +129,15 @@ def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     model.producer_name = "utune-deploy"
+    model.producer_version = None  # torch's own; the manifest has all versions
     try:
         return ir.to_proto(model).SerializeToString()
     except ValueError as cause:

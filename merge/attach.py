@@ -8,7 +8,7 @@ save_delta(path, tuned.delta("digits", labels))
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,7 @@ class Tuned(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`."""
-        weighted = [
-            (branch, dict(weights.items()))
-            for branch, weights in zip(self.branches.values(), self.weights, strict=True)
-        ]
+        weighted = [(branch, dict(weights)) for _, branch, weights in self.parts()]
         with joined(self.trunk, weighted):
             return self.trunk(images)
 
@@ -70,16 +67,20 @@ class Tuned(nn.Module):
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters of the branches that training moves; a scale is a constant."""
-        for weights in self.weights:
+        for _, _, weights in self.parts():
             for name, parameter in weights.items():
                 if name != "scale":
                     yield parameter
 
+    def parts(self) -> list[tuple[str, Branch, nn.ParameterDict]]:
+        """Each branch's name, place and tensors."""
+        weights = cast("list[nn.ParameterDict]", list(self.weights))
+        return [(n, b, w) for (n, b), w in zip(self.branches.items(), weights, strict=True)]
+
     @property
     def head(self) -> nn.ParameterDict:
         """The classifier's `weight [K, C]` and `bias [K]`, for a warm start."""
-        joins = [branch.tuner.join for branch in self.branches.values()]
-        return self.weights[joins.index("replace")]  # type: ignore[return-value]
+        return next(w for _, branch, w in self.parts() if branch.tuner.join == "replace")
 
     def delta(
         self,
@@ -108,7 +109,7 @@ class Tuned(nn.Module):
             branches=self.branches,
             tensors={
                 name: {k: v.detach().clone() for k, v in weights.items()}
-                for name, weights in zip(self.branches, self.weights, strict=True)
+                for name, _, weights in self.parts()
             },
             provenance=provenance or {},
         )

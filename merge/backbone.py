@@ -75,7 +75,12 @@ class Backbone:
         if arguments is not None:
             return (arguments, arguments) if isinstance(arguments, int) else tuple(arguments)
         size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        return tuple(size) if size else tuple(self.model.pretrained_cfg["input_size"][1:])  # type: ignore[union-attr,index]
+        return tuple(size) if size else tuple(self._cfg["input_size"][1:])
+
+    @property
+    def _cfg(self) -> Mapping[str, Any]:
+        """Timm's configuration of the architecture."""
+        return getattr(self.model, "pretrained_cfg", None) or {}
 
     @property
     def channels(self) -> int:
@@ -90,7 +95,7 @@ class Backbone:
 
     def preprocessing(self) -> Preprocessing:
         """Timm's own preprocessing for this architecture at this image size."""
-        cfg = self.model.pretrained_cfg or {}  # type: ignore[union-attr]
+        cfg = self._cfg
         interpolation = cfg.get("interpolation", "bicubic")
         return Preprocessing(
             size=self.image_size,
@@ -111,7 +116,7 @@ def fingerprint(tensors: Mapping[str, Tensor], classifier: str) -> str:
         header = canonical_json([name, str(tensor.dtype), list(tensor.shape)])
         sha.update(header.encode() + b"\n")
         if tensor.numel():
-            sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 

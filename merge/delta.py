@@ -143,6 +143,13 @@ def load_delta(path: Path) -> Delta:
         )
     delta = _parse(path, header, flat)
     validate(delta, where=path)
+    if not _says(delta, header):
+        raise IncompatibleArtefact(
+            "the header of the delta has a field that is surplus or of another type",
+            where=path,
+            wanted="what version 1 of the format specifies and nothing else",
+            do="write deltas with utune-deploy",
+        )
     return delta
 
 
@@ -216,6 +223,14 @@ def require_backbone(
             found=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
             do="load the weights that it was trained on, in the same dtype",
         )
+    at = delta.branches[delta.head].add.module
+    if at != backbone.classifier:
+        raise IncompatibleArtefact(
+            "the head does not stand in the place of the classifier",
+            where=f"{where}: {delta.head}",
+            wanted=backbone.classifier,
+            found=at,
+        )
     for name, branch in delta.branches.items():
         sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
 
@@ -254,6 +269,14 @@ def _header(delta: Delta) -> dict[str, Any]:
         ],
         "provenance": dict(delta.provenance),
     }
+
+
+def _says(delta: Delta, header: Mapping[str, Any]) -> bool:
+    """The header, read and written again, is the header: nothing was dropped or converted."""
+    try:
+        return json.loads(canonical_json(_header(delta))) == header
+    except ValueError:  # NaN or Infinity
+        return False
 
 
 def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) -> Delta:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -90,7 +91,7 @@ class _Run:
         tokens = self.joins.get(Point(path, "tokens"), [])
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            value = self._at(Point(path, "input"), args[0], 1 if _is_conv(module) else -1)
+            value = self._at(Point(path, "input"), args[0], 1 if channels_first(module) else -1)
             for branch, weights in tokens:
                 prompt = branch.tuner.branch(value, weights)
                 value = torch.cat([value, prompt.expand(value.shape[0], *prompt.shape[-2:])], dim=1)
@@ -111,7 +112,7 @@ class _Run:
                 self.open.pop().__exit__(None, None, None)
             if tokens:
                 value = value[:, :-tokens]
-            return self._at(Point(path, "output"), value, 1 if _is_conv(module) else -1)
+            return self._at(Point(path, "output"), value, 1 if channels_first(module) else -1)
 
         return hook
 
@@ -252,6 +253,6 @@ def _longer_mask(
     )
 
 
-def _is_conv(module: nn.Module) -> bool:
+def channels_first(module: nn.Module) -> bool:
     """The module works on `[B, C, H, W]`."""
-    return isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    return isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm | LayerNorm2d)

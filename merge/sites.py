@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import IncompatibleArtefact, UsageError
-from .parallel import attention_arguments
+from .parallel import attention_arguments, channels_first
 from .tuner import Branch, Point, bind
 
 if TYPE_CHECKING:
@@ -193,9 +193,9 @@ class _Seen(TorchFunctionMode):
     def note(self, point: Point, value: Any, module: nn.Module | None = None) -> None:
         if not isinstance(value, Tensor):
             return
-        conv = isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+        first = module is not None and channels_first(module)
         self.calls[point] += 1
-        self.channels[point] = value.shape[1 if conv else -1]
+        self.channels[point] = value.shape[1 if first else -1]
         self.dims[point] = value.dim()
 
     def enter(self, path: str) -> Callable[..., Any]:

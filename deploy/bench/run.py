@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...export.targets.onnxruntime import OnnxRuntimeSession
 from .case import Case
 from .measure import measure
 from .report import about_bundle
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ...export.bundle import Bundle
-    from ...export.engine import Session
     from .measure import Progress
     from .report import Report, Settings
 
@@ -48,11 +48,12 @@ def bench(
     Raises:
         UsageError: A batch or a mix that the bundle does not have.
     """
+    bare = bare_backbone(bundle)
     subjects = [
         open_subject(
             "backbone only",
             "the frozen model without any tuner, through the same graph passes",
-            lambda: bare_backbone(bundle, provider=provider, threads=threads),
+            lambda: OnnxRuntimeSession(bare, provider=provider, threads=threads),
             takes_task=False,
         )
     ]
@@ -77,13 +78,11 @@ def bench(
     )
 
 
-def bare_backbone(bundle: Bundle, *, provider: str, threads: int | None) -> Session:
-    """The bundle's backbone without tuners, as an open session."""
-    from ...export.targets.onnxruntime import OnnxRuntimeSession
+def bare_backbone(bundle: Bundle) -> bytes:
+    """An engine of the bundle's backbone without tuners."""
     from ...merge.backbone import create
     from ..build import backbone_engine
 
     classes = max(len(task.labels) for task in bundle.tasks)
     arguments = {**bundle.backbone["arguments"], "num_classes": classes}
-    backbone = create(bundle.backbone["architecture"], arguments)
-    return OnnxRuntimeSession(backbone_engine(backbone), provider=provider, threads=threads)
+    return backbone_engine(create(bundle.backbone["architecture"], arguments))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .linear import constant, initializer, leading, replace, shaped
+from .linear import constant, initializer, leading, only_reader, replace, shaped
 
 
 def flat_heads(model: ir.Model) -> int:
@@ -49,7 +49,7 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
     split = ir.node(
         "Split", [qkv, sizes], attributes={"axis": -1}, num_outputs=3, name=f"{name}.split"
     )
-    attributes = {key: attribute for key, attribute in attention.attributes.items()}
+    attributes = dict(attention.attributes.items())
     attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", heads)
     attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads)
     flat = ir.Node(
@@ -111,14 +111,12 @@ def _producer(node: ir.Node | None, op_type: str) -> ir.Node | None:
 
 def _joined_heads(value: ir.Value) -> ir.Value | None:
     """The `[B, N, H d]` value that an attention's `[B, H, N, d]` output becomes, and nothing else."""
-    uses = value.uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Transpose":
+    transpose = only_reader(value)
+    if transpose is None or transpose.op_type != "Transpose":
         return None
-    transpose = uses[0].node
-    uses = transpose.outputs[0].uses()
-    if list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3] or len(uses) != 1:
+    reshape = only_reader(transpose.outputs[0])
+    if list(transpose.attributes.get_ints("perm", [])) != [0, 2, 1, 3] or reshape is None:
         return None
-    reshape = uses[0].node
     shape = reshape.outputs[0].shape
     if reshape.op_type != "Reshape" or shape is None or len(shape) != 3:
         return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from .linear import Linear, constant, initializer, linear_from, replace, shaped
+from .linear import Linear, constant, initializer, linear_from, only_reader, replace, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,10 +54,9 @@ def _is_narrow(layer: Linear) -> bool:
 
 def _split_behind(layer: Linear) -> ir.Node | None:
     """The Split along the last axis that is all that reads a layer."""
-    uses = layer.y.uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Split" or layer.y.is_graph_output():
+    split = only_reader(layer.y)
+    if split is None or split.op_type != "Split":
         return None
-    split = uses[0].node
     known = len(split.inputs) > 1 and constant(split.inputs[1]) is not None
     return split if known and split.attributes.get_int("axis", 0) == -1 else None
 

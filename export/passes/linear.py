@@ -65,6 +65,14 @@ def shape_of(x: ir.Value) -> list[object] | None:
     return [*list(rows)[:-1], weight.shape[1]]
 
 
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value which is no output of the graph."""
+    readers = list(value.uses())
+    if len(readers) != 1 or value.is_graph_output():
+        return None
+    return readers[0].node
+
+
 def linear_from(matmul: ir.Node) -> Linear | None:
     """The linear layer that starts at a MatMul node, if it is one."""
     if matmul.op_type != "MatMul":
@@ -72,14 +80,12 @@ def linear_from(matmul: ir.Node) -> Linear | None:
     weight = constant(matmul.inputs[1])
     if weight is None or weight.ndim != 2:
         return None
-    users = matmul.outputs[0].uses()
-    if len(users) == 1 and not matmul.outputs[0].is_graph_output():
-        node = users[0].node
-        if node.op_type == "Add":
-            for value in node.inputs:
-                bias = vector_beside(matmul.outputs[0], value)
-                if bias is not None:
-                    return Linear(matmul, weight, node, bias)
+    node = only_reader(matmul.outputs[0])
+    if node is not None and node.op_type == "Add":
+        for value in node.inputs:
+            bias = vector_beside(matmul.outputs[0], value)
+            if bias is not None:
+                return Linear(matmul, weight, node, bias)
     return Linear(matmul, weight, None, None)
 
 

@@ -86,12 +86,16 @@ class OnnxRuntimeSession:
                 found=running,
                 do="run `utune-deploy doctor` to see what the provider lacks",
             )
-        self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         names = [entry.name for entry in self._session.get_inputs()]
         self.mixes_tasks = TASK in names
         self._bank_names = frozenset(names) - {IMAGES, TASK}
         self._bank: dict[str, ort.OrtValue] = {}
         self.replace_bank(bank or {})
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """See `Session.metadata`."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def run(
         self, images: NDArray[np.float32], task: NDArray[np.int64] | None = None
@@ -112,8 +116,8 @@ class OnnxRuntimeSession:
                 wanted=sorted(self._bank_names) or "no bank: the tensors are constants",
                 found=sorted(tensors),
             )
-        self._bank = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        self._bank = {  # copies: on the CPU an OrtValue shares the array's memory
+            name: ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"))
             for name, value in tensors.items()
         }
 

@@ -99,9 +99,9 @@ class Bottleneck(Tuner):
                 f"the branch is added to a {type(op).__name__}, which is not one linear layer"
             )
         product = w["scale"] * (w["up"] @ w["down"])  # [out, in]
-        constant = w["scale"] * w["up_bias"] if self.bias else None
+        constant = None
         if self.bias:
-            constant = constant + w["scale"] * (w["up"] @ w["down_bias"])
+            constant = w["scale"] * (w["up"] @ w["down_bias"] + w["up_bias"])
         changed: Weights = {"weight": op.weight + (product @ op.weight if serial else product)}
         if serial and op.bias is not None:
             through = product @ op.bias

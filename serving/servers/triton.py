@@ -352,7 +352,7 @@ class TritonProcess:
             what,
             where=self.log,
             found="\n" + "\n".join(shown) if shown else "an empty log",
-            do="read the log; `--server embedded` serves the same bundle without tritonserver",
+            do="read the log; `--engine embedded` serves the same bundle without tritonserver",
         )
 
 
@@ -370,7 +370,7 @@ def inspect_environment(environment: Path, *, needs_safetensors: bool = False) -
         raise MissingDependency(
             "tritonserver runs on Linux only",
             found=sys.platform,
-            do="serve with `--server embedded`, or in NVIDIA's container",
+            do="serve with `--engine embedded`, or in NVIDIA's container",
         )
     environment = environment.absolute()
     python = environment / "bin" / "python"

@@ -94,7 +94,7 @@ def export_bundle(
         for row, t in enumerate(tasks)
     )
     identity = bundles.identity_of(
-        backbone.identity.to_json(), plan.mode, plan.bank, entries, "fp32"
+        backbone.identity.to_json(), plan.mode, plan.bank, entries, "fp32", specs(model.graph.inputs)
     )
     progress("serialise")
     engine = serialise(model, {bundles.IDENTITY: identity})
@@ -141,7 +141,12 @@ def export_bundle(
         ),
         tasks=entries,
         backbone=backbone.identity.to_json(),
-        plan={**plan.to_json(), "rewritten": rewritten, "lowered": lowered},
+        plan={
+            **plan.to_json(),
+            "rewritten": rewritten,
+            "lowered": lowered,
+            "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
+        },
         check=verdict.to_json(),
         versions=versions(),
         identity=identity,

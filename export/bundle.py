@@ -160,16 +160,28 @@ class Bundle:
 
 
 def identity_of(
-    backbone: Mapping[str, Any], mode: str, bank: str, tasks: tuple[Task, ...], precision: str
+    backbone: Mapping[str, Any],
+    mode: str,
+    bank: str,
+    tasks: tuple[Task, ...],
+    precision: str,
+    inputs: tuple[Tensor, ...] = (),
 ) -> str:
-    """One digest over what decides the answers: backbone, form, tasks with their deltas."""
+    """One digest over what decides an engine's answers.
+
+    That is the backbone, the form, and the tasks with their deltas; or, when the bank is an input, the
+    engine's `inputs` instead of the tasks, which can then be added without a rebuild.
+    """
     facts = {
         "backbone": dict(backbone),
         "mode": mode,
         "bank": bank,
         "precision": precision,
-        "tasks": [_task_json(task) for task in tasks],
     }
+    if bank == "inputs":
+        facts["inputs"] = [[t.name, t.dtype, list(t.shape)] for t in inputs]
+    else:
+        facts["tasks"] = [_task_json(task) for task in tasks]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
 
@@ -253,7 +265,12 @@ def open_bundle(path: Path) -> Bundle:
                 do="copy the bundle again, or export it again",
             )
     stated = identity_of(
-        bundle.backbone, bundle.mode, bundle.bank, bundle.tasks, bundle.engine.precision
+        bundle.backbone,
+        bundle.mode,
+        bundle.bank,
+        bundle.tasks,
+        bundle.engine.precision,
+        bundle.engine.inputs,
     )
     if stated != bundle.identity:
         raise IncompatibleArtefact(

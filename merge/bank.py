@@ -7,15 +7,17 @@ branch in a slot holds its neutral element there: zero weights, or keys that the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .delta import branch_from_json, branch_to_json
 from .errors import IncompatibleArtefact, UsageError
 from .tuner import Branch, Point, bind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -35,6 +37,19 @@ class Slot:
     name: str
     branch: Branch
     sizes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The slot as JSON values."""
+        return {**branch_to_json(self.name, self.branch), "sizes": dict(self.sizes)}
+
+    @classmethod
+    def from_json(cls, path: Path, entry: Mapping[str, Any]) -> Slot:
+        """The slot that `to_json` wrote into the file at `path`.
+
+        Raises:
+            IncompatibleArtefact: It cannot be read.
+        """
+        return cls(entry["name"], branch_from_json(path, entry), dict(entry["sizes"]))
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of one task's padded tensor."""
@@ -121,7 +136,7 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
                         where=f"task {delta.task}: {taken[slot.name]}/{tensor}",
                         wanted=f"at most {list(padded.shape)}",
                         found=list(value.shape),
-                        do="export the bundle again with this task, or with a larger --rank-room",
+                        do="export the bundle again with this task",
                     )
                 padded[tuple(slice(0, size) for size in value.shape)] = value.to(dtype)
             row[f"{slot.name}/{tensor}"] = padded

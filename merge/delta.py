@@ -258,14 +258,7 @@ def _header(delta: Delta) -> dict[str, Any]:
         "preprocessing": delta.preprocessing.to_json(),
         "backbone": delta.backbone.to_json(),
         "branches": [
-            {
-                "name": name,
-                "kind": branch.tuner.kind,
-                "tap": str(branch.tap),
-                "add": str(branch.add),
-                "settings": branch.tuner.settings(),
-            }
-            for name, branch in delta.branches.items()
+            branch_to_json(name, branch) for name, branch in delta.branches.items()
         ],
         "provenance": dict(delta.provenance),
     }
@@ -285,7 +278,7 @@ def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) ->
         branch, _, name = full.rpartition("/")
         tensors.setdefault(branch, {})[name] = tensor
     try:
-        branches = {str(e["name"]): _branch(path, e) for e in header["branches"]}
+        branches = {str(e["name"]): branch_from_json(path, e) for e in header["branches"]}
         if len(branches) != len(header["branches"]):
             raise ValueError("two branches have one name")
         backbone = header["backbone"]
@@ -309,7 +302,23 @@ def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) ->
     return delta
 
 
-def _branch(path: Path, entry: Mapping[str, Any]) -> Branch:
+def branch_to_json(name: str, branch: Branch) -> dict[str, Any]:
+    """A branch as JSON values; see `docs/delta.md`."""
+    return {
+        "name": name,
+        "kind": branch.tuner.kind,
+        "tap": str(branch.tap),
+        "add": str(branch.add),
+        "settings": branch.tuner.settings(),
+    }
+
+
+def branch_from_json(path: Path, entry: Mapping[str, Any]) -> Branch:
+    """The branch that `branch_to_json` wrote into the file at `path`.
+
+    Raises:
+        IncompatibleArtefact: An unknown kind, settings that are out of range, or an unreadable point.
+    """
     kind = TUNERS.get(entry["kind"])
     if kind is None:
         raise IncompatibleArtefact(

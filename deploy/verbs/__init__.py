@@ -4,6 +4,7 @@ GROUPS = {
     "Make": {
         "merge": "Fold a task into the frozen weights, exactly or not at all.",
         "export": "Build one engine for one or many tasks, check it, write a bundle.",
+        "add": "Add tasks to a bundle without a rebuild.",
         "check": "Hold a bundle to torch, claim by claim.",
     },
     "Use": {

@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=click.IntRange(2),
     default=50,
     show_default=True,
     help="Counted rounds at least.",
 )
 @click.option(
-    "--warmup", type=click.IntRange(0), default=5, show_default=True, help="Rounds not counted."
+    "--warmup", type=click.IntRange(1), default=5, show_default=True, help="Rounds not counted."
 )
 @click.option(
     "--seconds",

@@ -1,0 +1,103 @@
+"""More tasks in a bundle whose bank is an input: the engine stays as it is, to the byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..export import bundle as bundles
+from ..merge.bank import Slot, fill_row
+from ..merge.delta import require_backbone
+from ..merge.errors import CheckFailed, UsageError
+from ..merge.files import atomic_folder, refuse_existing
+from ..merge.lower import lower
+from ..merge.sites import measure
+from .check import Evidence, check_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ..merge.backbone import Backbone
+    from .build import Task
+
+
+def add_tasks(
+    bundle: bundles.Bundle,
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    evidence: Evidence | None = None,
+    force: bool = False,
+) -> bundles.Bundle:
+    """Write a bundle with more tasks and the same engine.
+
+    The new tasks are checked on that engine; the old ones keep their rows, which the bundle's own check
+    showed to be independent of the others.
+
+    Args:
+        bundle: Exported with `--bank inputs`.
+        backbone: Its backbone.
+        tasks: What to add; every branch must fit a slot of the bank.
+        output: The new bundle's folder; may be the old one with `force`.
+        evidence: Pictures for the check.
+        force: Replace what stands at `output`.
+
+    Raises:
+        UsageError: The bank is no input, the output exists, or a task name is taken.
+        IncompatibleArtefact: A delta belongs to another backbone, or has no slot in the bank.
+        CheckFailed: The engine does not answer as the new tasks do; nothing is written.
+    """
+    refuse_existing(output, force=force)
+    if bundle.bank != "inputs":
+        raise UsageError(
+            "tasks can be added only where the bank is an input of the engine",
+            where=bundle.path,
+            wanted="bank inputs",
+            found=f"mode {bundle.mode}, bank {bundle.bank}",
+            do="export it again with all tasks, or with --bank inputs",
+        )
+    names = [*(task.name for task in bundle.tasks), *(task.delta.task for task in tasks)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError("a task of that name is there already", found=", ".join(twice))
+    sites = measure(backbone)
+    deltas = [task.delta for task in tasks]
+    for delta in deltas:
+        require_backbone(delta, backbone, sites)
+    manifest = bundle.path / bundles.MANIFEST
+    slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
+    rows = [fill_row(slots, lower(backbone, delta, sites)) for delta in deltas]
+    new = {f"bank/{key}": np.stack([row[key].float().numpy() for row in rows]) for key in rows[0]}
+    verdict = check_engine(
+        bundle.read_engine(),
+        backbone,
+        deltas,
+        sites,
+        mixes=True,
+        bank=new,
+        max_batch=bundle.engine.max_batch,
+        evidence=evidence or Evidence(),
+    )
+    if not verdict.passed:
+        raise CheckFailed(
+            "the engine does not answer as the new tasks do in torch, so nothing was written",
+            where=bundle.path,
+            found=", ".join(c.name for c in verdict.failures),
+        )
+    old = bundle.read_bank()
+    added = tuple(
+        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
+        for row, t in enumerate(tasks, start=len(bundle.tasks))
+    )
+    engine = bundle.read_engine()
+    check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
+    with atomic_folder(output) as folder:
+        (folder / bundle.engine.file).write_bytes(engine)
+        save_file({k: np.concatenate([old[k], new[k]]) for k in old}, folder / bundles.BANK)
+        grown = replace(bundle, path=folder, tasks=(*bundle.tasks, *added), check=check)
+        bundles.write_manifest(folder, grown)
+    return bundles.open_bundle(output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -23,7 +24,6 @@ from .preprocessing import INTERPOLATIONS, Preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -191,6 +191,7 @@ def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights:
         UsageError: The file is not there, or the architecture is not named.
         IncompatibleArtefact: The file is damaged, or its tensors are not the architecture's.
     """
+    weights = Path(weights)
     if weights.is_dir():
         architecture, arguments = _described(weights, architecture, arguments)
         weights = weights / WEIGHTS
@@ -213,7 +214,7 @@ def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights:
 
 def save(folder: Path, backbone: Backbone) -> None:
     """Write a folder that `load` reads: description and weights, whole or not at all."""
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         description = {
             "architecture": backbone.identity.architecture,
             "arguments": dict(backbone.identity.arguments),

@@ -94,7 +94,12 @@ def export_bundle(
         for row, t in enumerate(tasks)
     )
     identity = bundles.identity_of(
-        backbone.identity.to_json(), plan.mode, plan.bank, entries, "fp32", specs(model.graph.inputs)
+        backbone.identity.to_json(),
+        plan.mode,
+        plan.bank,
+        entries,
+        "fp32",
+        specs(model.graph.inputs),
     )
     progress("serialise")
     engine = serialise(model, {bundles.IDENTITY: identity})
@@ -175,7 +180,7 @@ def _graph(
         return trace(plain, Inputs(images)), None, []
     constant = [lower(backbone, delta, sites) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
-    stacked = stack(constant)
+    stacked = stack(constant, torch.float32)
     if plan.mode == "parallel":
         return trace(Single(backbone, stacked).eval(), Inputs(images)), stacked, lowered
     module = Mixed(backbone, stacked).eval()

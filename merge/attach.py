@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, require_backbone, validate
-from .errors import UsageError
+from .delta import Delta, require_backbone, validate, widest
+from .errors import IncompatibleArtefact, UsageError
 from .methods import EveryBias, Planting, head_branch
 from .parallel import joined
 from .sites import Sites, blocks, measure
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .preprocessing import Preprocessing
     from .tuner import Branch
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class Tuned(nn.Module):
     """A frozen backbone with one task's branches: images `[B, C, H, W]` to logits `[B, K]`.
@@ -35,7 +37,10 @@ class Tuned(nn.Module):
     Args:
         backbone: The frozen backbone.
         branches: Branches by name.
-        tensors: Their stored tensors by name.
+        tensors: Their stored tensors by name; held in the backbone's dtype.
+
+    Raises:
+        IncompatibleArtefact: The backbone is in half precision and would round the tensors.
     """
 
     def __init__(
@@ -45,11 +50,22 @@ class Tuned(nn.Module):
         tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         super().__init__()
+        own = widest([t.dtype for named in tensors.values() for t in named.values()])
+        dtype = next(backbone.model.parameters()).dtype
+        if dtype in HALF and widest([own, dtype]) != dtype:
+            raise IncompatibleArtefact(
+                "the backbone is in half precision and would round the tuner's tensors",
+                wanted=f"a backbone in {widest([own, dtype])}",
+                found=f"tensors in {own}, a backbone in {dtype}",
+                do="load the backbone in float32, or merge: sums run in float64",
+            )
         self.backbone = backbone
         self.trunk = backbone.model
         self.branches = dict(branches)
         self.weights = nn.ModuleList(
-            nn.ParameterDict({k: nn.Parameter(v.clone()) for k, v in tensors[name].items()})
+            nn.ParameterDict(
+                {k: nn.Parameter(v.to(dtype, copy=True)) for k, v in tensors[name].items()}
+            )
             for name in branches
         )
 
@@ -140,7 +156,8 @@ def attach(
     sites = sites or measure(backbone)
     generator = torch.Generator().manual_seed(seed)
     branches: dict[str, Branch] = {}
-    tensors: dict[str, Mapping[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    dtype = next(backbone.model.parameters()).dtype
 
     def plant(name: str, branch: Branch, rank: int, scale: float = 1.0) -> None:
         if name in branches:
@@ -149,7 +166,8 @@ def attach(
         branches[name] = branch
         tensors[name] = branch.tuner.init(sizes, generator)
         if "scale" in branch.tuner.shapes:
-            tensors[name] = {**tensors[name], "scale": torch.tensor(float(scale))}
+            tensors[name]["scale"] = torch.tensor(float(scale))
+        tensors[name] = {k: v.to(dtype) for k, v in tensors[name].items()}
 
     for planting in (planting for method in methods for planting in method):
         if isinstance(planting, EveryBias):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .delta import branch_from_json, branch_to_json
+from .delta import branch_from_json, branch_to_json, widest
 from .errors import IncompatibleArtefact, UsageError
 from .tuner import Branch, Point, bind
 
@@ -71,8 +71,12 @@ class Bank:
     tensors: Mapping[str, Tensor]
 
 
-def stack(deltas: Sequence[Delta]) -> Bank:
+def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
     """The bank of several lowered deltas of one backbone.
+
+    Args:
+        deltas: The tasks in row order.
+        dtype: Of the bank; the widest of the deltas if None.
 
     Raises:
         UsageError: No delta, or two tasks of one name.
@@ -93,18 +97,22 @@ def stack(deltas: Sequence[Delta]) -> Bank:
                 found=delta.backbone.fingerprint[:16],
             )
     slots = _slots(deltas)
-    rows = [fill_row(slots, delta) for delta in deltas]
+    dtype = dtype or widest([delta.dtype for delta in deltas])
+    rows = [fill_row(slots, delta, dtype) for delta in deltas]
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return Bank(tuple(names), slots, tensors)
 
 
-def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
-    """One lowered delta as a row of a bank with these slots.
+def fill_row(
+    slots: Iterable[Slot], delta: Delta, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """One lowered delta as a row of a bank with these slots, in the bank's dtype (the delta's if None).
 
     Raises:
         IncompatibleArtefact: A branch has no slot, or is larger than its slot.
     """
     slots = tuple(slots)
+    dtype = dtype or delta.dtype
     taken: dict[str, str] = {}
     last: dict[Point, int] = {}
     for name, branch in delta.branches.items():
@@ -119,7 +127,6 @@ def fill_row(slots: Iterable[Slot], delta: Delta) -> dict[str, Tensor]:
             )
         taken[slots[at].name] = name
         last[branch.add] = at
-    dtype = delta.tensors[delta.head]["weight"].dtype
     row: dict[str, Tensor] = {}
     for slot in slots:
         tuner = slot.branch.tuner

@@ -6,6 +6,7 @@ canonical JSON, because safetensors writes several keys in random order. `docs/d
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from .tuner import Branch, Point, bind
 from .tuners import TUNERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -69,6 +70,11 @@ class Delta:
         return next(n for n, b in self.branches.items() if b.tuner.join == "replace")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of its tensors."""
+        return widest([t.dtype for tensors in self.tensors.values() for t in tensors.values()])
+
+    @property
     def parameters(self) -> int:
         """Number of stored values."""
         return sum(t.numel() for tensors in self.tensors.values() for t in tensors.values())
@@ -76,6 +82,11 @@ class Delta:
     def weighted(self) -> list[tuple[Branch, Mapping[str, Tensor]]]:
         """The branches with their stored tensors, in the order in which they join."""
         return [(branch, self.tensors[name]) for name, branch in self.branches.items()]
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds every value of these exactly."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def save_delta(path: Path, delta: Delta, *, force: bool = False) -> str:
@@ -257,9 +268,7 @@ def _header(delta: Delta) -> dict[str, Any]:
         "labels": list(delta.labels),
         "preprocessing": delta.preprocessing.to_json(),
         "backbone": delta.backbone.to_json(),
-        "branches": [
-            branch_to_json(name, branch) for name, branch in delta.branches.items()
-        ],
+        "branches": [branch_to_json(name, branch) for name, branch in delta.branches.items()],
         "provenance": dict(delta.provenance),
     }
 

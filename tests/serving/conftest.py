@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from utune_deploy.export.bundle import (
+    IDENTITY,
     Bundle,
     Engine,
     Task,
@@ -80,7 +81,6 @@ def _write_bundle(folder: Path, names: tuple[str, ...], *, mixes: bool) -> Bundl
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
-    onnx.save(model, folder / "model.onnx")
     tasks = tuple(
         Task(
             name=name,
@@ -113,6 +113,8 @@ def _write_bundle(folder: Path, names: tuple[str, ...], *, mixes: bool) -> Bundl
         identity="",
     )
     identity = identity_of(bundle.backbone, bundle.mode, bundle.bank, tasks, "fp32")
+    helper.set_model_props(model, {IDENTITY: identity})
+    onnx.save(model, folder / "model.onnx")
     write_manifest(folder, replace(bundle, identity=identity))
     return open_bundle(folder)
 

@@ -1,0 +1,170 @@
+"""Small seeded backbones and random deltas, for every room that needs a model.
+
+The tests of serving run without torch, so torch is imported by the fixtures that need it and not here.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
+
+    from utune_deploy.merge.backbone import Backbone
+    from utune_deploy.merge.delta import Delta
+    from utune_deploy.merge.sites import Sites
+
+VIT = (
+    "vit_base_patch16_224",
+    {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 4,
+        "num_classes": 7,
+    },
+)
+SWIN = (
+    "swin_tiny_patch4_window7_224",
+    {
+        "img_size": 64,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "num_classes": 6,
+    },
+)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    """Random values everywhere: timm's zero biases and unit norms would hide mistakes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel() if name.endswith("weight") else 1
+                parameter.copy_(noise * fan_in**-0.5)
+            elif name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(0.2 * noise)
+
+
+def _backbone(architecture: str, arguments: Mapping[str, Any], seed: int) -> Backbone:
+    import timm
+    import torch
+
+    from utune_deploy.merge.backbone import wrap
+
+    torch.set_num_threads(1)  # these models are too small to share
+    model = timm.create_model(architecture, pretrained=False, **arguments)
+    _fill(model, seed)
+    return wrap(model, architecture, arguments)
+
+
+def _double(backbone: Backbone) -> Backbone:
+    from utune_deploy.merge.backbone import wrap
+
+    model = copy.deepcopy(backbone.model).double()
+    return wrap(model, backbone.identity.architecture, backbone.identity.arguments)
+
+
+@pytest.fixture(scope="session")
+def vit() -> Backbone:
+    """A ViT of 3 blocks, 48 channels, 4 heads, 32x32 pixels and 17 tokens, float32."""
+    return _backbone(*VIT, seed=1)
+
+
+@pytest.fixture(scope="session")
+def swin() -> Backbone:
+    """A Swin of 2 + 2 blocks, 64x64 pixels, windows of 4, every second block shifted, float32."""
+    return _backbone(*SWIN, seed=2)
+
+
+@pytest.fixture(scope="session")
+def vit64(vit: Backbone) -> Backbone:
+    """The ViT in float64."""
+    return _double(vit)
+
+
+@pytest.fixture(scope="session")
+def swin64(swin: Backbone) -> Backbone:
+    """The Swin in float64."""
+    return _double(swin)
+
+
+@pytest.fixture(scope="session")
+def sites_of() -> Callable[[Backbone], Sites]:
+    """`measure`, once per backbone."""
+    from utune_deploy.merge.sites import measure
+
+    seen: dict[str, Sites] = {}
+
+    def sites_of(backbone: Backbone) -> Sites:
+        key = f"{id(backbone.model)} {backbone.identity.fingerprint}"
+        if key not in seen:
+            seen[key] = measure(backbone)
+        return seen[key]
+
+    return sites_of
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., dict[str, Tensor]]:
+    """Random tensors for a tuner: `(tuner, sizes, seed, dtype) -> {name: tensor}`."""
+    import torch
+
+    def random_weights(
+        tuner: Any, sizes: Mapping[str, int], seed: int = 0, dtype: Any = torch.float32
+    ) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        weights = {}
+        for name, axes in tuner.shapes.items():
+            shape = [sizes[axis] for axis in axes]
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if not shape:
+                noise = 0.5 + noise.abs()
+            elif len(shape) == 2 and axes[1] == "in":
+                noise = noise * 1.5 * sizes["in"] ** -0.5
+            weights[name] = (noise if len(shape) != 1 else 0.5 * noise).to(dtype)
+        return weights
+
+    return random_weights
+
+
+@pytest.fixture(scope="session")
+def random_delta(
+    sites_of: Callable[[Backbone], Sites], random_weights: Callable[..., dict[str, Tensor]]
+) -> Callable[..., Delta]:
+    """A delta of `methods.py` lists with random values, in the backbone's dtype.
+
+    `(backbone, *methods, task="a", classes=5, seed=0) -> Delta`
+    """
+    from utune_deploy.merge.attach import attach
+    from utune_deploy.merge.tuner import bind
+
+    def random_delta(
+        backbone: Backbone, *methods: Any, task: str = "a", classes: int = 5, seed: int = 0
+    ) -> Delta:
+        tuned = attach(backbone, *methods, classes=classes, sites=sites_of(backbone))
+        delta = tuned.delta(task, [f"{task}{i}" for i in range(classes)])
+        dtype = next(backbone.model.parameters()).dtype
+        tensors = {}
+        for number, (name, branch) in enumerate(delta.branches.items()):
+            sizes = {"in": 0, "out": 0, "r": 0}
+            sizes |= bind(branch.tuner.shapes, delta.tensors[name], where=name)
+            tensors[name] = random_weights(branch.tuner, sizes, 1000 * seed + number, dtype)
+        return replace(delta, tensors=tensors)
+
+    return random_delta

@@ -97,7 +97,11 @@ def add_tasks(
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
         (folder / bundle.engine.file).write_bytes(engine)
-        save_file({k: np.concatenate([old[k], new[k]]) for k in old}, folder / bundles.BANK)
         grown = replace(bundle, path=folder, tasks=(*bundle.tasks, *added), check=check)
+        save_file(
+            {name: np.concatenate([old[name], new[name]]) for name in old},
+            folder / bundles.BANK,
+            metadata={bundles.TASKS: bundles.tasks_digest(grown.tasks)},
+        )
         bundles.write_manifest(folder, grown)
     return bundles.open_bundle(output)

@@ -161,7 +161,8 @@ def export_bundle(
         if bank_tensors:
             from safetensors.numpy import save_file
 
-            save_file(bank_tensors, folder / bundles.BANK)
+            about = {bundles.TASKS: bundles.tasks_digest(entries)}
+            save_file(bank_tensors, folder / bundles.BANK, metadata=about)
         bundles.write_manifest(folder, replace(result, path=folder))
     progress("done")
     return bundles.open_bundle(output)

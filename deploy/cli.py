@@ -19,6 +19,7 @@ EXIT_CODES = """\
 Exit codes: 0 ok, 1 unexpected, 2 usage, 3 numeric check failed, 4 incompatible artefact,
 5 dependency or device missing, 6 engine build failed.
 """
+ERROR = click.style("error:", fg="red", bold=True)
 
 
 class Verbs(click.Group):
@@ -83,12 +84,15 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         code = main_group.main(args=arguments, prog_name="utune-deploy", standalone_mode=False)
     except UtuneError as error:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        click.echo(f"{ERROR} {error}", err=True)
         if "-vv" in (arguments or sys.argv):
             raise
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        usage = getattr(error, "ctx", None)
+        if usage is not None:
+            click.echo(usage.get_usage(), err=True)
+        click.echo(f"{ERROR} {error.format_message()}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..merge.errors import IncompatibleArtefact, UsageError
@@ -24,7 +25,6 @@ from .targets import target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from .engine import Session
 
@@ -33,6 +33,9 @@ VERSION = 1
 MANIFEST = "manifest.json"
 BANK = "bank.safetensors"
 IDENTITY = "utune.identity"  # metadata key inside the engine file
+TASKS = (
+    "utune.tasks"  # metadata key inside the bank: SHA-256 of what the manifest says of the tasks
+)
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,11 @@ def open_bundle(path: Path) -> Bundle:
         raise IncompatibleArtefact(
             "the manifest lacks a field", where=manifest_path, found=str(cause)
         ) from cause
+    for name in (bundle.engine.file, *files):
+        if Path(name).name != name:
+            raise IncompatibleArtefact(
+                "the manifest names a file outside the bundle", where=manifest_path, found=name
+            )
     needed = {bundle.engine.file} | ({BANK} if bundle.bank == "inputs" else set())
     if not needed <= set(files):
         raise IncompatibleArtefact(
@@ -279,7 +287,33 @@ def open_bundle(path: Path) -> Bundle:
             wanted=stated,
             found=bundle.identity,
         )
+    if bundle.bank == "inputs":
+        _require_bank_of(bundle)
     return bundle
+
+
+def tasks_digest(tasks: tuple[Task, ...]) -> str:
+    """SHA-256 over rows, names, labels, preprocessing and deltas."""
+    return hashlib.sha256(canonical_json([_task_json(task) for task in tasks]).encode()).hexdigest()
+
+
+def _require_bank_of(bundle: Bundle) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    path = bundle.path / BANK
+    try:
+        with safe_open(path, framework="np") as file:
+            found = (file.metadata() or {}).get(TASKS)
+    except (SafetensorError, OSError) as cause:
+        raise IncompatibleArtefact("the bank cannot be read", where=path) from cause
+    if found != tasks_digest(bundle.tasks):
+        raise IncompatibleArtefact(
+            "the bank does not hold the tasks that the manifest names",
+            where=path,
+            wanted=f"tasks {tasks_digest(bundle.tasks)}",
+            found=f"tasks {found}",
+            do="copy the bundle again, or export it again",
+        )
 
 
 def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:

@@ -1,0 +1,129 @@
+"""What the tests of this room share: six tasks of every kind, exported once in every form."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
+    from utune_deploy.deploy.build import Task
+    from utune_deploy.export.bundle import Bundle
+    from utune_deploy.merge.backbone import Backbone
+    from utune_deploy.merge.delta import Delta
+
+CLASSES = {"lora": 5, "dual": 3, "serial": 7, "prefix": 2, "prompt": 4, "bias": 6}
+MAX_BATCH = 6
+
+
+@pytest.fixture(scope="session")
+def vit(vit: Backbone) -> Backbone:
+    """The small ViT on one thread: two threads wait for each other longer than these models run."""
+    import torch
+
+    torch.set_num_threads(1)
+    return vit
+
+
+@pytest.fixture(scope="session")
+def deltas(vit: Backbone, random_delta: Callable[..., Delta]) -> dict[str, Delta]:
+    """One task of every kind, with ranks and class counts of their own."""
+    from utune_deploy.merge import methods
+
+    kinds = {
+        "lora": methods.lora(2),
+        "dual": methods.dual_adapter(3),
+        "serial": methods.serial_adapter(4),
+        "prefix": methods.prefix(2),
+        "prompt": methods.deep_prompt(3),
+        "bias": methods.bitfit(),
+    }
+    return {
+        kind: random_delta(vit, method, task=kind, classes=CLASSES[kind], seed=number)
+        for number, (kind, method) in enumerate(kinds.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def as_task() -> Callable[[Delta], Task]:
+    """A delta with the digest that its file would have."""
+    import hashlib
+
+    from utune_deploy.deploy.build import Task
+
+    return lambda delta: Task(delta, hashlib.sha256(delta.task.encode()).hexdigest())
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    vit: Backbone,
+    deltas: dict[str, Delta],
+    as_task: Callable[[Delta], Task],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Bundle]:
+    """Exported bundles by form, each made when it is first asked for."""
+    from utune_deploy.deploy.build import export_bundle
+
+    root = tmp_path_factory.mktemp("bundles")
+    made: dict[str, Bundle] = {}
+
+    def bundles(form: str) -> Bundle:
+        if form not in made:
+            tasks, settings = {
+                "constants": (list(deltas), {}),
+                "inputs": (list(deltas), {"bank": "inputs"}),
+                "merged": (["lora"], {}),
+                "parallel": (["prompt"], {}),
+            }[form]
+            made[form] = export_bundle(
+                root / form, vit, [as_task(deltas[task]) for task in tasks],
+                max_batch=MAX_BATCH, threads=1, **settings,
+            )  # fmt: skip
+        return made[form]
+
+    return bundles
+
+
+@pytest.fixture(scope="session")
+def alone(vit: Backbone, sites_of: Callable[..., Any]) -> Callable[[Delta, np.ndarray], np.ndarray]:
+    """One task by itself in torch: `(delta, images) -> logits`."""
+    import torch
+
+    from utune_deploy.merge.attach import restore
+
+    def alone(delta: Delta, images: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return restore(vit, delta, sites_of(vit))(torch.from_numpy(images)).numpy()
+
+    return alone
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., np.ndarray]:
+    """Seeded noise: `(batch, seed) -> [B, 3, 32, 32]`."""
+    import numpy as np
+
+    def images(batch: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal((batch, 3, 32, 32), np.float32)
+
+    return images
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[[int], bytes]:
+    """A PNG of 40 x 36 coloured pixels: `(seed) -> bytes`."""
+    import numpy as np
+    from PIL import Image
+
+    def picture(seed: int) -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    return picture

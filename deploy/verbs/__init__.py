@@ -2,6 +2,7 @@
 
 GROUPS = {
     "Make": {
+        "import": "Read another project's checkpoint as a delta.",
         "merge": "Fold a task into the frozen weights, exactly or not at all.",
         "export": "Build one engine for one or many tasks, check it, write a bundle.",
         "add": "Add tasks to a bundle without a rebuild.",

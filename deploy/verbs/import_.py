@@ -1,0 +1,74 @@
+"""`utune-deploy import`: a checkpoint of another project as a delta."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import PATH, BackboneChoice, backbone_options, force_option, json_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..console import Console
+
+
+@click.command("import", short_help="Read another project's checkpoint.")
+@click.argument("file", type=PATH)
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["modelscope", "peft"]),
+    required=True,
+    help="modelscope: vision_efficient_tuning (U-Tuning). peft: a LoRA adapter folder.",
+)
+@click.option("--task", required=True, help="The task's name.")
+@click.option("--labels", type=PATH, help="Class names, one per line; numbered if not given.")
+@backbone_options
+@click.option("-o", "--output", type=PATH, required=True, help="The delta (.safetensors).")
+@json_option
+@force_option
+@click.pass_obj
+def command(
+    console: Console,
+    file: Path,
+    source: str,
+    task: str,
+    labels: Path | None,
+    choice: BackboneChoice,
+    output: Path,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Read the tuners and the head in FILE and write them as a delta of the backbone.
+
+    Tuners are found by their keys. What cannot be carried is refused by name; nothing in FILE is run.
+    """
+    from ...merge.delta import require_backbone, save_delta
+    from ...merge.errors import UsageError
+    from ...merge.files import refuse_existing
+    from ...merge.importers import read
+    from ...merge.sites import measure
+
+    refuse_existing(output, force=force)
+    names = None
+    if labels is not None:
+        if not labels.is_file():
+            raise UsageError("there is no such file of labels", where=labels)
+        names = [line for line in labels.read_text().splitlines() if line.strip()]
+    backbone = choice.load()
+    foreign = read(source, file, backbone)
+    delta = foreign.delta(task, backbone, labels=names)
+    require_backbone(delta, backbone, measure(backbone), where=file)
+    save_delta(output, delta, force=force)
+    kinds = sorted({name.rpartition("/")[2] for name in delta.branches})
+    found = {"delta": str(output), "task": task, "branches": len(delta.branches), "kinds": kinds}
+    if as_json:
+        console.json(found)
+    else:
+        console.result(
+            f"wrote {output}: task {task}, {len(delta.labels)} classes, {', '.join(kinds)}"
+        )
+    if names is None and foreign.labels is None:
+        console.say("note: the classes are numbered; --labels FILE names them")

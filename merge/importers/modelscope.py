@@ -1,0 +1,219 @@
+"""modelscope's `vision_efficient_tuning`, the code of U-Tuning's authors (arXiv 2303.00690).
+
+Two layouts: a hub file with `backbone_weight` and `head_weight`, and a trainer's flat state dict with
+`model.backbone.*` and `model.head.*`. Tuners are found by their keys, whatever combination there is:
+adapter (serial behind the FFN, GELU), LoRA on qkv (scale 1), prefix, deep prompts, and biases that
+differ from the frozen ones (BitFit).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleArtefact
+from ..sites import blocks
+from ..tuner import Branch, Point
+from ..tuners.bias import Bias
+from ..tuners.bottleneck import Bottleneck
+from ..tuners.prefix import Prefix
+from ..tuners.prompt import Prompt
+from .foreign import Foreign, read_pickle, refuse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..backbone import Backbone
+
+WRAPPERS = ("module.", "model.")  # of distributed training, of the trainer
+ADAPTER = ("adapter.ln1.weight", "adapter.ln1.bias", "adapter.ln2.weight", "adapter.ln2.bias")
+LORA = ("attn.lora.lora_a.weight", "attn.lora.lora_b.weight")
+PREFIX = ("attn.prefix.prefix_key", "attn.prefix.prefix_value")
+PROMPT = ("prompt.prompt_token",)
+
+
+def read_modelscope(path: Path, backbone: Backbone) -> Foreign:
+    """Branches of a modelscope checkpoint.
+
+    Raises:
+        IncompatibleArtefact: No modelscope checkpoint, another backbone, SideTune or shallow prompts.
+    """
+    trunk, head, labels = _parts(path, read_pickle(path))
+    frozen = backbone.model.state_dict()
+    found = Foreign("modelscope vision_efficient_tuning", labels=labels)
+    known = _biases(path, backbone, frozen, trunk, found)
+    if side := sorted(key for key in trunk if key.startswith("sidetune.")):
+        raise refuse(path, "side networks cannot be read yet", found=f"{side[0]}, ...")
+    places = blocks(backbone.model)
+    _refuse_shallow(path, backbone, trunk, places)
+    for block in places:
+        known |= _block(path, backbone, trunk, block, found)
+    classifier = f"{backbone.classifier}."
+    if left := sorted(k for k in trunk if k not in known and not k.startswith(classifier)):
+        raise refuse(
+            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
+        )
+    _head(path, backbone, trunk, head, found)
+    return found
+
+
+def _parts(
+    path: Path, saved: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
+    """Trunk and head tensors by their names inside, and class names."""
+    if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
+        classes = saved.get("CLASSES")
+        labels = tuple(map(str, classes)) if classes else None
+        return dict(saved["backbone_weight"]), dict(saved.get("head_weight") or {}), labels
+    flat = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    flat = {_unwrapped(key): value for key, value in flat.items() if isinstance(value, Tensor)}
+    trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
+    head = {k.removeprefix("head."): v for k, v in flat.items() if k.startswith("head.")}
+    if not trunk:
+        raise refuse(
+            path,
+            "the file is no checkpoint of modelscope's vision_efficient_tuning",
+            found=", ".join(list(flat)[:3]) or type(saved).__name__,
+            do="wanted: backbone_weight and head_weight, or model.backbone.* and model.head.*",
+        )
+    return trunk, head, None
+
+
+def _unwrapped(key: str) -> str:
+    while key.startswith(WRAPPERS):
+        key = key.removeprefix("module.").removeprefix("model.")
+    return key
+
+
+def _biases(
+    path: Path,
+    backbone: Backbone,
+    frozen: dict[str, Tensor],
+    trunk: dict[str, Tensor],
+    found: Foreign,
+) -> set[str]:
+    """Shifts beside the biases that differ; every other frozen tensor must be the backbone's."""
+    known, strange = set(), []
+    for name, tensor in frozen.items():
+        if name.startswith(f"{backbone.classifier}."):
+            continue
+        own = trunk.get(name)
+        known.add(name)
+        if own is None or own.shape != tensor.shape:
+            strange.append(name)
+        elif not torch.equal(own.double(), tensor.double()):
+            if not name.endswith(".bias"):
+                strange.append(name)
+                continue
+            module = name.removesuffix(".bias")
+            point = Point(module, "output")
+            shift = (
+                own.double() - tensor.double()
+            )  # float64 holds it exactly enough to give it back
+            found.plant(f"{module}/bias", Branch(Bias(), point, point), {"shift": shift})
+    if strange:
+        raise IncompatibleArtefact(
+            "frozen tensors are not the backbone's",
+            where=path,
+            wanted=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
+            found=", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if strange[5:] else ""),
+            do="load the backbone that it was trained on",
+        )
+    return known
+
+
+def _refuse_shallow(
+    path: Path, backbone: Backbone, trunk: dict[str, Tensor], places: list[str]
+) -> None:
+    """Prompts that a later block does not replace go on as ordinary tokens: no constant prefix."""
+    lengths = [
+        trunk[key].shape[1] if (key := f"{block}.{PROMPT[0]}") in trunk else 0 for block in places
+    ]
+    if any(lengths) and len(set(lengths)) > 1:
+        raise refuse(
+            path, "shallow or unequal prompts cannot be carried yet", found=f"lengths {lengths}",
+            do="wanted: prompts of one length in every block",
+        )  # fmt: skip
+    if any(lengths) and getattr(backbone.model, "global_pool", "token") != "token":
+        raise refuse(
+            path, "prompts enter the pooled mean here", found="average pooling",
+            do="wanted: a backbone that pools its class token",
+        )  # fmt: skip
+
+
+def _block(
+    path: Path, backbone: Backbone, trunk: dict[str, Tensor], block: str, found: Foreign
+) -> set[str]:
+    """The tuners of one block, in the order in which modelscope applies them."""
+    known: set[str] = set()
+
+    def take(names: tuple[str, ...]) -> list[Tensor] | None:
+        keys = [f"{block}.{name}" for name in names]
+        there = [key in trunk for key in keys]
+        if not any(there):
+            return None
+        if not all(there):
+            missing = [key for key, have in zip(keys, there, strict=True) if not have]
+            raise refuse(path, "a tuner is not whole", found=f"missing {', '.join(missing)}")
+        known.update(keys)
+        return [trunk[key] for key in keys]
+
+    if tensors := take(PROMPT):
+        point = Point(block, "tokens")
+        found.plant(f"{block}/prompt", Branch(Prompt(), point, point), {"token": tensors[0][0]})
+    if tensors := take(LORA):
+        qkv = f"{block}.attn.qkv"
+        branch = Branch(
+            Bottleneck("identity", bias=False), Point(qkv, "input"), Point(qkv, "output")
+        )
+        down, up = tensors
+        found.plant(f"{qkv}/lora", branch, {"down": down, "up": up, "scale": torch.ones(())})
+    if tensors := take(PREFIX):
+        point = Point(f"{block}.attn", "keys")
+        key, value = tensors
+        branch = Branch(Prefix(joint_softmax=True), point, point)
+        found.plant(f"{block}.attn/prefix", branch, {"key": key[0], "value": value[0]})
+    if tensors := take(ADAPTER):
+        point = _behind_ffn(backbone.model, block)
+        names = ("down", "down_bias", "up", "up_bias")
+        weights = {**dict(zip(names, tensors, strict=True)), "scale": torch.ones(())}
+        branch = Branch(Bottleneck("gelu", bias=True), point, point)
+        found.plant(f"{point.module}/adapter", branch, weights)
+    return known
+
+
+def _behind_ffn(model: nn.Module, block: str) -> Point:
+    """Behind the FFN and its LayerScale, in front of the residual sum."""
+    scale = getattr(model.get_submodule(block), "ls2", None)
+    scaled = scale is not None and not isinstance(scale, nn.Identity)
+    return Point(f"{block}.ls2" if scaled else f"{block}.mlp", "output")
+
+
+def _head(
+    path: Path,
+    backbone: Backbone,
+    trunk: dict[str, Tensor],
+    head: dict[str, Tensor],
+    found: Foreign,
+) -> None:
+    """The classifier; where backbone and model each have one, their product."""
+    inner = {
+        re.sub(rf"^{re.escape(backbone.classifier)}\.", "", key): value
+        for key, value in trunk.items()
+        if key.startswith(f"{backbone.classifier}.")
+    }
+    outer = {key.removeprefix("fc."): value for key, value in head.items()}
+    if not inner and not outer:
+        raise refuse(
+            path, "the checkpoint has no classifier", found="neither head_weight nor head.fc"
+        )
+    if not inner or not outer:
+        one = inner or outer
+        found.plant_head(backbone, one["weight"], one.get("bias"))
+        return
+    weight = outer["weight"].double() @ inner["weight"].double()
+    bias = outer["weight"].double() @ inner["bias"].double() + outer["bias"].double()
+    found.plant_head(backbone, weight, bias)

@@ -33,12 +33,14 @@ class Foreign:
         branches: Places by name, in the order in which they join.
         tensors: Stored tensors by name.
         labels: Class names, if the file has them.
+        preprocessing: The source's own, where it differs from timm's for the backbone.
     """
 
     source: str
     branches: dict[str, Branch] = field(default_factory=dict)
     tensors: dict[str, Weights] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
 
     def plant(self, name: str, branch: Branch, tensors: Weights) -> None:
         """Add a branch."""
@@ -70,7 +72,7 @@ class Foreign:
         return Delta(
             task=task,
             labels=tuple(names),
-            preprocessing=preprocessing or backbone.preprocessing(),
+            preprocessing=preprocessing or self.preprocessing or backbone.preprocessing(),
             backbone=backbone.identity,
             branches=self.branches,
             tensors=self.tensors,

@@ -12,9 +12,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ..errors import IncompatibleArtefact
+from ..preprocessing import Preprocessing
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bias import Bias
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..backbone import Backbone
 
+CROP = 224 / 256  # its pipeline resizes to 256 and cuts 224, with ImageNet's mean and deviation
 WRAPPERS = ("module.", "model.")  # of distributed training, of the trainer
 ADAPTER = ("adapter.ln1.weight", "adapter.ln1.bias", "adapter.ln2.weight", "adapter.ln2.bias")
 LORA = ("attn.lora.lora_a.weight", "attn.lora.lora_b.weight")
@@ -43,7 +46,13 @@ def read_modelscope(path: Path, backbone: Backbone) -> Foreign:
     """
     trunk, head, labels = _parts(path, read_pickle(path))
     frozen = backbone.model.state_dict()
-    found = Foreign("modelscope vision_efficient_tuning", labels=labels)
+    found = Foreign(
+        "modelscope vision_efficient_tuning",
+        labels=labels,
+        preprocessing=Preprocessing(
+            backbone.image_size, "bilinear", CROP, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        ),
+    )
     known = _biases(path, backbone, frozen, trunk, found)
     if side := sorted(key for key in trunk if key.startswith("sidetune.")):
         raise refuse(path, "side networks cannot be read yet", found=f"{side[0]}, ...")

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from .attention import Attention, Seam
 from .errors import IncompatibleArtefact
-from .parallel import attention_arguments, joined
+from .parallel import joined
 from .sites import Sites, attention_inside
 from .tuner import Branch, Point
 from .tuners.prefix import Prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from .backbone import Backbone
     from .delta import Delta
@@ -97,7 +96,7 @@ def _constant(t: Tensor, name: str) -> Tensor:
     return t[0].transpose(0, 1).flatten(1)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(Seam):
     """Takes the last `length` keys and values that one attention is called with."""
 
     def __init__(self, name: str, length: int, seen: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -110,14 +109,7 @@ class _Watch(TorchFunctionMode):
     def leave(self, *_: Any) -> None:
         self.__exit__(None, None, None)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            _, key, value, _, _ = attention_arguments(args, kwargs or {})
-            self.seen[self.name] = (key[..., -self.length :, :], value[..., -self.length :, :])
-        return func(*args, **(kwargs or {}))
+    def attend(self, call: Attention) -> Tensor:
+        last = slice(-self.length, None)
+        self.seen[self.name] = (call.key[..., last, :], call.value[..., last, :])
+        return call.run()

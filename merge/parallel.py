@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from .attention import LongerKeys
 from .errors import UsageError
 from .tuner import Branch, Point
 
@@ -76,7 +75,7 @@ class _Run:
     def __init__(self, branches: Sequence[Weighted], rows: int | None) -> None:
         self.rows = rows
         self.taken: dict[Point, Tensor] = {}
-        self.open: list[_LongerKeys] = []
+        self.open: list[LongerKeys] = []
         self.joins: dict[Point, list[Weighted]] = {}
         self.taps: set[Point] = set()
         for branch, weights in branches:
@@ -96,7 +95,7 @@ class _Run:
                 prompt = branch.tuner.branch(value, weights)
                 value = torch.cat([value, prompt.expand(value.shape[0], *prompt.shape[-2:])], dim=1)
             if extends:
-                self.open.append(_LongerKeys(extends, self.rows))
+                self.open.append(LongerKeys(extends, self.rows))
                 self.open[-1].__enter__()
             return (value, *args[1:])
 
@@ -157,100 +156,6 @@ class _Run:
             tokens = value.numel() // layout[-1] // given.shape[0]
             given = given.expand(given.shape[0], tokens, layout[-1]).reshape(layout)
         return given if channel_axis == -1 else given.movedim(-1, channel_axis)
-
-
-class _LongerKeys(TorchFunctionMode):
-    """Lengthens the keys and values of every scaled dot product attention inside."""
-
-    def __init__(self, branches: Sequence[Weighted], rows: int | None) -> None:
-        super().__init__()
-        self.branches = branches
-        self.rows = rows
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value, mask, options = attention_arguments(args, kwargs)
-        apart = []
-        for branch, weights in self.branches:
-            k, v, m = branch.tuner.branch(key, weights)
-            k, v = (self._heads(t, key) for t in (k, v))
-            m = None if m is None else self._mask(m, query, k)
-            if branch.tuner.joint_softmax:  # type: ignore[attr-defined]
-                mask = _longer_mask(mask, m, query, key, k)
-                key, value = torch.cat([key, k], dim=-2), torch.cat([value, v], dim=-2)
-            else:
-                apart.append((k, v, m))
-        y = func(query, key, value, attn_mask=mask, **options)
-        for k, v, m in apart:
-            y = y + func(query, k, v, attn_mask=m, **options)
-        return y
-
-    def _heads(self, t: Tensor, key: Tensor) -> Tensor:
-        """`[L, C]` or `[B, L, C]` as `[B', H, L, d]`, B' the rows that attention works on."""
-        batch, heads, _, width = key.shape
-        t = t.unflatten(-1, (heads, width)).transpose(-2, -3)  # [..., H, L, d]
-        if t.dim() == 3:
-            return t.expand(batch, *t.shape)
-        return t if self.rows is None or batch == self.rows else _repeat(t, batch // self.rows)
-
-    def _mask(self, m: Tensor, query: Tensor, k: Tensor) -> Tensor:
-        """`[L]` or `[B, L]` as `[B', 1, N, L]`."""
-        batch, _, tokens, _ = query.shape
-        if m.dim() == 2 and self.rows is not None and batch != self.rows:
-            m = _repeat(m, batch // self.rows)
-        m = m[..., None, None, :] if m.dim() == 2 else m
-        return m.expand(batch, 1, tokens, k.shape[-2])
-
-
-def attention_arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    """Query, key, value, additive mask and the rest of a scaled dot product attention call.
-
-    Raises:
-        UsageError: The attention is causal: keys that stand beside the sequence have no order.
-    """
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    options = {**dict(zip(names, args, strict=False)), **kwargs}
-    query, key, value = (options.pop(name) for name in names[:3])
-    mask = options.pop("attn_mask", None)
-    if options.get("is_causal"):
-        raise UsageError("a prefix cannot join a causal attention")
-    if mask is not None and mask.dtype == torch.bool:
-        floor = torch.finfo(query.dtype).min
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, floor)
-    return query, key, value, mask, options
-
-
-def _repeat(t: Tensor, times: Any) -> Tensor:
-    """Each row `times` times in turn: the windows of an image follow one another."""
-    return t[:, None].expand(t.shape[0], times, *t.shape[1:]).reshape(-1, *t.shape[1:])
-
-
-def _longer_mask(
-    mask: Tensor | None, extra: Tensor | None, query: Tensor, key: Tensor, k: Tensor
-) -> Tensor | None:
-    """The additive mask over the input's keys and the prefix."""
-    if mask is None and extra is None:
-        return None
-    batch, heads, tokens, _ = query.shape
-    shape = (batch, heads if mask is not None and mask.shape[-3] > 1 else 1, tokens)
-    if mask is None:
-        mask = query.new_zeros(())
-    if extra is None:
-        extra = query.new_zeros(())
-    extra = extra.to(query.dtype)
-    return torch.cat(
-        [mask.expand(*shape, key.shape[-2]), extra.expand(*shape, k.shape[-2])], dim=-1
-    )
 
 
 def channels_first(module: nn.Module) -> bool:

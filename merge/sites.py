@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from .attention import Attention, Seam
 from .errors import IncompatibleArtefact, UsageError
-from .parallel import attention_arguments, channels_first
+from .parallel import channels_first
 from .tuner import Branch, Point, bind
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def attention_inside(sites: Sites, block: str) -> Point:
     return max(inside, key=lambda point: len(point.module))
 
 
-class _Seen(TorchFunctionMode):
+class _Seen(Seam):
     """Counts entries and attention calls of one forward pass."""
 
     def __init__(self) -> None:
@@ -212,18 +211,10 @@ class _Seen(TorchFunctionMode):
 
         return hook
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            key = attention_arguments(args, kwargs or {})[1]
-            for path in set(self.inside):
-                point = Point(path, "keys")
-                self.calls[point] += 1
-                self.channels[point] = key.shape[-3] * key.shape[-1]
-                self.dims[point] = key.dim()
-        return func(*args, **(kwargs or {}))
+    def attend(self, call: Attention) -> Tensor:
+        for path in set(self.inside):
+            point = Point(path, "keys")
+            self.calls[point] += 1
+            self.channels[point] = call.key.shape[-3] * call.key.shape[-1]
+            self.dims[point] = call.key.dim()
+        return call.run()

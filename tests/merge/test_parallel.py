@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utune_deploy.merge.attach import restore
+from utune_deploy.merge.attention import Attention, LongerKeys
 from utune_deploy.merge.backbone import wrap
 from utune_deploy.merge.bank import Bank, fill_row, stack
 from utune_deploy.merge.errors import UsageError
@@ -27,7 +28,7 @@ from utune_deploy.merge.methods import (
     serial_adapter,
 )
 from utune_deploy.merge.mixed import Mixed, Single
-from utune_deploy.merge.parallel import attention_arguments, joined, submodule
+from utune_deploy.merge.parallel import joined, submodule
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck
@@ -451,13 +452,12 @@ def test_attention_arguments():
     q, k, v = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     q = q * 300
     mask = torch.tensor([[True, False, True, True]])
-    *_, additive, options = attention_arguments((q, k, v), {"attn_mask": mask, "scale": 0.5})
-    assert options == {"scale": 0.5}
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=additive, **options)
-    assert torch.allclose(found, wanted, atol=1e-7)
+    call = Attention.of((q, k, v), {"attn_mask": mask, "scale": 0.5})
+    assert call.options == {"scale": 0.5}
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
+    assert torch.allclose(call.run(), wanted, atol=1e-7)
     with pytest.raises(UsageError, match="causal"):
-        attention_arguments((q, k, v, None, 0.0, True), {})
+        LongerKeys([], None).attend(Attention.of((q, k, v, None, 0.0, True), {}))
 
 
 @pytest.mark.parametrize("rows", [None, 2])

@@ -380,7 +380,7 @@ def _steps(model: Tuned, images: Tensor, plain: NDArray) -> list[dict[str, tuple
     between rows).
     """
     named = [dict(weights) for _, _, weights in model.parts()]
-    flat = [parameter for weights in named for parameter in weights.values()]
+    flat = [p.requires_grad_() for weights in named for p in weights.values()]
     logits = model(images)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     slopes = torch.autograd.grad((weights * logits).sum(), flat, allow_unused=True)

@@ -64,7 +64,10 @@ class Tuned(nn.Module):
         self.branches = dict(branches)
         self.weights = nn.ModuleList(
             nn.ParameterDict(
-                {k: nn.Parameter(v.to(dtype, copy=True)) for k, v in tensors[name].items()}
+                {
+                    k: nn.Parameter(v.to(dtype, copy=True), requires_grad=k != "scale")
+                    for k, v in tensors[name].items()
+                }
             )
             for name in branches
         )
@@ -179,7 +182,18 @@ def attach(
         for name, branch in planting.branches(backbone.model, blocks(backbone.model)):
             plant(name, branch, planting.rank, planting.scale)
     plant(*head_branch(backbone.classifier), classes)
-    return Tuned(backbone, branches, tensors)
+    tuned = Tuned(backbone, branches, tensors)
+    try:
+        with torch.no_grad():
+            tuned(backbone.example())
+    except RuntimeError as cause:
+        raise IncompatibleArtefact(
+            "the backbone does not run with these branches",
+            where=backbone.identity.architecture,
+            found=str(cause).splitlines()[0],
+            do="choose another method: some attentions fix the number of their tokens",
+        ) from cause
+    return tuned
 
 
 def restore(backbone: Backbone, delta: Delta, sites: Sites | None = None) -> Tuned:

@@ -257,7 +257,8 @@ def _described(
             found=str(cause),
         ) from cause
     if architecture not in (None, found[0]) or any(
-        found[1].get(key) != value for key, value in (arguments or {}).items()
+        found[1].get(key) != value
+        for key, value in json.loads(json.dumps(dict(arguments or {}))).items()  # tuples are lists
     ):
         raise UsageError(
             "the folder holds another backbone than the one named",

@@ -70,7 +70,20 @@ class EveryBias:
     """A shift beside every bias of the trunk (BitFit)."""
 
     def branches(self, model: nn.Module, classifier: str) -> Iterator[tuple[str, Branch]]:
-        """Names and branches of all modules that have a bias, the classifier left out."""
+        """Names and branches of all modules that have a bias, the classifier left out.
+
+        Raises:
+            UsageError: The trunk has biases that no module adds to its output.
+        """
+        hidden = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("_bias")]
+        if hidden:
+            raise UsageError(
+                "some biases of the backbone are added inside a module, where no shift can join",
+                where=type(model).__name__,
+                found=", ".join(hidden[:3])
+                + (f" and {len(hidden) - 3} more" if hidden[3:] else ""),
+                do="choose another method for this backbone",
+            )
         for path, module in model.named_modules():
             if path != classifier and getattr(module, "bias", None) is not None:
                 point = Point(path, "output")

@@ -30,9 +30,13 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 # Real Triton comes as a Linux wheel and wants numpy below 2, so it lives in an environment of its own.
-# Where there is no wheel, the environment stays empty, and demo and tests say that they leave it out.
+# Where there is no wheel for this Python, the environment stays empty, and demo and tests leave it out.
+WHEELS := $(shell $(PYTHON) -c 'import platform, sys; print(platform.system() == "Linux" and (3, 11) <= sys.version_info < (3, 13))')
 $(TRITON)/.ready: requirements/triton.txt
 	$(PYTHON) -m venv $(TRITON)
-	$(TRITON)/bin/pip install --quiet --disable-pip-version-check -r $< \
-	  || echo "no Triton wheel for this platform: serve --engine embedded answers the same"
+ifeq ($(WHEELS),True)
+	$(TRITON)/bin/pip install --quiet --disable-pip-version-check -r $<
+else
+	@echo "no Triton here (it needs Linux and Python 3.11 or 3.12): serve --engine embedded answers the same"
+endif
 	touch $@

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from ..export import bundle as bundles
@@ -15,7 +16,7 @@ from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import lower
 from ..merge.sites import measure
-from .check import Evidence, check_engine
+from .check import Evidence, check_engine, require_same_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,16 +65,18 @@ def add_tasks(
     names = [*(task.name for task in bundle.tasks), *(task.delta.task for task in tasks)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError("a task of that name is there already", found=", ".join(twice))
+    require_same_backbone(bundle, backbone)
     sites = measure(backbone)
     deltas = [task.delta for task in tasks]
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     manifest = bundle.path / bundles.MANIFEST
     slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
-    rows = [fill_row(slots, lower(backbone, delta, sites)) for delta in deltas]
-    new = {f"bank/{key}": np.stack([row[key].float().numpy() for row in rows]) for key in rows[0]}
+    rows = [fill_row(slots, lower(backbone, d, sites), torch.float32) for d in deltas]
+    new = {f"bank/{key}": np.stack([row[key].numpy() for row in rows]) for key in rows[0]}
+    engine, old = bundle.read_engine(), bundle.read_bank()
     verdict = check_engine(
-        bundle.read_engine(),
+        engine,
         backbone,
         deltas,
         sites,
@@ -88,12 +91,10 @@ def add_tasks(
             where=bundle.path,
             found=", ".join(c.name for c in verdict.failures),
         )
-    old = bundle.read_bank()
     added = tuple(
         bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
         for row, t in enumerate(tasks, start=len(bundle.tasks))
     )
-    engine = bundle.read_engine()
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
         (folder / bundle.engine.file).write_bytes(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from ..export.passes import rewrite
 from ..merge.backbone import create
 from ..merge.bank import Bank, stack
 from ..merge.delta import Delta, require_backbone
-from ..merge.errors import CheckFailed
+from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.fold import fold
 from ..merge.lower import lower
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
 
 ENGINE_FILE = "model.onnx"
+SERVABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # what Triton takes as a model's name
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,22 @@ def export_bundle(
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
     refuse_existing(output, force=force)
+    name = name or output.name
+    if not SERVABLE.fullmatch(name):
+        raise UsageError(
+            "a bundle of this name could not be served",
+            wanted="letters, digits, '_', '.' and '-', beginning with a letter, digit or '_'",
+            found=name,
+            do="choose another --name",
+        )
     deltas = [task.delta for task in tasks]
+    dtype = next(backbone.model.parameters()).dtype
+    if dtype != torch.float32:
+        raise UsageError(
+            "an engine is built from a float32 backbone",
+            found=dtype,
+            do="load the float32 weights that the tasks were trained on",
+        )
     progress("measure")
     sites = measure(backbone)
     for delta in deltas:
@@ -127,12 +144,12 @@ def export_bundle(
             found="; ".join(
                 f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in verdict.failures[:3]
             ),
-            do="report this with the deltas: an exact rewrite was not exact",
+            do="if a branch has no effect, train or drop it; otherwise report this with the deltas",
         )
     progress("write")
     result = bundles.Bundle(
         path=output,
-        name=name or output.name,
+        name=name,
         mode=plan.mode,
         bank=plan.bank,
         engine=bundles.Engine(

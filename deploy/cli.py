@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> Any:
         if "-vv" in (arguments or sys.argv):
             raise
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         usage = getattr(error, "ctx", None)
         if usage is not None:

@@ -86,6 +86,8 @@ def _argument(text: str) -> tuple[str, Any]:
         raise UsageError(
             "an argument of the backbone cannot be read", wanted="KEY=VALUE", found=text
         )
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

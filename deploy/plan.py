@@ -71,7 +71,7 @@ def make_plan(
         deltas: The tasks.
         backbone: Their backbone.
         mode: `auto` takes `merged` for one task that folds, `parallel` for one that does not,
-            `multi` for several.
+            `multi` for several, or when the bank is an input.
         bank: For `multi`: constants of the engine, or inputs of it.
 
     Raises:
@@ -87,6 +87,12 @@ def make_plan(
         raise UsageError(
             f"mode {mode} holds one task", found=f"{len(deltas)} deltas", do="use --mode multi"
         )
+    if bank == "inputs" and mode in ("merged", "parallel"):
+        raise UsageError(
+            f"mode {mode} has no bank that could be an input", do="use --mode multi, or no --bank"
+        )
+    if bank == "inputs":
+        mode = "multi"
     refused = {delta.task: refusals(delta, backbone) for delta in deltas}
     if mode == "auto":
         alone = deltas[0].task

@@ -30,4 +30,12 @@ def versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             found[library] = "absent"
+    if (
+        found["onnxruntime-gpu"] == "absent"
+    ):  # where there is no such wheel, plain onnxruntime serves
+        del found["onnxruntime-gpu"]
+        try:
+            found["onnxruntime"] = version("onnxruntime")
+        except PackageNotFoundError:
+            found["onnxruntime"] = "absent"
     return found

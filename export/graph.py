@@ -31,6 +31,7 @@ OPSET = 23  # the first with one Attention operator
 BATCH = "batch"
 TASKS = "tasks"
 UNLIMITED = 1 << 62
+LARGEST = (1 << 31) - 1  # bytes of one protobuf message
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,14 @@ def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
     model.metadata_props.update(metadata)
     model.producer_name = "utune-deploy"
     model.producer_version = None  # torch's own; the manifest has all versions
-    try:
-        return ir.to_proto(model).SerializeToString()
-    except ValueError as cause:
+    proto = ir.to_proto(model)
+    if proto.ByteSize() > LARGEST:
         raise BuildFailed(
-            "the engine is too large for one ONNX file", wanted="at most 2 GiB", found=str(cause)
-        ) from cause
+            "the engine is too large for one ONNX file",
+            wanted=f"at most {LARGEST} bytes",
+            found=f"{proto.ByteSize()} bytes",
+        )
+    return proto.SerializeToString()
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[Spec, ...]:

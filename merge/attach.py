@@ -60,7 +60,7 @@ class Tuned(nn.Module):
                 do="load the backbone in float32, or merge: sums run in float64",
             )
         self.backbone = backbone
-        self.trunk = backbone.model
+        self.trunk = backbone.model.eval()
         self.branches = dict(branches)
         self.weights = nn.ModuleList(
             nn.ParameterDict(
@@ -73,7 +73,16 @@ class Tuned(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]`."""
+        """Logits `[B, K]`.
+
+        Raises:
+            UsageError: Gradient checkpointing is on: it runs the backbone again without the branches.
+        """
+        if torch.is_grad_enabled() and getattr(self.trunk, "grad_checkpointing", False):
+            raise UsageError(
+                "gradient checkpointing would run the backbone again without the branches",
+                do="call set_grad_checkpointing(False) on the backbone",
+            )
         weighted = [(branch, dict(weights)) for _, branch, weights in self.parts()]
         with joined(self.trunk, weighted):
             return self.trunk(images)
@@ -156,6 +165,8 @@ def attach(
         UsageError: Two branches would have one name, or a block is not there.
         IncompatibleArtefact: A place cannot carry its branch.
     """
+    if classes < 1:
+        raise UsageError("a task needs at least one class", found=classes)
     sites = sites or measure(backbone)
     generator = torch.Generator().manual_seed(seed)
     branches: dict[str, Branch] = {}
@@ -186,7 +197,7 @@ def attach(
     try:
         with torch.no_grad():
             tuned(backbone.example())
-    except RuntimeError as cause:
+    except (RuntimeError, ValueError) as cause:
         raise IncompatibleArtefact(
             "the backbone does not run with these branches",
             where=backbone.identity.architecture,

@@ -7,6 +7,7 @@ their classifier answer alike.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .errors import IncompatibleArtefact, UsageError
 from .files import atomic_folder, canonical_json
@@ -25,7 +27,7 @@ from .preprocessing import INTERPOLATIONS, Preprocessing
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 DESCRIPTION = "backbone.json"
 WEIGHTS = "backbone.safetensors"
@@ -96,6 +98,14 @@ class Backbone:
     def preprocessing(self) -> Preprocessing:
         """Timm's own preprocessing for this architecture at this image size."""
         cfg = self._cfg
+        if cfg.get("crop_mode", "center") != "center":
+            raise UsageError(
+                "timm prepares pictures for this architecture in a way that a delta cannot name",
+                where=self.identity.architecture,
+                wanted="crop_mode center",
+                found=f"crop_mode {cfg['crop_mode']}",
+                do="say how: delta(..., preprocessing=Preprocessing(...))",
+            )
         interpolation = cfg.get("interpolation", "bicubic")
         return Preprocessing(
             size=self.image_size,
@@ -139,6 +149,12 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
             wanted="one classifier in timm's configuration of the architecture",
             found=classifier,
         )
+    if not isinstance(model.get_submodule(classifier), nn.Linear | nn.Identity):
+        raise UsageError(
+            "the backbone's classifier is not one linear layer, which is what a task's head replaces",
+            where=f"{architecture}: {classifier}",
+            found=type(model.get_submodule(classifier)).__name__,
+        )
     model.eval().requires_grad_(requires_grad=False)
     for module in model.modules():
         if hasattr(
@@ -161,7 +177,7 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
     """
     arguments = dict(arguments or {})
     if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
         raise UsageError(
             "timm has no such architecture",
             found=architecture,

@@ -208,6 +208,8 @@ def validate(delta: Delta, *, where: object) -> None:
                     do="train again, or save an earlier step",
                 )
     classes = delta.tensors[heads[0]]["weight"].shape[0]
+    if classes < 1:
+        raise IncompatibleArtefact("the head has no class", where=f"{where}: {heads[0]}")
     if len(delta.labels) != classes or len(set(delta.labels)) != classes:
         raise IncompatibleArtefact(
             "the labels do not name the head's classes one by one",
@@ -241,6 +243,24 @@ def require_backbone(
             where=f"{where}: {delta.head}",
             wanted=backbone.classifier,
             found=at,
+        )
+    named = [_named(identity) for identity in (delta.backbone, backbone.identity)]
+    if named[0] != named[1]:  # heads, activations and the like leave no trace in the tensors
+        raise IncompatibleArtefact(
+            "the delta's backbone was created in another way, with the same tensors",
+            where=where,
+            wanted=named[0],
+            found=named[1],
+            do="name the architecture and its arguments as in training",
+        )
+    wanted = (backbone.image_size, backbone.channels)
+    found = (delta.preprocessing.size, len(delta.preprocessing.mean))
+    if found != wanted:
+        raise IncompatibleArtefact(
+            "the task's preprocessing does not make what the backbone reads",
+            where=where,
+            wanted=f"size {list(wanted[0])}, {wanted[1]} channels",
+            found=f"size {list(found[0])}, {found[1]} channels",
         )
     for name, branch in delta.branches.items():
         sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
@@ -309,6 +329,10 @@ def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) ->
             "the header of the delta lacks a field", where=path, found=repr(cause)
         ) from cause
     return delta
+
+
+def _named(identity: Identity) -> str:
+    return f"{identity.architecture} {canonical_json(dict(identity.arguments))}"
 
 
 def branch_to_json(name: str, branch: Branch) -> dict[str, Any]:

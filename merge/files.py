@@ -31,15 +31,26 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+OURS = ("manifest.json", "backbone.json", "config.pbtxt", "*/config.pbtxt")  # marks of our folders
+
+
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Stop before work begins when the output is already there.
+    """Stop before work begins when the output is already there; an empty folder is no output.
 
     Raises:
-        UsageError: `path` exists and `force` is not set.
+        UsageError: `path` exists and `force` is not set, or it is a folder that is not ours.
     """
-    if path.exists() and not force:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
         raise UsageError(
             "the output already exists", where=path, do="name another one, or pass --force"
+        )
+    if path.is_dir() and not any(any(path.glob(marker)) for marker in OURS):
+        raise UsageError(
+            "the folder holds other things than a bundle, a backbone or a model repository",
+            where=path,
+            do="name another output: --force replaces only what utune-deploy wrote",
         )
 
 
@@ -71,6 +82,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        for inside in temporary.rglob("*"):
+            inside.chmod((0o777 if inside.is_dir() else 0o666 | inside.stat().st_mode) & ~_umask())
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             path.replace(aside / path.name)

@@ -77,7 +77,7 @@ def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
         if name not in prompts:
             branches[name], tensors[name] = branch, delta.tensors[name]
             continue
-        dtype = delta.tensors[name]["token"].dtype
+        dtype = torch.promote_types(delta.tensors[name]["token"].dtype, torch.float32)
         key, value = (_constant(t, name).to(dtype) for t in seen[name])
         point: Point = keys[name]
         branches[name] = Branch(Prefix(joint_softmax=True), point, point)

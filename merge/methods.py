@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .tuner import Branch, Point, Side, Tuner
-from .tuners.bias import Bias
+from .tuners.bias import Bias, adds_bias_last
 from .tuners.bottleneck import Bottleneck
 from .tuners.head import Head
 from .tuners.prefix import Prefix
@@ -76,6 +76,11 @@ class EveryBias:
             UsageError: The trunk has biases that no module adds to its output.
         """
         hidden = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("_bias")]
+        hidden += [
+            f"{path}.bias"
+            for path, module in model.named_modules()
+            if getattr(module, "bias", None) is not None and not adds_bias_last(module)
+        ]
         if hidden:
             raise UsageError(
                 "some biases of the backbone are added inside a module, where no shift can join",

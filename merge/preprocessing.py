@@ -92,12 +92,12 @@ class Preprocessing:
 
         height, width = self.size
         scaled = (math.floor(height / self.crop), math.floor(width / self.crop))
-        image = image.convert("RGB")
+        image = image.convert("L" if len(self.mean) == 1 else "RGB")
         image = image.resize(_resized(image.size, scaled), Resampling[self.interpolation.upper()])
         top = round((image.height - height) / 2)
         left = round((image.width - width) / 2)
         image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / np.float32(255)
         mean = np.asarray(self.mean, dtype=np.float32)
         std = np.asarray(self.std, dtype=np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

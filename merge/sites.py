@@ -35,6 +35,7 @@ class Sites:
         dims: Number of axes of the value at every point.
         calls: How often every point was entered.
         modules: All module paths.
+        unclear: Points whose value could have its channels first or last.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Sites:
     dims: Mapping[Point, int]
     calls: Mapping[Point, int]
     modules: frozenset[str]
+    unclear: frozenset[Point] = frozenset()
 
     def require(self, point: Point) -> int:
         """The channels at a point that can carry a branch.
@@ -73,6 +75,19 @@ class Sites:
                 where=point,
                 wanted="a point that one image passes once",
                 found=f"passed {calls} times",
+            )
+        if measured in self.unclear:
+            raise IncompatibleArtefact(
+                "it is not clear which axis of this module's value holds the channels",
+                where=point,
+                found=f"a tensor of {self.dims[measured]} axes",
+                do="join at a linear, norm or convolution layer inside it",
+            )
+        if point.side == "keys" and self.dims[measured] != 4:
+            raise IncompatibleArtefact(
+                "the attention inside this module does not work on [B, H, N, d]",
+                where=point,
+                found=f"keys of {self.dims[measured]} axes",
             )
         if point.side == "tokens" and self.dims[measured] != 3:
             raise IncompatibleArtefact(
@@ -138,7 +153,14 @@ def measure(backbone: Backbone) -> Sites:
     finally:
         for handle in handles:
             handle.remove()
-    return Sites(type(model).__name__, seen.channels, seen.dims, seen.calls, frozenset(names))
+    return Sites(
+        type(model).__name__,
+        seen.channels,
+        seen.dims,
+        seen.calls,
+        frozenset(names),
+        frozenset(seen.unclear),
+    )
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -179,6 +201,15 @@ def attention_inside(sites: Sites, block: str) -> Point:
     return max(inside, key=lambda point: len(point.module))
 
 
+def _has_clear_layout(module: nn.Module) -> bool:
+    """Where the channels of the module's `[B, ?, ?, ?]` value are: first, or last as in Swin."""
+    if channels_first(module) or isinstance(module, nn.Linear | nn.LayerNorm):
+        return True
+    inside = list(module.modules())[1:]
+    last = any(isinstance(m, nn.Linear | nn.LayerNorm) for m in inside)
+    return last and not any(channels_first(m) for m in inside)
+
+
 class _Seen(Seam):
     """Counts entries and attention calls of one forward pass."""
 
@@ -188,6 +219,7 @@ class _Seen(Seam):
         self.dims: dict[Point, int] = {}
         self.calls: Counter[Point] = Counter()
         self.inside: list[str] = []
+        self.unclear: set[Point] = set()
 
     def note(self, point: Point, value: Any, module: nn.Module | None = None) -> None:
         if not isinstance(value, Tensor):
@@ -196,6 +228,8 @@ class _Seen(Seam):
         self.calls[point] += 1
         self.channels[point] = value.shape[1 if first else -1]
         self.dims[point] = value.dim()
+        if value.dim() > 3 and module is not None and not _has_clear_layout(module):
+            self.unclear.add(point)
 
     def enter(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

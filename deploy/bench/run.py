@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...export.targets.onnxruntime import OnnxRuntimeSession
+from ...merge.errors import IncompatibleArtefact
 from .case import Case
 from .measure import measure
 from .report import about_bundle
@@ -48,6 +49,14 @@ def bench(
     Raises:
         UsageError: A batch or a mix that the bundle does not have.
     """
+    for other in others:
+        if other.engine.inputs[0].shape[1:] != bundle.engine.inputs[0].shape[1:]:
+            raise IncompatibleArtefact(
+                "the bundles read pictures of different sizes",
+                where=other.path,
+                wanted=list(bundle.engine.inputs[0].shape[1:]),
+                found=list(other.engine.inputs[0].shape[1:]),
+            )
     bare = bare_backbone(bundle)
     subjects = [
         open_subject(

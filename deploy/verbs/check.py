@@ -55,12 +55,13 @@ def command(
     from ...merge.errors import CheckFailed
     from ...merge.files import digest
     from ...merge.sites import measure
-    from ..check import Evidence, check_engine, require_tasks
+    from ..check import Evidence, check_engine, require_same_backbone, require_tasks
     from ..pictures import read_folder
 
     opened = open_bundle(bundle)
     tasks = require_tasks(opened, {digest(path): load_delta(path) for path in deltas})
     backbone = choice.load()
+    require_same_backbone(opened, backbone)
     sites = measure(backbone)
     for delta in tasks:
         require_backbone(delta, backbone, sites)

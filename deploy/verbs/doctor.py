@@ -34,7 +34,8 @@ Row = tuple[str, str, str]  # what, state, what to do
 def command(console: Console, triton_env: Path, as_json: bool) -> None:
     """Try everything that utune-deploy can use on this machine, and say how to get what is missing."""
     rows: list[Row] = [("platform", f"{platform.platform()}, {platform.machine()}", "")]
-    rows += [(name, found, _remedy(name, found)) for name, found in versions().items()]
+    installed = {k: v for k, v in versions().items() if k != "tensorrt"}
+    rows += [(name, found, _remedy(name, found)) for name, found in installed.items()]
     rows += [_provider(name) for name in ("cpu", "cuda")]
     rows += [_torch_cuda(), _tensorrt(), _triton(triton_env)]
     if as_json:
@@ -44,11 +45,7 @@ def command(console: Console, triton_env: Path, as_json: bool) -> None:
 
 
 def _remedy(name: str, found: str) -> str:
-    if found != "absent":
-        return ""
-    if name == "tensorrt":
-        return "only for the TensorRT target: pip install utune-deploy[tensorrt]"
-    return f"pip install {name}"
+    return f"pip install {name}" if found == "absent" else ""
 
 
 def _provider(name: str) -> Row:
@@ -73,8 +70,8 @@ def _provider(name: str) -> Row:
         session = OnnxRuntimeSession(model.SerializeToString(), provider=name)
         session.run(np.ones(1, dtype=np.float32))
     except UtuneError as error:
-        found = error.details.get("found", "")
-        return (f"onnxruntime {name}", f"does not load: {error.what}", found)
+        need = "a CUDA device, its driver, CUDA 13 and cuDNN 9" if name == "cuda" else ""
+        return (f"onnxruntime {name}", f"does not load: {error.what}", need)
     except ImportError as error:
         return (
             f"onnxruntime {name}",

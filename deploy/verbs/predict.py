@@ -133,7 +133,7 @@ def read_tensor(path: Path) -> NDArray[np.float32]:
             batch = np.load(path, allow_pickle=False)
     except (OSError, ValueError, SafetensorError) as cause:
         raise UsageError("the tensor cannot be read", where=path, found=str(cause)) from cause
-    if batch.ndim != 4 or batch.dtype != np.float32:
+    if batch.ndim != 4 or batch.dtype != np.float32 or not len(batch):
         raise UsageError(
             "the tensor is no preprocessed batch",
             where=path,
@@ -150,8 +150,8 @@ def _tasks(bundle: Bundle, given: tuple[str, ...], count: int) -> list[str]:
         given = (bundle.tasks[0].name,)
     if len(given) not in (1, count):
         raise UsageError(
-            "the rows need tasks",
-            wanted=f"one --task, or {count}",
+            "it is not said which task each row asks",
+            wanted=f"--task once, or {count} times",
             found=f"{len(given)}",
             do=f"tasks: {', '.join(task.name for task in bundle.tasks)}",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     type=PATH,
     envvar="UTUNE_TRITON_ENV",
     show_envvar=True,
+    default=Path(".venv-triton"),
+    show_default=True,
     help="Environment with nvidia-pytriton, onnxruntime and numpy below 2.",
 )
 @provider_option
@@ -49,7 +50,7 @@ def command(
     grpc_port: int,
     metrics_port: int,
     max_delay_ms: float | None,
-    triton_env: Path | None,
+    triton_env: Path,
     provider: str,
     threads: int | None,
 ) -> None:
@@ -76,7 +77,6 @@ def command(
     if engine == "embedded":
         server("embedded").serve_embedded(opened, **options)
         return
-    environment = triton_env or Path(os.environ.get("VIRTUAL_ENV", ".venv")).parent / ".venv-triton"
     server("triton").serve_triton(
-        opened, environment=environment, metrics_port=metrics_port, **options
+        opened, environment=triton_env, metrics_port=metrics_port, **options
     )

@@ -63,6 +63,7 @@ class OnnxRuntimeSession:
             _preload_cuda()
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
         if threads:
             options.intra_op_num_threads = threads
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from ..tuner import Tuner, Weights
+from ..tuner import CannotFold, Tuner, Weights
 from .bottleneck import op_bias
 
 if TYPE_CHECKING:
@@ -38,4 +38,12 @@ class Bias(Tuner):
 
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
         """`b + shift`."""
+        if not adds_bias_last(op):
+            raise CannotFold(f"a {type(op).__name__} does more to its bias than add it last")
         return {"bias": op_bias(op) + w["shift"]}
+
+
+def adds_bias_last(op: nn.Module) -> bool:
+    """The op's output is something plus its bias; timm's norms with an activation are not like that."""
+    plain = isinstance(op, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm)
+    return plain and isinstance(getattr(op, "act", None), nn.Identity | type(None))

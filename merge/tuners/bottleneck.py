@@ -78,7 +78,8 @@ class Bottleneck(Tuner):
         """The scale folded into `up` and `up_bias`, in float64."""
         settled = {name: w[name] for name in self.served}
         for name in ("up", "up_bias") if self.bias else ("up",):
-            settled[name] = (w[name].double() * w["scale"].double()).to(w[name].dtype)
+            wide = torch.promote_types(w[name].dtype, torch.float32)  # no rounding to half here
+            settled[name] = (w[name].double() * w["scale"].double()).to(wide)
         return settled
 
     def init(self, sizes: Mapping[str, int], generator: Generator) -> Weights:

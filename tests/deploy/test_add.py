@@ -147,16 +147,16 @@ def test_nothing_is_written_when_the_check_fails(
 ) -> None:
     right = add.fill_row
 
-    def wrong(slots: Any, delta: Delta) -> Any:
-        return {name: 1.01 * value for name, value in right(slots, delta).items()}
+    def wrong(*row: Any) -> Any:
+        return {name: 1.01 * value for name, value in right(*row).items()}
 
     monkeypatch.setattr(add, "fill_row", wrong)
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "mine.txt").write_text("mine")
+    (tmp_path / "b" / MANIFEST).write_text("mine")
     with pytest.raises(CheckFailed, match="nothing was written") as caught:
         add_tasks(bundles("inputs"), vit, [as_task(later[0])], tmp_path / "b", force=True)
     assert caught.value.exit_code == 3
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine.txt"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [MANIFEST]
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
@@ -167,5 +167,6 @@ def test_an_output_that_is_there_is_refused(
     as_task: Any,
     tmp_path: Path,
 ) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match="the output already exists"):
         add_tasks(bundles("inputs"), vit, [as_task(later[0])], tmp_path)

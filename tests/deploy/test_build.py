@@ -271,10 +271,11 @@ def export(
 
 
 def standing(tmp_path: Path) -> dict[str, bytes]:
-    """Something of the user's where the bundle is to go."""
+    """An older bundle where the new one is to go."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_bytes(b"mine")
-    return {"mine.txt": b"mine"}
+    (tmp_path / "out" / MANIFEST).write_bytes(b"old")
+    (tmp_path / "out" / "old.txt").write_bytes(b"old")
+    return {MANIFEST: b"old", "old.txt": b"old"}
 
 
 def content(tmp_path: Path) -> dict[str, bytes]:
@@ -354,6 +355,32 @@ def test_force_replaces_what_was_there(export: Callable[..., Bundle], tmp_path: 
     bundle = export(force=True)
     assert set(content(tmp_path)) == {MANIFEST, "model.onnx"}
     assert open_bundle(tmp_path / "out") == bundle
+
+
+def test_force_never_replaces_what_is_not_ours(
+    export: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="other things than a bundle"):
+        export(force=True)
+    assert content(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_an_empty_folder_is_no_output(export: Callable[..., Bundle], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert set(content(tmp_path)) == set()
+    export()
+    assert set(content(tmp_path)) == {MANIFEST, "model.onnx"}
+
+
+@pytest.mark.parametrize("name", ["my model/1", "b one", "-x"])
+def test_a_name_that_cannot_be_served_is_refused(
+    name: str, export: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="could not be served"):
+        export(name=name)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -406,7 +406,7 @@ def test_a_branch_without_any_effect_fails(
     )
     verdict = check(engine, deltas=[dead, *list(deltas.values())[1:]])
     assert failed(verdict) == {LIVENESS}
-    assert f"branches without any effect: lora: {branch}" in verdict.failures[0].note
+    assert f"train or drop them: lora: {branch}" in verdict.failures[0].note
 
 
 def test_a_branch_that_is_not_trained_yet_passes_and_is_named(

@@ -470,8 +470,11 @@ def test_predict_reads_safetensors_as_it_reads_npy(
             ["pictures/0.png", "--tensor", "batch.npy", "--task", "lora"],
             "name pictures or --tensor",
         ),
-        (["pictures/0.png"], "the rows need tasks"),
-        (["pictures/0.png", "--task", "lora", "--task", "dual"], "the rows need tasks"),
+        (["pictures/0.png"], "it is not said which task each row asks"),
+        (
+            ["pictures/0.png", "--task", "lora", "--task", "dual"],
+            "it is not said which task each row asks",
+        ),
         (["pictures/0.png", "--task", "birds"], "unknown task"),
         (["pictures/9.png", "--task", "lora"], "there is no such picture"),
         (["batch.npy", "--task", "lora"], "the file is no picture"),

@@ -16,6 +16,7 @@ from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import lower
 from ..merge.sites import measure
+from .build import manifest_tasks
 from .check import Evidence, check_engine, require_same_backbone
 
 if TYPE_CHECKING:
@@ -91,10 +92,7 @@ def add_tasks(
             where=bundle.path,
             found=", ".join(c.name for c in verdict.failures),
         )
-    added = tuple(
-        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
-        for row, t in enumerate(tasks, start=len(bundle.tasks))
-    )
+    added = manifest_tasks(tasks, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
         (folder / bundle.engine.file).write_bytes(engine)

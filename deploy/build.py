@@ -106,10 +106,7 @@ def export_bundle(
     progress("rewrite")
     rewritten = rewrite(model)
     clean(model)
-    entries = tuple(
-        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
-        for row, t in enumerate(tasks)
-    )
+    entries = manifest_tasks(tasks)
     identity = bundles.identity_of(
         backbone.identity.to_json(),
         plan.mode,
@@ -208,6 +205,14 @@ def _graph(
         return trace(module, Inputs(images, task, bank)), stacked, lowered
     rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
     return trace(module, Inputs(images, task), rename=rename), stacked, lowered
+
+
+def manifest_tasks(tasks: Sequence[Task], first: int = 0) -> tuple[bundles.Task, ...]:
+    """What a manifest says of tasks whose rows begin at `first`."""
+    return tuple(
+        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
+        for row, t in enumerate(tasks, start=first)
+    )
 
 
 def backbone_engine(backbone: Backbone) -> bytes:

@@ -29,6 +29,15 @@ provider_option = click.option(
     show_default=True,
     help="Where the engine runs; never another place silently.",
 )
+triton_env_option = click.option(
+    "--triton-env",
+    type=PATH,
+    envvar="UTUNE_TRITON_ENV",
+    show_envvar=True,
+    default=Path(".venv-triton"),
+    show_default=True,
+    help="Environment with nvidia-pytriton, onnxruntime and numpy below 2.",
+)
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
 
 

@@ -190,7 +190,7 @@ def attach(
             continue
         if planting.rank < 1:
             raise UsageError("a tuner needs a rank or length of at least 1", found=planting.rank)
-        for name, branch in planting.branches(backbone.model, blocks(backbone.model)):
+        for name, branch in planting.branches(blocks(backbone.model)):
             plant(name, branch, planting.rank, planting.scale)
     plant(*head_branch(backbone.classifier), classes)
     tuned = Tuned(backbone, branches, tensors)

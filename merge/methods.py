@@ -47,8 +47,8 @@ class Planting:
     scale: float = 1.0
     blocks: tuple[int, ...] | None = None
 
-    def branches(self, model: nn.Module, found: Sequence[str]) -> Iterator[tuple[str, Branch]]:
-        """Names and branches, block by block.
+    def branches(self, found: Sequence[str]) -> Iterator[tuple[str, Branch]]:
+        """Names and branches in the blocks that were found, one by one.
 
         Raises:
             UsageError: A block is asked for that the backbone does not have.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("add", short_help="Add tasks to a bundle without a rebuild.")
+@click.command("add")
 @click.argument("bundle", type=PATH)
 @click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
 @backbone_options

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("bench", short_help="Time a bundle against the bare backbone.")
+@click.command("bench")
 @click.argument("bundle", type=PATH)
 @click.option(
     "-b",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("check", short_help="Hold a bundle to torch, claim by claim.")
+@click.command("check")
 @click.argument("bundle", type=PATH)
 @click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
 @backbone_options

@@ -5,30 +5,23 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, json_option
+from ..options import json_option, triton_env_option
 from ..versions import versions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..console import Console
 
 Row = tuple[str, str, str]  # what, state, what to do
 
 
-@click.command("doctor", short_help="Say what is installed and what really loads.")
-@click.option(
-    "--triton-env",
-    type=PATH,
-    envvar="UTUNE_TRITON_ENV",
-    show_envvar=True,
-    default=Path(".venv-triton"),
-    show_default=True,
-    help="Environment of tritonserver.",
-)
+@click.command("doctor")
+@triton_env_option
 @json_option
 @click.pass_obj
 def command(console: Console, triton_env: Path, as_json: bool) -> None:

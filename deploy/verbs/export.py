@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
 
 
-@click.command("export", short_help="Build, check and write a bundle.")
+@click.command("export")
 @click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
 @backbone_options
 @click.option("-o", "--output", type=PATH, required=True, help="The bundle's folder.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("import", short_help="Read another project's checkpoint.")
+@click.command("import")
 @click.argument("file", type=PATH)
 @click.option(
     "--from",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("inspect", short_help="Say what a delta or a bundle holds.")
+@click.command("inspect")
 @click.argument("path", type=PATH)
 @json_option
 @click.pass_obj

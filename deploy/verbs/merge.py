@@ -25,7 +25,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SHOWN = 5
 
 
-@click.command("merge", short_help="Fold a task into the frozen weights.")
+@click.command("merge")
 @click.argument("delta", type=PATH)
 @backbone_options
 @click.option("-o", "--output", type=PATH, required=True, help="The checkpoint (.safetensors).")

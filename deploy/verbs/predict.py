@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("predict", short_help="Labels and scores of pictures or tensors.")
+@click.command("predict")
 @click.argument("bundle", type=PATH)
 @click.argument("pictures", type=PATH, nargs=-1, metavar="[IMAGE]...")
 @click.option(

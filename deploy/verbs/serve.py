@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, provider_option, threads_option
+from ..options import PATH, provider_option, threads_option, triton_env_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..console import Console
 
 
-@click.command("serve", short_help="Answer over HTTP and gRPC.")
+@click.command("serve")
 @click.argument("bundle", type=PATH)
 @click.option(
     "--engine",
@@ -29,15 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-delay-ms", type=click.FloatRange(0), help="Longest that a request waits for company."
 )
-@click.option(
-    "--triton-env",
-    type=PATH,
-    envvar="UTUNE_TRITON_ENV",
-    show_envvar=True,
-    default=Path(".venv-triton"),
-    show_default=True,
-    help="Environment with nvidia-pytriton, onnxruntime and numpy below 2.",
-)
+@triton_env_option
 @provider_option
 @threads_option
 @click.pass_obj

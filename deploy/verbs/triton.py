@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..console import Console
 
 
-@click.command("triton", short_help="Write a Triton model repository.")
+@click.command("triton")
 @click.argument("bundle", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="The repository's folder.")
 @provider_option

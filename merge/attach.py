@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from .delta import Delta, require_backbone, validate, widest
 from .errors import IncompatibleArtefact, UsageError
-from .methods import EveryBias, Planting, head_branch
+from .methods import Planted, head_branch
 from .parallel import joined
-from .sites import Sites, blocks, measure
+from .sites import Sites, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from .backbone import Backbone
+    from .methods import Method
     from .preprocessing import Preprocessing
     from .tuner import Branch
 
@@ -38,6 +39,7 @@ class Tuned(nn.Module):
         backbone: The frozen backbone.
         branches: Branches by name.
         tensors: Their stored tensors by name; held in the backbone's dtype.
+        learned: Branches whose scale training moves.
 
     Raises:
         IncompatibleArtefact: The backbone is in half precision and would round the tensors.
@@ -48,6 +50,7 @@ class Tuned(nn.Module):
         backbone: Backbone,
         branches: Mapping[str, Branch],
         tensors: Mapping[str, Mapping[str, Tensor]],
+        learned: Collection[str] = (),
     ) -> None:
         super().__init__()
         own = widest([t.dtype for named in tensors.values() for t in named.values()])
@@ -65,7 +68,9 @@ class Tuned(nn.Module):
         self.weights = nn.ModuleList(
             nn.ParameterDict(
                 {
-                    k: nn.Parameter(v.to(dtype, copy=True), requires_grad=k != "scale")
+                    k: nn.Parameter(
+                        v.to(dtype, copy=True), requires_grad=k != "scale" or name in learned
+                    )
                     for k, v in tensors[name].items()
                 }
             )
@@ -94,11 +99,19 @@ class Tuned(nn.Module):
         return self
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """The parameters of the branches that training moves; a scale is a constant."""
+        """The parameters of the branches that training moves; a scale is a constant unless learned."""
         for _, _, weights in self.parts():
-            for name, parameter in weights.items():
-                if name != "scale":
-                    yield parameter
+            yield from (parameter for parameter in weights.values() if parameter.requires_grad)
+
+    def hold_other_rows(self, name: str, rows: Sequence[range]) -> None:
+        """Let training move only these rows of a branch's `up` and `up_bias`; the others keep their values."""
+        weights = next(w for n, _, w in self.parts() if n == name)
+        for key in ("up", "up_bias"):
+            if key in weights:
+                moves = torch.zeros_like(weights[key])
+                for block in rows:
+                    moves[block.start : block.stop] = 1
+                weights[key].register_hook(lambda slope, moves=moves: slope * moves)
 
     def parts(self) -> list[tuple[str, Branch, nn.ParameterDict]]:
         """Each branch's name, place and tensors."""
@@ -107,7 +120,7 @@ class Tuned(nn.Module):
 
     @property
     def head(self) -> nn.ParameterDict:
-        """The classifier's `weight [K, C]` and `bias [K]`, for a warm start."""
+        """The first classifier's `weight [K, C]` and `bias [K]`, for a warm start."""
         return next(w for _, branch, w in self.parts() if branch.tuner.join == "replace")
 
     def delta(
@@ -147,7 +160,7 @@ class Tuned(nn.Module):
 
 def attach(
     backbone: Backbone,
-    *methods: Sequence[Planting | EveryBias],
+    *methods: Method,
     classes: int,
     seed: int = 0,
     sites: Sites | None = None,
@@ -156,7 +169,7 @@ def attach(
 
     Args:
         backbone: The frozen backbone.
-        methods: See `methods.py`; several combine, none is a linear probe.
+        methods: See `methods`; several combine, none is a linear probe.
         classes: The head's number of classes.
         seed: Of the starting values.
         sites: From `measure`, when at hand.
@@ -173,27 +186,34 @@ def attach(
     tensors: dict[str, dict[str, Tensor]] = {}
     dtype = next(backbone.model.parameters()).dtype
 
-    def plant(name: str, branch: Branch, rank: int, scale: float = 1.0) -> None:
+    def plant(planted: Planted) -> None:
+        name, branch = planted.name, planted.branch
         if name in branches:
             raise UsageError("two branches have one name", found=name)
-        sizes = {"in": sites.require(branch.tap), "out": sites.require(branch.add), "r": rank}
+        ranked = any(branch.tuner.padded & set(axes) for axes in branch.tuner.shapes.values())
+        if ranked and planted.rank < 1:
+            raise UsageError(
+                "a tuner needs a rank or length of at least 1", where=name, found=planted.rank
+            )
+        sizes = dict.fromkeys(branch.tuner.padded, planted.rank)
+        if branch.tuner.join != "weights":
+            sizes |= {"in": sites.require(branch.tap), "out": sites.require(branch.add)}
         branches[name] = branch
         tensors[name] = branch.tuner.init(sizes, generator)
         if "scale" in branch.tuner.shapes:
-            tensors[name]["scale"] = torch.tensor(float(scale))
+            tensors[name]["scale"] = torch.tensor(float(planted.scale))
         tensors[name] = {k: v.to(dtype) for k, v in tensors[name].items()}
+        sites.check(branch, tensors[name], where=name)
 
-    for planting in (planting for method in methods for planting in method):
-        if isinstance(planting, EveryBias):
-            for name, branch in planting.branches(backbone.model, backbone.classifier):
-                plant(name, branch, 0)
-            continue
-        if planting.rank < 1:
-            raise UsageError("a tuner needs a rank or length of at least 1", found=planting.rank)
-        for name, branch in planting.branches(blocks(backbone.model)):
-            plant(name, branch, planting.rank, planting.scale)
-    plant(*head_branch(backbone.classifier), classes)
-    tuned = Tuned(backbone, branches, tensors)
+    planting = [planted for method in methods for planted in method(backbone)]
+    for planted in planting:
+        plant(planted)
+    for classifier in backbone.classifiers:
+        plant(Planted(*head_branch(classifier), classes))
+    tuned = Tuned(backbone, branches, tensors, {p.name for p in planting if p.learn_scale})
+    for planted in planting:
+        if planted.rows is not None:
+            tuned.hold_other_rows(planted.name, planted.rows)
     try:
         with torch.no_grad():
             tuned(backbone.example())

@@ -31,7 +31,7 @@ class Slot:
     Attributes:
         name: Starts the names of its tensors.
         branch: Tuner and place, shared by its tasks.
-        sizes: Sizes of the axes `in`, `out` and `r`, `r` the largest of its tasks.
+        sizes: Sizes of the symbolic axes; those that may differ are the largest of its tasks.
     """
 
     name: str
@@ -53,7 +53,8 @@ class Slot:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Shape of one task's padded tensor."""
-        return tuple(self.sizes[axis] for axis in self.branch.tuner.served[tensor])
+        axes = self.branch.tuner.served[tensor]
+        return tuple(axis if isinstance(axis, int) else self.sizes[axis] for axis in axes)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
         dtype: Of the bank; the widest of the deltas if None.
 
     Raises:
-        UsageError: No delta, or two tasks of one name.
+        UsageError: No delta, two tasks of one name, or a task that cannot share a batch.
         IncompatibleArtefact: Deltas of different backbones, or with unlike channels at one place.
     """
     if not deltas:
@@ -96,11 +97,30 @@ def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
                 wanted=deltas[0].backbone.fingerprint[:16],
                 found=delta.backbone.fingerprint[:16],
             )
+    if len(deltas) > 1:
+        for delta in deltas:
+            require_mixable(delta)
     slots = _slots(deltas)
     dtype = dtype or widest([delta.dtype for delta in deltas])
     rows = [fill_row(slots, delta, dtype) for delta in deltas]
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return Bank(tuple(names), slots, tensors)
+
+
+def require_mixable(delta: Delta) -> None:
+    """Refuse a task that cannot share a batch with other tasks.
+
+    Raises:
+        UsageError: A branch cannot differ from row to row.
+    """
+    for name, branch in delta.branches.items():
+        if branch.tuner.no_bank:
+            raise UsageError(
+                f"task {delta.task} cannot share a batch with other tasks",
+                where=name,
+                found=f"a {branch.tuner.kind}: {branch.tuner.no_bank}",
+                do="export it alone: it folds",
+            )
 
 
 def fill_row(
@@ -160,8 +180,6 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
     for delta in deltas:
         last: dict[Point, int] = {}
         for name, branch in delta.branches.items():
-            if branch.tuner.join == "tokens":
-                raise ValueError(f"task {delta.task}: {name}: lower prompts before stacking")
             sizes = bind(
                 branch.tuner.shapes, delta.tensors[name], where=f"task {delta.task}: {name}"
             )
@@ -174,16 +192,16 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
                 last = {point: i + (i >= at) for point, i in last.items()} | {branch.add: at}
                 continue
             slot = slots[at]
-            for axis in ("in", "out"):
-                if slot.sizes.get(axis) != sizes.get(axis):
+            for axis, size in sizes.items():
+                if axis in branch.tuner.padded:
+                    sizes[axis] = max(size, slot.sizes[axis])
+                elif slot.sizes[axis] != size:
                     raise IncompatibleArtefact(
                         "two tasks disagree about the channels of one place",
                         where=f"task {delta.task}: {name}",
-                        wanted=f"{axis}={slot.sizes.get(axis)}",
-                        found=f"{axis}={sizes.get(axis)}",
+                        wanted=f"{axis}={slot.sizes[axis]}",
+                        found=f"{axis}={size}",
                     )
-            if "r" in sizes:
-                sizes = {**sizes, "r": max(sizes["r"], slot.sizes["r"])}
             slots[at] = Slot(slot.name, branch, sizes)
             last[branch.add] = at
     return tuple(slots)

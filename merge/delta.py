@@ -39,6 +39,7 @@ SIDES_OF = {
     "replace": ("output",),
     "extend": ("keys",),
     "tokens": ("tokens",),
+    "weights": ("weights",),
 }
 
 
@@ -51,7 +52,8 @@ class Delta:
         labels: Class names in the order of the logits.
         preprocessing: How its pictures become tensors.
         backbone: The backbone it was trained on.
-        branches: Its branches by name, in the order in which they join; one is the head.
+        branches: Its branches by name, in the order in which they join; one is the head, or one for
+            each classifier of the backbone.
         tensors: Each branch's stored tensors by name.
         provenance: Free text by key: method, command, seed, numbers.
     """
@@ -65,9 +67,14 @@ class Delta:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def heads(self) -> list[str]:
+        """The names of the heads' branches."""
+        return [n for n, b in self.branches.items() if b.tuner.join == "replace"]
+
+    @property
     def head(self) -> str:
-        """The name of the head's branch."""
-        return next(n for n, b in self.branches.items() if b.tuner.join == "replace")
+        """The name of the first head's branch."""
+        return self.heads[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,10 +184,11 @@ def validate(delta: Delta, *, where: object) -> None:
             wanted="printable text without a slash",
             found=repr(delta.task),
         )
-    heads = [name for name, branch in delta.branches.items() if branch.tuner.join == "replace"]
-    if len(heads) != 1:
+    heads = delta.heads
+    places = {delta.branches[name].add for name in heads}
+    if not heads or len(places) != len(heads):
         raise IncompatibleArtefact(
-            "a delta has exactly one head", where=where, found=", ".join(heads) or "none"
+            "a delta has one head per classifier", where=where, found=", ".join(heads) or "none"
         )
     if surplus := sorted(set(delta.tensors) - set(delta.branches)):
         raise IncompatibleArtefact(
@@ -207,9 +215,14 @@ def validate(delta: Delta, *, where: object) -> None:
                     found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
                     do="train again, or save an earlier step",
                 )
-    classes = delta.tensors[heads[0]]["weight"].shape[0]
+    counts = {name: delta.tensors[name]["weight"].shape[0] for name in heads}
+    classes = counts[heads[0]]
     if classes < 1:
         raise IncompatibleArtefact("the head has no class", where=f"{where}: {heads[0]}")
+    if len(set(counts.values())) > 1:
+        raise IncompatibleArtefact(
+            "the heads do not have the same classes", where=where, found=str(counts)
+        )
     if len(delta.labels) != classes or len(set(delta.labels)) != classes:
         raise IncompatibleArtefact(
             "the labels do not name the head's classes one by one",
@@ -236,13 +249,13 @@ def require_backbone(
             found=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
             do="load the weights that it was trained on, in the same dtype",
         )
-    at = delta.branches[delta.head].add.module
-    if at != backbone.classifier:
+    at = [delta.branches[name].add.module for name in delta.heads]
+    if sorted(at) != sorted(backbone.classifiers):
         raise IncompatibleArtefact(
             "the head does not stand in the place of the classifier",
             where=f"{where}: {delta.head}",
-            wanted=backbone.classifier,
-            found=at,
+            wanted=", ".join(backbone.classifiers),
+            found=", ".join(at),
         )
     named = [_named(identity) for identity in (delta.backbone, backbone.identity)]
     if named[0] != named[1]:  # heads, activations and the like leave no trace in the tensors
@@ -253,14 +266,13 @@ def require_backbone(
             found=named[1],
             do="name the architecture and its arguments as in training",
         )
-    wanted = (backbone.image_size, backbone.channels)
-    found = (delta.preprocessing.size, len(delta.preprocessing.mean))
+    wanted, found = backbone.input_size, delta.preprocessing.input_size
     if found != wanted:
         raise IncompatibleArtefact(
             "the task's preprocessing does not make what the backbone reads",
             where=where,
-            wanted=f"size {list(wanted[0])}, {wanted[1]} channels",
-            found=f"size {list(found[0])}, {found[1]} channels",
+            wanted=f"{list(wanted)}, channels first",
+            found=list(found),
         )
     for name, branch in delta.branches.items():
         sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
@@ -268,15 +280,19 @@ def require_backbone(
 
 def _require_side(branch: Branch, *, where: object) -> None:
     join = branch.tuner.join
-    taps = ("input", "output") if join in ("add", "replace") else (branch.add.side,)
-    beside = join in ("extend", "tokens") and not branch.serial
-    if branch.add.side not in SIDES_OF[join] or branch.tap.side not in taps or beside:
+    if join in ("add", "replace"):
+        taps = ("input", "output") if branch.tuner.reads_map else ("input", "output", "patches")
+    else:
+        taps = (branch.add.side,)
+    sides = {point.side for point in branch.taps}
+    beside = join in ("extend", "weights") and not branch.serial
+    if branch.add.side not in SIDES_OF[join] or not sides <= set(taps) or beside:
         raise IncompatibleArtefact(
             f"a {branch.tuner.kind} branch cannot stand here",
             where=where,
             wanted=f"added at MODULE:SIDE with SIDE one of {', '.join(SIDES_OF[join])}"
-            + (", and tapped at the same point" if join in ("extend", "tokens") else ""),
-            found=f"from {branch.tap} to {branch.add}",
+            + (", and tapped at the same point" if join in ("extend", "weights") else ""),
+            found=f"from {', '.join(map(str, branch.taps))} to {branch.add}",
         )
 
 
@@ -340,7 +356,7 @@ def branch_to_json(name: str, branch: Branch) -> dict[str, Any]:
     return {
         "name": name,
         "kind": branch.tuner.kind,
-        "tap": str(branch.tap),
+        "tap": [str(point) for point in branch.taps] if branch.others else str(branch.tap),
         "add": str(branch.add),
         "settings": branch.tuner.settings(),
     }
@@ -362,8 +378,11 @@ def branch_from_json(path: Path, entry: Mapping[str, Any]) -> Branch:
             do="use a newer version of utune-deploy",
         )
     where = f"{path}: {entry['name']}"
+    taps = entry["tap"] if isinstance(entry["tap"], list) else [entry["tap"]]
+    tap, *others = (Point.parse(text, where=where) for text in taps)
     return Branch(
         tuner=kind.from_settings(entry["settings"], where=where),
-        tap=Point.parse(entry["tap"], where=where),
+        tap=tap,
         add=Point.parse(entry["add"], where=where),
+        others=tuple(others),
     )

@@ -31,7 +31,13 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-OURS = ("manifest.json", "backbone.json", "config.pbtxt", "*/config.pbtxt")  # marks of our folders
+OURS = (  # marks of the folders that we write
+    "manifest.json",
+    "backbone.json",
+    "config.pbtxt",
+    "*/config.pbtxt",
+    "adapter_config.json",
+)
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .delta import Delta, require_backbone
 from .errors import UsageError
-from .parallel import submodule
+from .parallel import read_inside, submodule
 from .sites import Sites, measure
-from .tuner import CannotFold, Point
+from .tuner import CannotFold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .backbone import Backbone
+    from .tuner import Branch, Place
 
 LOSS = 0.05  # relative error of the realised difference above which keeping it parallel is advised
 
@@ -120,7 +122,7 @@ def fold(
         UsageError: A branch cannot fold; every reason is named.
     """
     require_backbone(delta, backbone, sites or measure(backbone))
-    model, refused = _fold(delta, backbone)
+    folded, refused = _fold(delta, backbone)
     if refused:
         raise UsageError(
             f"task {delta.task} cannot be merged exactly, so nothing was merged",
@@ -128,61 +130,122 @@ def fold(
             do="export it with --mode parallel: the same numbers, the branches fused beside the backbone",
         )
     dtype = dtype or next(backbone.model.parameters()).dtype
-    before = backbone.model.state_dict()
     tensors: dict[str, Tensor] = {}
     losses: list[Loss] = []
-    for name, exact in model.state_dict().items():
-        if not exact.is_floating_point():
-            tensors[name] = exact
+    frozen = backbone.model.state_dict()
+    for name in [name for name in frozen if name not in folded] + list(folded):
+        exact = folded.get(name, frozen.get(name))
+        assert exact is not None
+        if backbone.is_classifier(name) and name not in folded:
             continue
-        tensors[name] = exact.to(dtype)
-        frozen = before.get(name)
-        if name.startswith(f"{backbone.classifier}.") or frozen is None:
-            continue
-        if not torch.equal(frozen.double(), exact):
-            losses.append(_loss(name, frozen.double(), exact, dtype))
+        tensors[name] = exact.to(dtype) if exact.is_floating_point() else exact
+        if name in frozen and not backbone.is_classifier(name):
+            before = frozen[name].double()
+            if not torch.equal(before, exact.double()):
+                losses.append(_loss(name, before, exact, dtype))
     losses.sort(key=lambda loss: (-loss.error, loss.tensor))
     return Merged(tensors, tuple(losses), dtype)
 
 
-def _fold(delta: Delta, backbone: Backbone) -> tuple[nn.Module, list[Refusal]]:
-    """The backbone in float64 with everything folded that folds, and what does not."""
-    model = copy.deepcopy(backbone.model).double()
+def exact_weights(delta: Delta, backbone: Backbone) -> dict[str, Tensor]:
+    """The tensors that a task changes, as timm names them, in float64; its classifier among them.
+
+    Raises:
+        UsageError: A branch cannot fold; every reason is named.
+    """
+    folded, refused = _fold(delta, backbone)
+    if refused:
+        raise UsageError(
+            f"task {delta.task} does not fold, so it is no difference of weights",
+            found=_few([str(refusal) for refusal in refused]),
+        )
+    return folded
+
+
+def _fold(delta: Delta, backbone: Backbone) -> tuple[dict[str, Tensor], list[Refusal]]:
+    """The tensors of the ops that a task changes, in float64, and what does not fold."""
+    ops: dict[str, nn.Module] = {}
     refused: list[Refusal] = []
-    for name, branch in delta.branches.items():
+    for name, branch in _in_order(delta):
+        path = branch.add.module
         try:
-            if branch.add.side != "output":
-                if branch.tuner.no_fold:
-                    raise CannotFold(branch.tuner.no_fold)
-                raise CannotFold(f"it joins at {branch.add}, in front of an op")
-            op = submodule(model, branch.add.module)
-            if not branch.serial and branch.tap != Point(branch.add.module, "input"):
+            place = _place(branch)
+            op = ops.get(path) or _in_double(submodule(backbone.model, path))
+            if (
+                place == "behind"
+                and getattr(op, "bias", None) is None
+                and read_inside(backbone.model, {path})
+            ):
                 raise CannotFold(
-                    f"it reads {branch.tap}, which is not the input of {branch.add.module}"
+                    f"the module around {path} reads its weight and may add a bias of its own"
                 )
             w = {key: tensor.double() for key, tensor in delta.tensors[name].items()}
-            changed = branch.tuner.fold(w, op, serial=branch.serial)
+            changed = branch.tuner.fold(w, op, place)
         except CannotFold as answer:
             refused.append(Refusal(name, answer.reason, answer.alternative))
             continue
         if branch.tuner.join == "replace":
-            _replace_classifier(model, branch.add.module, changed)
-        else:
-            for parameter, value in changed.items():
-                getattr(op, parameter).data = value
-    return model, refused
+            classes, features = changed["weight"].shape
+            op = nn.Linear(features, classes, dtype=torch.float64)
+        ops[path] = op
+        for parameter, value in changed.items():
+            getattr(op, parameter).data = value
+    saved = backbone.model.state_dict(keep_vars=True)
+    folded = {
+        name: tensor.detach()
+        for path, op in ops.items()
+        for own, tensor in (op._parameters | op._buffers).items()
+        if (name := f"{path}.{own}".lstrip(".")) in saved or backbone.is_classifier(name)
+        if tensor is not None
+    }
+    for name, tensor in list(folded.items()):  # a module may be held under several names
+        folded |= {other: tensor for other, same in saved.items() if same is saved.get(name)}
+    listed = list(delta.branches)
+    return folded, sorted(refused, key=lambda refusal: listed.index(refusal.branch))
 
 
-def _replace_classifier(model: nn.Module, path: str, changed: Mapping[str, Tensor]) -> None:
-    classes, features = changed["weight"].shape
-    layer = torch.nn.Linear(features, classes, dtype=torch.float64)
-    layer.load_state_dict(dict(changed))
-    parent, _, name = path.rpartition(".")
-    setattr(
-        submodule(model, parent) if parent else model,
-        name,
-        layer.requires_grad_(requires_grad=False),
-    )
+def _in_double(module: nn.Module) -> nn.Module:
+    """The module with its own tensors in float64; those of modules inside it stay shared."""
+    twin = copy.copy(module)
+    for own in ("_parameters", "_buffers"):
+        tensors = {
+            name: tensor.detach().double()
+            if tensor is not None and tensor.is_floating_point()
+            else tensor
+            for name, tensor in getattr(module, own).items()
+        }
+        twin.__dict__[own] = tensors
+    return twin
+
+
+def _in_order(delta: Delta) -> list[tuple[str, Branch]]:
+    """The branches in an order in which they fold.
+
+    First the op's own weights, then what is added to its output as it is added, and last, from the
+    nearest on, what changes its input.
+    """
+    stages: dict[int, list[tuple[str, Branch]]] = {0: [], 1: [], 2: []}
+    for name, branch in delta.branches.items():
+        stage = 0 if branch.tuner.join == "weights" else 2 if branch.add.side == "input" else 1
+        stages[stage].append((name, branch))
+    return [*stages[0], *stages[1], *reversed(stages[2])]
+
+
+def _place(branch: Branch) -> Place:
+    """Where the branch stands at the op that it joins.
+
+    Raises:
+        CannotFold: It does not stand at one op.
+    """
+    if branch.tuner.no_fold:
+        raise CannotFold(branch.tuner.no_fold)
+    if branch.tuner.join == "weights":
+        return "beside"
+    if branch.place is None:
+        read = ", ".join(str(point) for point in branch.taps[:2])
+        more = ", ..." if branch.taps[2:] else ""
+        raise CannotFold(f"it reads {read}{more}, which is not the input of {branch.add.module}")
+    return branch.place
 
 
 def _loss(name: str, frozen: Tensor, exact: Tensor, dtype: torch.dtype) -> Loss:

@@ -1,7 +1,6 @@
 """Deep prompts become constant prefixes: exact, and the sequence keeps its length.
 
-A deep prompt enters a block as a constant and is cut from its output, so it acts only through its
-keys and values, and these do not depend on the image (VPT-deep, arXiv 2203.12119). They are measured
+A prompt that enters a block as a constant and is cut from its output acts only through its keys and values, and these do not depend on the image (VPT-deep, arXiv 2203.12119). They are measured
 at the attention itself, with every other branch of the task in place, so whatever shapes them (norms,
 biases, LoRA, key norms) is accounted for. Two different images must give the same constants.
 """
@@ -32,13 +31,15 @@ CONSTANT = 1e-9  # relative, float64: rounding of one GEMM at two batch position
 
 
 def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
-    """A delta whose prompts are prefixes; the delta itself when it has no prompts.
+    """A delta whose deep prompts are prefixes; the delta itself when it has none.
+
+    Prompts that stay for several blocks depend on the image from the second block on: they stay tokens.
 
     Raises:
         IncompatibleArtefact: A prompt's keys depend on the image, or its block has no single
             attention.
     """
-    prompts = {n: b for n, b in delta.branches.items() if b.tuner.join == "tokens"}
+    prompts = {n: b for n, b in delta.branches.items() if b.tuner.join == "tokens" and b.serial}
     if not prompts:
         return delta
     blocks = [branch.add.module for branch in prompts.values()]
@@ -80,7 +81,8 @@ def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
         dtype = torch.promote_types(delta.tensors[name]["token"].dtype, torch.float32)
         key, value = (_constant(t, name).to(dtype) for t in seen[name])
         point: Point = keys[name]
-        branches[name] = Branch(Prefix(joint_softmax=True), point, point)
+        joint: bool = branch.tuner.joint_softmax  # type: ignore[attr-defined]
+        branches[name] = Branch(Prefix(joint_softmax=joint), point, point)
         tensors[name] = {"key": key, "value": value}
     return replace(delta, branches=branches, tensors=tensors)
 

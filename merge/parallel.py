@@ -2,24 +2,29 @@
 
 No module of the backbone is replaced and nothing of it is copied. At one point of the backbone,
 branches join in the order in which they are listed (a serial branch reads what the ones before it
-left), and then the value is what other branches tap.
+left), and then the value is what other branches tap. A linear layer whose weight is read by another
+module instead of being called (timm's EVA, BEiT and Swin V2) is met where it is read.
 """
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .attention import LongerKeys
+from .attention import Crowd, LongerKeys, ReadLinears, Tokens
 from .errors import UsageError
 from .tuner import Branch, Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.overrides import TorchFunctionMode
 
     Weighted = tuple[Branch, Mapping[str, Tensor]]
 
@@ -42,10 +47,19 @@ def joined(
     run = _Run(branches, rows)
     handles: list[Any] = []
     try:
-        for path in sorted({point.module for point in run.points}):
+        run.add_to_parameters(model)
+        paths = {point.module for point in run.points}
+        for path in sorted(paths):
             module = submodule(model, path)
             handles.append(module.register_forward_pre_hook(run.enter(path, module)))
             handles.append(module.register_forward_hook(run.leave(path, module)))
+        for parent, read in read_inside(model, paths).items():
+            watch = _Watch(ReadLinears({path: model.get_submodule(path) for path in read}, run))
+            handles.append(model.get_submodule(parent).register_forward_pre_hook(watch.enter))
+            handles.append(
+                model.get_submodule(parent).register_forward_hook(watch.leave, always_call=True)
+            )
+        handles.append(model.register_forward_hook(run.finish))
         yield
     finally:
         for handle in handles:
@@ -69,33 +83,94 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         ) from cause
 
 
+def read_inside(model: nn.Module, paths: set[str]) -> dict[str, list[str]]:
+    """Of these modules the linear layers that their parent may read instead of calling, by parent."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        parent = path.rpartition(".")[0]
+        if path and isinstance(model.get_submodule(path), nn.Linear):
+            forward = type(model.get_submodule(parent)).forward
+            if "linear" in getattr(forward, "__code__", compile("", "", "exec")).co_names:
+                found.setdefault(parent, []).append(path)
+    return found
+
+
+class _Watch:
+    """A function mode while a module runs."""
+
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self.mode = mode
+
+    def enter(self, *_: Any) -> None:
+        self.mode.__enter__()
+
+    def leave(self, *_: Any) -> None:
+        self.mode.__exit__(None, None, None)
+
+
+class _Taken(NamedTuple):
+    """A tapped value, and the prompts that were in it."""
+
+    value: Tensor
+    prompts: tuple[tuple[int, int], ...]
+
+
 class _Run:
     """One forward pass: what was tapped, and what is to be joined where."""
 
     def __init__(self, branches: Sequence[Weighted], rows: int | None) -> None:
         self.rows = rows
-        self.taken: dict[Point, Tensor] = {}
-        self.open: list[LongerKeys] = []
+        self.taken: dict[tuple[Point, bool], _Taken] = {}
+        self.open: list[TorchFunctionMode] = []
         self.joins: dict[Point, list[Weighted]] = {}
-        self.taps: set[Point] = set()
+        self.arrivals: dict[Point, list[Weighted]] = {}
+        self.parameters: list[Weighted] = []
+        self.taps: set[tuple[Point, bool]] = set()
+        self.frozen: list[tuple[nn.Module, str, Tensor]] = []
+        self.crowd = Crowd(rows)
+        self.joined: set[Point] = set()
+        self.inside: set[str] = set()
         for branch, weights in branches:
+            join = branch.tuner.join
+            if join == "weights":
+                self.parameters.append((branch, weights))
+                continue
             self.joins.setdefault(branch.add, []).append((branch, weights))
-            if not branch.serial:
-                self.taps.add(branch.tap)
-        self.points = self.taps | set(self.joins)
+            if join == "tokens":
+                self.arrivals.setdefault(branch.tap, []).append((branch, weights))
+            elif not branch.serial:
+                self.taps |= {(point, branch.tuner.reads_map) for point in branch.taps}
+        self.points = {point for point, _ in self.taps} | set(self.joins) | set(self.arrivals)
+
+    def add_to_parameters(self, model: nn.Module) -> None:
+        """Put `parameter + difference` in the place of each tuned parameter, until `close`."""
+        for branch, weights in self.parameters:
+            module, name = submodule(model, branch.add.module), branch.tuner.parameter  # type: ignore[attr-defined]
+            frozen = getattr(module, name)
+            tuned = frozen + branch.tuner.branch(None, weights)
+            own = next((d for d in (module._parameters, module._buffers) if name in d), None)
+            if own is not None:
+                self.frozen.append((module, name, frozen))
+                del own[name]
+            object.__setattr__(module, name, tuned)
 
     def enter(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """The hook before a module."""
         extends = self.joins.get(Point(path, "keys"), [])
-        tokens = self.joins.get(Point(path, "tokens"), [])
+        arrivals = self.arrivals.get(Point(path, "tokens"), [])
+        channel_axis = 1 if channels_first(module) else -1
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            value = self._at(Point(path, "input"), args[0], 1 if channels_first(module) else -1)
-            for branch, weights in tokens:
-                prompt = branch.tuner.branch(value, weights)
-                value = torch.cat([value, prompt.expand(value.shape[0], *prompt.shape[-2:])], dim=1)
+            self.inside.add(path)
+            staying = [arrival for arrival in arrivals if not arrival[0].serial]
+            value = self._arrive(staying, args[0])
+            value = self.at(Point(path, "input"), value, channel_axis)
+            if (patched := (Point(path, "patches"), False)) in self.taps:
+                self.taken[patched] = _Taken(patches(value, module), ())
+            value = self._arrive([a for a in arrivals if a not in staying], value)
             if extends:
-                self.open.append(LongerKeys(extends, self.rows))
+                self.joined.add(Point(path, "keys"))
+                self.open.append(LongerKeys(extends, self.rows, self.crowd))
                 self.open[-1].__enter__()
             return (value, *args[1:])
 
@@ -104,33 +179,98 @@ class _Run:
     def leave(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """The hook behind a module."""
         extends = Point(path, "keys") in self.joins
-        tokens = sum(w["token"].shape[-2] for _, w in self.joins.get(Point(path, "tokens"), []))
+        departures = self.joins.get(Point(path, "tokens"), [])
+        channel_axis = 1 if channels_first(module) else -1
 
         def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
+            self.inside.discard(path)
             if extends:
                 self.open.pop().__exit__(None, None, None)
-            if tokens:
-                value = value[:, :-tokens]
-            return self._at(Point(path, "output"), value, 1 if channels_first(module) else -1)
+            for branch, weights in reversed(departures):
+                value = self.crowd.remove(id(weights), value)
+                self.joined.add(branch.add)
+            return self.at(Point(path, "output"), value, channel_axis)
 
         return hook
 
+    def finish(self, model: nn.Module, *_: Any) -> None:
+        """The hook behind the whole backbone.
+
+        Raises:
+            UsageError: A branch never met its op, so that the answer is not the task's.
+        """
+        if missed := sorted(str(point) for point in set(self.joins) - self.joined):
+            raise UsageError(
+                "a branch never acted: the backbone passed its place by",
+                where=type(model).__name__,
+                found=", ".join(missed[:3]),
+            )
+
     def close(self) -> None:
-        """Leave what an interrupted pass left open."""
+        """Leave what an interrupted pass left open, and give the parameters back."""
         while self.open:
             self.open.pop().__exit__(None, None, None)
+        self.crowd.close()
+        for module, name, frozen in self.frozen:
+            del module.__dict__[name]
+            if isinstance(frozen, nn.Parameter):
+                module._parameters[name] = frozen
+            else:
+                module._buffers[name] = frozen
 
-    def _at(self, point: Point, value: Any, channel_axis: int) -> Any:
+    def at(self, point: Point, value: Any, channel_axis: int) -> Any:
+        """The value at a point with its branches joined, kept for those that tap it."""
         for branch, weights in self.joins.get(point, []):
-            x = self._rows(value, channel_axis) if branch.serial else self.taken[branch.tap]
-            given = branch.tuner.branch(x, weights)
             if branch.tuner.join == "replace":
+                x = self.taken[branch.tap, False].value
+                given = branch.tuner.branch(x, weights)
                 value = given.reshape(*value.shape[:-1], given.shape[-1])
             else:
-                value = value + self._like(given, value, channel_axis)
-        if point in self.taps:
-            self.taken[point] = self._rows(value, channel_axis)
+                value = self._add(branch, weights, value, channel_axis)
+            self.joined.add(point)
+        present = self.crowd.present()
+        if (point, True) in self.taps:
+            self.taken[point, True] = _Taken(value, present)
+        if (point, False) in self.taps:
+            self.taken[point, False] = _Taken(self._rows(value, channel_axis), present)
         return value
+
+    def _arrive(self, arrivals: Sequence[Weighted], value: Tensor) -> Tensor:
+        """The sequence with more tokens behind it."""
+        for branch, weights in arrivals:
+            tokens, mask = branch.tuner.branch(value, weights)
+            tokens = tokens.expand(value.shape[0], *tokens.shape[-2:])
+            value = torch.cat([value, tokens], dim=1)
+            joint = branch.tuner.joint_softmax  # type: ignore[attr-defined]
+            self.crowd.add(id(weights), Tokens(tokens.shape[1], mask, joint))
+        return value
+
+    def _add(
+        self, branch: Branch, weights: Mapping[str, Tensor], value: Tensor, axis: int
+    ) -> Tensor:
+        """The value with a branch added.
+
+        Prompts come and go between a tap and the add point: the branch acts on the tokens of both.
+        """
+        if branch.serial:
+            x = value if branch.tuner.reads_map else self._rows(value, axis)
+            return value + self._like(branch.tuner.branch(x, weights), value, axis)
+        taken = [self.taken[point, branch.tuner.reads_map] for point in branch.taps]
+        here = self.crowd.present()
+        read = [t.value for t in taken]
+        if all(t.prompts == here for t in taken) or branch.tuner.reads_map:
+            given = branch.tuner.branch(tuple(read) if branch.others else read[0], weights)
+            return value + self._like(given, value, axis)
+        groups = zip(here, *(t.prompts for t in taken), strict=False)
+        same = (len(set(group)) == 1 for group in groups)
+        shared = sum(itertools.takewhile(bool, same))
+        own = value.shape[1] - sum(count for _, count in here[shared:])
+        read = [
+            t.value[:, : t.value.shape[1] - sum(c for _, c in t.prompts[shared:])] for t in taken
+        ]
+        given = branch.tuner.branch(tuple(read) if branch.others else read[0], weights)
+        left = value[:, :own]
+        return torch.cat([left + self._like(given, left, axis), value[:, own:]], dim=1)
 
     def _rows(self, value: Tensor, channel_axis: int) -> Tensor:
         """`[B, N, C]`, whatever layout, windows or frames the op works in."""
@@ -158,6 +298,22 @@ class _Run:
         return given if channel_axis == -1 else given.movedim(-1, channel_axis)
 
 
+def patches(value: Tensor, module: nn.Module) -> Tensor:
+    """What each position of a convolution reads, `[B, N, C * kernel]`, ordered as its weight is."""
+    kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+    stride: tuple[int, ...] = module.stride  # type: ignore[assignment]
+    padding: tuple[int, ...] = module.padding  # type: ignore[assignment]
+    if kernel == stride and not any(padding):  # windows side by side, of any number of axes
+        for axis, size in enumerate(kernel):  # [B, C, n, k, n, k, ...]
+            whole = value.shape[2 + 2 * axis] // size * size
+            value = value.narrow(2 + 2 * axis, 0, whole).unflatten(2 + 2 * axis, (-1, size))
+        counts = range(2, 2 + 2 * len(kernel), 2)
+        value = value.permute(0, *counts, 1, *(c + 1 for c in counts))
+        return value.flatten(1 + len(kernel)).flatten(1, len(kernel))
+    return F.unfold(value, kernel, module.dilation, padding, stride).mT  # type: ignore[attr-defined]
+
+
 def channels_first(module: nn.Module) -> bool:
-    """The module works on `[B, C, H, W]`."""
-    return isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm | LayerNorm2d)
+    """The module works on `[B, C, ...]`."""
+    kinds = nn.Conv2d | nn.Conv3d | nn.BatchNorm2d | nn.GroupNorm | LayerNorm2d
+    return isinstance(module, kinds)

@@ -1,14 +1,14 @@
 """The places of a backbone where a branch can read or join, measured on one image.
 
-Measured, not tabled: in some timm families `attn.qkv` is never called (its weight is read by another
-function), in others it runs on windows. A place that is never entered, or entered twice for one
+Measured, not tabled: in some timm families `attn.qkv` is never called (its weight is read by the module
+around it), in others it runs on windows. A place that is never entered, or entered twice for one
 image, cannot carry a branch, and the error says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .attention import Attention, Seam
 from .errors import IncompatibleArtefact, UsageError
-from .parallel import channels_first
+from .parallel import channels_first, read_inside
 from .tuner import Branch, Point, bind
+from .tuners.bottleneck import reads_patches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ class Sites:
         dims: Number of axes of the value at every point.
         calls: How often every point was entered.
         modules: All module paths.
+        tensors: Shapes of all parameters and buffers, by name.
         unclear: Points whose value could have its channels first or last.
     """
 
@@ -43,6 +45,7 @@ class Sites:
     dims: Mapping[Point, int]
     calls: Mapping[Point, int]
     modules: frozenset[str]
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unclear: frozenset[Point] = frozenset()
 
     def require(self, point: Point) -> int:
@@ -55,14 +58,13 @@ class Sites:
             raise IncompatibleArtefact(
                 "the backbone has no such module", where=point, wanted=f"a module of {self.model}"
             )
-        measured = Point(point.module, "input") if point.side == "tokens" else point
+        measured = _passed(point)
         calls = self.calls.get(measured, 0)
         if calls == 0:
-            reason = (
-                "no scaled dot product attention runs inside this module"
-                if point.side == "keys"
-                else "the backbone never calls this module, or not on a tensor"
-            )
+            reason = {
+                "keys": "no scaled dot product attention runs inside this module",
+                "patches": "the backbone runs no convolution of one group here",
+            }.get(point.side, "the backbone never calls this module, or not on a tensor")
             raise IncompatibleArtefact(
                 f"a branch here would never act: {reason}",
                 where=point,
@@ -103,28 +105,46 @@ class Sites:
         Raises:
             IncompatibleArtefact: The place cannot carry it, or a tensor has the wrong shape.
         """
-        shapes = branch.tuner.shapes
-        sizes = bind(shapes, tensors, where=where)
-        for axis, point in (("in", branch.tap), ("out", branch.add)):
-            used = any(axis in axes for axes in shapes.values())
-            channels = self.require(point)
-            if used and sizes[axis] != channels:
-                raise IncompatibleArtefact(
-                    "a branch does not have the channels of its place",
-                    where=where,
-                    wanted=f"{axis}={channels} at {point}",
-                    found=f"{axis}={sizes[axis]}",
-                    do="check that the delta was trained on this backbone",
-                )
+        sizes = bind(branch.tuner.shapes, tensors, where=where)
+        if branch.tuner.join == "weights":
+            self._check_parameter(branch, where=where)
+            return
+        given, taken = branch.tuner.channels(sizes)
+        for axis, wanted, points in (("in", given, branch.taps), ("out", taken, (branch.add,))):
+            for point in points:
+                channels = self.require(point)
+                if wanted not in (None, channels):
+                    raise IncompatibleArtefact(
+                        "a branch does not have the channels of its place",
+                        where=where,
+                        wanted=f"{axis}={channels} at {point}",
+                        found=f"{axis}={wanted}",
+                        do="check that the delta was trained on this backbone",
+                    )
         if branch.serial:
             return
         order = list(self.channels)  # as the image passed them
-        if order.index(branch.tap) > order.index(branch.add):
+        late = max(order.index(_passed(point)) for point in branch.taps)
+        if late > order.index(_passed(branch.add)):
             raise IncompatibleArtefact(
                 "a branch joins before the value that it reads is there",
                 where=where,
                 wanted="a tap that the image passes before the add point",
-                found=f"from {branch.tap} to {branch.add}",
+                found=f"from {order[late]} to {branch.add}",
+            )
+
+    def _check_parameter(self, branch: Branch, *, where: object) -> None:
+        """Hold a difference to the parameter that it is added to."""
+        parameter: str = branch.tuner.parameter  # type: ignore[attr-defined]
+        name = f"{branch.add.module}.{parameter}".lstrip(".")
+        (wanted,) = branch.tuner.shapes.values()
+        if self.tensors.get(name) != wanted:
+            raise IncompatibleArtefact(
+                "the backbone has no such parameter",
+                where=where,
+                wanted=f"{name} of shape {list(wanted)}",
+                found=list(self.tensors[name]) if name in self.tensors else "none",
+                do="check that the delta was trained on this backbone",
             )
 
 
@@ -141,6 +161,8 @@ def measure(backbone: Backbone) -> Sites:
     for path, module in names.items():
         handles.append(module.register_forward_pre_hook(seen.enter(path)))
         handles.append(module.register_forward_hook(seen.leave(path, module)))
+    for parent, paths in read_inside(model, set(names)).items():
+        seen.read |= {path: names[path] for path in paths if parent in names}
     try:
         with torch.no_grad(), seen:
             model(backbone.example())
@@ -159,8 +181,14 @@ def measure(backbone: Backbone) -> Sites:
         seen.dims,
         seen.calls,
         frozenset(names),
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         frozenset(seen.unclear),
     )
+
+
+def _passed(point: Point) -> Point:
+    """The point at which the image is seen to pass this one."""
+    return Point(point.module, "input") if point.side == "tokens" else point
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -184,7 +212,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def attention_inside(sites: Sites, block: str) -> Point:
-    """The `keys` point of the one attention inside a block.
+    """The `keys` point of the one attention inside a block, or of the attention itself.
 
     Raises:
         IncompatibleArtefact: There is none, or several.
@@ -192,7 +220,7 @@ def attention_inside(sites: Sites, block: str) -> Point:
     inside = [
         point
         for point, calls in sites.calls.items()
-        if point.side == "keys" and calls == 1 and point.module.startswith(f"{block}.")
+        if point.side == "keys" and calls == 1 and f"{point.module}.".startswith(f"{block}.")
     ]
     if sites.calls.get(Point(block, "keys"), 0) != 1 or not inside:
         raise IncompatibleArtefact(
@@ -220,6 +248,7 @@ class _Seen(Seam):
         self.calls: Counter[Point] = Counter()
         self.inside: list[str] = []
         self.unclear: set[Point] = set()
+        self.read: dict[str, nn.Module] = {}
 
     def note(self, point: Point, value: Any, module: nn.Module | None = None) -> None:
         if not isinstance(value, Tensor):
@@ -234,7 +263,13 @@ class _Seen(Seam):
     def enter(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.inside.append(path)
-            self.note(Point(path, "input"), args[0] if args else None, module)
+            value = args[0] if args else None
+            self.note(Point(path, "input"), value, module)
+            if reads_patches(module):
+                point = Point(path, "patches")
+                self.calls[point] += 1
+                self.channels[point] = module.weight[0].numel()  # type: ignore[index]
+                self.dims[point] = 3
 
         return hook
 
@@ -244,6 +279,14 @@ class _Seen(Seam):
             self.note(Point(path, "output"), value, module)
 
         return hook
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, weight, bias)
+        for path, layer in self.read.items():
+            if weight is layer.weight and path not in self.inside:
+                self.note(Point(path, "input"), x)
+                self.note(Point(path, "output"), y)
+        return y
 
     def attend(self, call: Attention) -> Tensor:
         for path in set(self.inside):

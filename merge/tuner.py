@@ -7,22 +7,29 @@ All weights of a branch are tensors named by `Tuner.shapes`, so branches of many
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import float32, promote_types
 
 from .errors import IncompatibleArtefact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Generator, Tensor, nn
+    from torch import Generator, Tensor, dtype, nn
 
-Side = Literal["input", "output", "keys", "tokens"]
-SIDES = ("input", "output", "keys", "tokens")
+Side = Literal["input", "output", "patches", "keys", "tokens", "weights"]
+SIDES = ("input", "output", "patches", "keys", "tokens", "weights")
+
+Place = Literal["beside", "behind", "before"]
+"""Of a branch on an op: from its input to its output, on its output, or on its input."""
 
 Weights = dict[str, "Tensor"]
+Shapes = dict[str, tuple["str | int", ...]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class Point:
 
     Attributes:
         module: Dotted path of the module.
-        side: `input` or `output` of the module; `keys`, where the attention inside it meets keys and
-            values; `tokens`, the sequence from the module's input to its output.
+        side: `input` or `output` of the module; `patches`, what each position of a convolution reads,
+            `[B, N, C * kh * kw]`; `keys`, where the attention inside it meets keys and values; `tokens`,
+            the sequence that it is given and gives; `weights`, its parameters and buffers.
     """
 
     module: str
@@ -77,57 +85,68 @@ class CannotFold(Exception):
 class Tuner(ABC):
     """A tuner type; its dataclass fields are the settings that tasks share.
 
-    Axes of `shapes` and `served` are symbols: `in`, the channels at the tap; `out`, the channels at
-    the add point; `r`, the axis on which tasks may differ (rank, prefix length, class count). A task
-    with a smaller `r` is padded with `fill`, which is exact.
+    Axes of `shapes` and `served` are sizes or symbols: `in`, the channels at the tap; `out`, the
+    channels at the add point; those in `padded`, on which tasks may differ (rank, prefix length, class
+    count). A task that is smaller there is padded with `fill`, which is exact.
     """
 
     kind: ClassVar[str]
     source: ClassVar[str]
     """Where the formula was published."""
-    join: ClassVar[Literal["add", "extend", "tokens", "replace"]]
-    """How the branch meets the frozen op: a sum, more keys and values, more tokens, its successor."""
+    join: ClassVar[Literal["add", "extend", "tokens", "replace", "weights"]]
+    """How the branch meets the frozen op: a sum, more keys and values, more tokens, its successor, or a
+    sum with the op's own parameters."""
     fill: ClassVar[Mapping[str, float]] = {}
     """What an absent or padded entry of a served tensor holds; 0 where not named."""
+    padded: ClassVar[frozenset[str]] = frozenset({"r"})
+    """The symbols on which tasks may differ."""
+    reads_map: ClassVar[bool] = False
+    """`branch` wants the tap as the op sees it, such as `[B, C, H, W]`, not as tokens."""
 
     @property
     @abstractmethod
-    def shapes(self) -> dict[str, tuple[str, ...]]:
+    def shapes(self) -> Shapes:
         """The tensors that a task stores, by name, with their axes."""
 
     @property
-    def served(self) -> dict[str, tuple[str, ...]]:
+    def served(self) -> Shapes:
         """The tensors that an engine reads, after `settle`."""
         return self.shapes
 
     @abstractmethod
-    def branch(self, x: Tensor, w: Mapping[str, Tensor]) -> Any:
+    def branch(self, x: Any, w: Mapping[str, Tensor]) -> Any:
         """What the branch gives to its join.
 
         Args:
-            x: The tap, `[B, N, C]`. Joins `extend` and `tokens` ignore it.
+            x: The tap, `[B, N, C]`; a tuple of them for a branch of several taps. Joins `extend`,
+                `tokens` and `weights` ignore it.
             w: Stored or served tensors; each may carry a leading batch axis `[B, ...]`.
 
         Returns:
-            For `add` and `replace` `[B, N, C_out]` (or what broadcasts to it), for `tokens`
-            `[P, C]`, for `extend` keys, values and the mask `[L]` or None.
+            For `add` and `replace` `[B, N, C_out]` (or what broadcasts to it); for `tokens` the tokens
+            `[P, C]` and the mask `[P]` or None; for `extend` keys, values and the mask `[L]` or None;
+            for `weights` what is added to the parameter.
         """
 
     @abstractmethod
     def init(self, sizes: Mapping[str, int], generator: Generator) -> Weights:
-        """Trainable starting values, float32, for sizes of `in`, `out` and `r`."""
+        """Trainable starting values, float32, for sizes of the symbols."""
 
     def settle(self, w: Mapping[str, Tensor]) -> Weights:
         """Stored tensors to served ones: what is constant at inference, computed once."""
         return dict(w)
 
-    def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
+    def channels(self, sizes: Mapping[str, int]) -> tuple[int | None, int | None]:
+        """Channels at the tap and at the add point, where the tensors' sizes say them."""
+        return sizes.get("in"), sizes.get("out")
+
+    def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """The op's parameters after taking the branch in, exactly.
 
         Args:
             w: Stored tensors, float64.
-            op: The module that is added to, its parameters float64.
-            serial: The branch reads the op's output instead of its input.
+            op: The module that the branch stands at, its parameters float64.
+            place: Where at the op.
 
         Returns:
             The parameters of `op` that change, by name.
@@ -139,10 +158,18 @@ class Tuner(ABC):
 
     no_fold: ClassVar[str] = ""
     """Why `fold` refuses, for tuners that never fold."""
+    no_bank: ClassVar[str] = ""
+    """Why the branch cannot differ from row to row, for tuners that cannot."""
 
     def settings(self) -> dict[str, Any]:
-        """The dataclass fields, as JSON values."""
-        return asdict(self)
+        """The dataclass fields that differ from their defaults, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name not in plain or value != plain[name]
+        }
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Any], *, where: object) -> Tuner:
@@ -152,7 +179,8 @@ class Tuner(ABC):
             IncompatibleArtefact: A field is missing, unknown or out of range.
         """
         wanted = {field.name for field in fields(cls)}
-        if set(values) != wanted:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(values) <= wanted:
             raise IncompatibleArtefact(
                 f"the settings of a {cls.kind} branch are not complete",
                 where=where,
@@ -160,7 +188,7 @@ class Tuner(ABC):
                 found=sorted(values),
             )
         try:
-            return cls(**values)
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except (TypeError, ValueError) as cause:
             raise IncompatibleArtefact(
                 f"a setting of a {cls.kind} branch is out of range", where=where, found=str(cause)
@@ -173,22 +201,43 @@ class Branch:
 
     Attributes:
         tuner: What is computed.
-        tap: Where it reads. Equal to `add` for a serial branch, which reads what it is added to.
+        tap: Where it reads. Equal to `add` for a serial branch, which reads what it is added to. Tokens
+            enter at `tap` and leave at `add`.
         add: Where it joins.
+        others: Where else it reads, for tuners that read several places.
     """
 
     tuner: Tuner
     tap: Point
     add: Point
+    others: tuple[Point, ...] = ()
+
+    @property
+    def taps(self) -> tuple[Point, ...]:
+        """All places that it reads."""
+        return (self.tap, *self.others)
 
     @property
     def serial(self) -> bool:
         """The branch reads the value that it is added to."""
-        return self.tap == self.add
+        return self.taps == (self.add,)
+
+    @property
+    def place(self) -> Place | None:
+        """Where it stands at one op, if it stands at one."""
+        if self.serial:
+            return {"output": "behind", "input": "before"}.get(self.add.side)  # type: ignore[return-value]
+        beside = self.add.side == "output" and self.tap.side in ("input", "patches")
+        return "beside" if beside and self.tap.module == self.add.module else None
+
+
+def wider(*tensors: Tensor) -> dtype:
+    """The dtype of a product of tensors that is not to be rounded: at least float32."""
+    return functools.reduce(promote_types, (t.dtype for t in tensors), float32)
 
 
 def bind(
-    shapes: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor], *, where: object
+    shapes: Mapping[str, tuple[str | int, ...]], tensors: Mapping[str, Tensor], *, where: object
 ) -> dict[str, int]:
     """The sizes of the symbolic axes, read off a branch's tensors.
 
@@ -207,7 +256,8 @@ def bind(
     for name, axes in shapes.items():
         shape = tuple(tensors[name].shape)
         fits = len(shape) == len(axes) and all(
-            sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape, strict=True)
+            (axis if isinstance(axis, int) else sizes.setdefault(axis, size)) == size
+            for axis, size in zip(axes, shape, strict=True)
         )
         if not fits:
             raise IncompatibleArtefact(
@@ -219,5 +269,5 @@ def bind(
     return sizes
 
 
-def _axis(axis: str, sizes: Mapping[str, int]) -> str:
-    return f"{axis}={sizes[axis]}" if axis in sizes else axis
+def _axis(axis: str | int, sizes: Mapping[str, int]) -> str:
+    return f"{axis}={sizes[axis]}" if isinstance(axis, str) and axis in sizes else str(axis)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from ..tuner import CannotFold, Tuner, Weights
+from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
 from .bottleneck import op_bias
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Bias(Tuner):
     join = "add"
 
     @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
+    def shapes(self) -> Shapes:
         """`shift [out]`."""
         return {"shift": ("out",)}
 
@@ -36,14 +36,18 @@ class Bias(Tuner):
         """Zero: training starts at the backbone."""
         return {"shift": torch.zeros(sizes["out"])}
 
-    def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
-        """`b + shift`."""
-        if not adds_bias_last(op):
+    def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
+        """`b + shift`; before a linear layer, `b + W shift`."""
+        if place == "before" and isinstance(op, nn.Linear):
+            return {"bias": op_bias(op) + op.weight @ w["shift"]}
+        if place == "before" or not adds_bias_last(op):
             raise CannotFold(f"a {type(op).__name__} does more to its bias than add it last")
         return {"bias": op_bias(op) + w["shift"]}
 
 
 def adds_bias_last(op: nn.Module) -> bool:
     """The op's output is something plus its bias; timm's norms with an activation are not like that."""
-    plain = isinstance(op, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm)
+    plain = isinstance(
+        op, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm
+    )
     return plain and isinstance(getattr(op, "act", None), nn.Identity | type(None))

@@ -2,19 +2,20 @@
 
 LoRA: arXiv 2106.09685, eq. 3 (activation identity, no biases, scale alpha/r).
 Adapter: arXiv 1902.00751, section 2 (GELU, serial). AdaptFormer: arXiv 2205.13535, eq. 4 (ReLU, parallel).
+PATT: arXiv 2210.00788 (tanh, beside `qkv`, zero rows of `up` for what is not tuned).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..tuner import CannotFold, Tuner, Weights
+from ..tuner import CannotFold, Place, Shapes, Tuner, Weights, wider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+NORMS = ("none", "in", "out")
+FORWARDS = (nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,14 @@ class Bottleneck(Tuner):
     Attributes:
         activation: A key of `ACTIVATIONS`.
         bias: Whether down and up carry biases.
+        norm: Where a layer norm stands: `none`, `in` front of down, or `out`, behind the scale.
+        eps: Of that norm.
     """
 
     activation: str
     bias: bool
+    norm: str = "none"
+    eps: float = 1e-5
 
     kind = "bottleneck"
     source = "arXiv 2106.09685 (LoRA), 1902.00751 (adapter), 2205.13535 (AdaptFormer)"
@@ -52,33 +59,52 @@ class Bottleneck(Tuner):
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
         if not isinstance(self.bias, bool):
             raise TypeError(f"bias {self.bias!r} is neither true nor false")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm {self.norm!r} is not one of {NORMS}")
+        if not isinstance(self.eps, float) or not self.eps > 0:
+            raise ValueError(f"eps {self.eps!r} is not above zero")
 
     @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
-        """`down [r, in]`, `up [out, r]`, `scale []`, with biases `down_bias [r]`, `up_bias [out]`."""
+    def shapes(self) -> Shapes:
+        """`down [r, in]`, `up [out, r]`, `scale []`.
+
+        With biases `down_bias [r]`, `up_bias [out]`; with a norm `norm_weight` and `norm_bias`, `[in]` or
+        `[out]`.
+        """
         return {**self.served, "scale": ()}
 
     @property
-    def served(self) -> dict[str, tuple[str, ...]]:
+    def served(self) -> Shapes:
         """The scale is gone: it went into `up` and `up_bias`."""
-        biases = {"down_bias": ("r",), "up_bias": ("out",)} if self.bias else {}
-        return {"down": ("r", "in"), "up": ("out", "r"), **biases}
+        biases: Shapes = {"down_bias": ("r",), "up_bias": ("out",)} if self.bias else {}
+        norm: Shapes = (
+            {"norm_weight": (self.norm,), "norm_bias": (self.norm,)} if self.norm != "none" else {}
+        )
+        return {"down": ("r", "in"), "up": ("out", "r"), **biases, **norm}
 
     def branch(self, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
         """`scale * (act(x down^T + down_bias) up^T + up_bias)`, `[B, N, out]`."""
+        if self.norm == "in":
+            x = self._normed(x, w)
         hidden = x @ w["down"].mT  # [B, N, r]
         if self.bias:
             hidden = hidden + w["down_bias"][..., None, :]
         y = ACTIVATIONS[self.activation](hidden) @ w["up"].mT  # [B, N, out]
         if self.bias:
             y = y + w["up_bias"][..., None, :]
-        return y * w["scale"][..., None, None] if "scale" in w else y
+        if "scale" in w:
+            y = y * w["scale"][..., None, None]
+        return self._normed(y, w) if self.norm == "out" else y
+
+    def _normed(self, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return normed * w["norm_weight"][..., None, :] + w["norm_bias"][..., None, :]
 
     def settle(self, w: Mapping[str, Tensor]) -> Weights:
         """The scale folded into `up` and `up_bias`, in float64."""
         settled = {name: w[name] for name in self.served}
         for name in ("up", "up_bias") if self.bias else ("up",):
-            wide = torch.promote_types(w[name].dtype, torch.float32)  # no rounding to half here
+            wide = wider(w[name], w["scale"])
             settled[name] = (w[name].double() * w["scale"].double()).to(wide)
         return settled
 
@@ -89,27 +115,48 @@ class Bottleneck(Tuner):
         w = {"down": down, "up": torch.zeros(sizes["out"], sizes["r"]), "scale": torch.ones(())}
         if self.bias:
             w |= {"down_bias": torch.zeros(sizes["r"]), "up_bias": torch.zeros(sizes["out"])}
+        if self.norm != "none":
+            ones = torch.ones(sizes[self.norm])
+            w |= {"norm_weight": ones, "norm_bias": torch.zeros_like(ones)}
         return w
 
-    def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
-        """`W + s up down` beside a linear layer, `(I + s up down) W` behind one."""
+    def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
+        """`W + s up down` beside a linear layer, `(I + s up down) W` behind it, `W (I + s up down)` before."""
+        if self.norm != "none":
+            raise CannotFold("the branch has a layer norm of its own")
         if self.activation != "identity":
             raise CannotFold(f"the branch has a {self.activation} between down and up")
-        if not isinstance(op, nn.Linear):
+        if not isinstance(op, nn.Linear) and not (place == "beside" and reads_patches(op)):
             raise CannotFold(
                 f"the branch is added to a {type(op).__name__}, which is not one linear layer"
             )
+        weight = cast("Tensor", op.weight).flatten(1)
         product = w["scale"] * (w["up"] @ w["down"])  # [out, in]
         constant = None
         if self.bias:
             constant = w["scale"] * (w["up"] @ w["down_bias"] + w["up_bias"])
-        changed: Weights = {"weight": op.weight + (product @ op.weight if serial else product)}
-        if serial and op.bias is not None:
-            through = product @ op.bias
-            constant = through if constant is None else constant + through
-        if constant is not None:
-            changed["bias"] = op_bias(op) + constant
-        return changed
+        if place == "before":
+            changed = weight + weight @ product
+            constant = constant if constant is None else weight @ constant
+        elif place == "behind":
+            changed = weight + product @ weight
+            if op.bias is not None:
+                through = product @ op_bias(op)
+                constant = through if constant is None else constant + through
+        else:
+            changed = weight + product
+        folded: Weights = {"weight": changed.reshape(cast("Tensor", op.weight).shape)}
+        return folded if constant is None else folded | {"bias": op_bias(op) + constant}
+
+
+def reads_patches(op: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+    """Each position of a convolution is one linear layer on what it reads."""
+    if not isinstance(op, nn.Conv2d | nn.Conv3d) or type(op).forward not in FORWARDS:
+        return False  # timm's "same" convolutions pad in their own forward
+    if op.groups != 1 or isinstance(op.padding, str):
+        return False
+    apart = op.kernel_size == op.stride and not any(op.padding)
+    return apart or (isinstance(op, nn.Conv2d) and op.padding_mode == "zeros")
 
 
 def op_bias(op: nn.Module) -> Tensor:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from ..tuner import CannotFold, Tuner, Weights
+from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NO_CLASS = torch.finfo(torch.float32).min  # the logit of a class that a task does not have
+NO_CLASS = (
+    torch.finfo(torch.float32).min / 4
+)  # of a class that a task does not have; two may be summed
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Head(Tuner):
     fill = {"bias": NO_CLASS}  # noqa: RUF012 - a ClassVar in the base
 
     @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
+    def shapes(self) -> Shapes:
         """`weight [r, in]` and `bias [r]`."""
         return {"weight": ("r", "in"), "bias": ("r",)}
 
@@ -44,7 +46,7 @@ class Head(Tuner):
             "bias": torch.zeros(sizes["r"]),
         }
 
-    def fold(self, w: Mapping[str, Tensor], op: nn.Module, *, serial: bool) -> Weights:
+    def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """The classifier is replaced, whatever its number of classes was."""
         if not isinstance(op, nn.Linear | nn.Identity):
             raise CannotFold(f"the classifier is a {type(op).__name__}, not one linear layer")

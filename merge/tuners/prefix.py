@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from ..tuner import Tuner, Weights
+from ..tuner import Shapes, Tuner, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,12 +41,12 @@ class Prefix(Tuner):
             raise TypeError(f"joint_softmax {self.joint_softmax!r} is neither true nor false")
 
     @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
+    def shapes(self) -> Shapes:
         """`key [r, out]` and `value [r, out]`."""
         return {"key": ("r", "out"), "value": ("r", "out")}
 
     @property
-    def served(self) -> dict[str, tuple[str, ...]]:
+    def served(self) -> Shapes:
         """An additive `mask [r]` besides: padded keys must not enter the softmax."""
         return {**self.shapes, "mask": ("r",)}
 

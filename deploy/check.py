@@ -47,7 +47,8 @@ class Evidence:
     """What a check looks at besides seeded noise.
 
     Attributes:
-        images: Preprocessed real pictures `[n, C, H, W]` float32 by task; tasks without any use noise.
+        images: Preprocessed real pictures or clips, `[n, *input_size]` float32, by task; tasks without
+            any use noise.
         seed: Of the noise.
         every_tensor: Really change every tensor for liveness, however long it takes.
     """
@@ -190,8 +191,7 @@ class _Check:
     def images(self, task: NDArray[np.int64], *, real: bool) -> NDArray[np.float32]:
         """Seeded noise, or each task's own pictures in turn where there are any."""
         noise = np.random.default_rng(self.evidence.seed + len(task))
-        shape = (self.backbone.channels, *self.backbone.image_size)
-        images = noise.standard_normal((len(task), *shape)).astype(np.float32)
+        images = noise.standard_normal((len(task), *self.backbone.input_size)).astype(np.float32)
         used = [0] * len(self.deltas)
         for row, number in enumerate(task):
             pictures = self.evidence.images.get(self.deltas[number].task)

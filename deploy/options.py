@@ -65,7 +65,11 @@ class BackboneChoice:
 def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """`--backbone`, `--backbone-arg` and `--weights`, handed on as `choice`."""
 
-    @click.option("--backbone", metavar="TIMM_NAME", help="timm's name of the architecture.")
+    @click.option(
+        "--backbone",
+        metavar="TIMM_NAME",
+        help="timm's name of the architecture, or video_swin_base.",
+    )
     @click.option(
         "--backbone-arg",
         "arguments",
@@ -87,6 +91,18 @@ def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         return verb(*args, choice=choice, **kwargs)
 
     return with_choice
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Name and value of `KEY=VALUE`.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError("a setting cannot be read", wanted="KEY=VALUE", found=text)
+    return key, value
 
 
 def _argument(text: str) -> tuple[str, Any]:

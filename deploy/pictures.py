@@ -1,7 +1,8 @@
-"""Real pictures from a folder, preprocessed for each task."""
+"""Real pictures and videos from files and folders, preprocessed for each task."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,59 +10,118 @@ import numpy as np
 from ..merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     from ..merge.preprocessing import Preprocessing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ENOUGH = 64  # pictures per task
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # pictures, and frames of a video
+ANIMATED = (".gif", ".webp", ".tif", ".tiff")  # videos in one file
+ENOUGH = 64  # rows per task
 
 
-def read_picture(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """One picture as `[3, H, W]`.
+def read_rows(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """What a task wants of a file or folder, as rows of an engine's input.
+
+    Args:
+        path: A picture; for a task of videos an animated file, or a folder of frames that follow one
+            another by name, numbers in the names by value.
+        preprocessing: The task's.
+
+    Returns:
+        `[1, C, H, W]` of a picture, `[views, C, T, H, W]` of a video.
 
     Raises:
-        UsageError: The file is not there or is no picture.
+        UsageError: There is no such file, it cannot be read, it is of the other kind, or it is too short.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
-            return preprocessing.apply(image)
+        if path.is_dir():
+            rows = preprocessing.apply(FolderOfFrames(path))
+        else:
+            with Image.open(path) as image:
+                rows = preprocessing.apply(image)
     except FileNotFoundError as cause:
         raise UsageError("there is no such picture", where=path) from cause
     except (UnidentifiedImageError, OSError) as cause:
         raise UsageError(
             "the file is no picture that can be read", where=path, found=str(cause)
         ) from cause
+    except UsageError as cause:
+        raise UsageError(cause.what, **{"where": path, **cause.details}) from cause  # type: ignore[arg-type]
+    return rows[None] if preprocessing.clip is None else rows
+
+
+class FolderOfFrames:
+    """The frames of a video, one file each, opened when asked for.
+
+    Args:
+        folder: What holds them.
+
+    Raises:
+        UsageError: It holds none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(_files(folder, SUFFIXES), key=_by_number)
+        if not self.paths:
+            raise UsageError(
+                "the folder holds no frames of a video",
+                wanted=f"files ending in {', '.join(SUFFIXES)}",
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Image:
+        from PIL.Image import open as open_picture
+
+        with open_picture(self.paths[number]) as frame:
+            return frame.copy()
 
 
 def read_folder(
     folder: Path, tasks: Iterable[tuple[str, Preprocessing]]
 ) -> dict[str, NDArray[np.float32]]:
-    """Pictures `[n, 3, H, W]` by task, from `folder/TASK` where there is one, else from `folder`.
+    """Rows `[n, C, H, W]` or `[n, C, T, H, W]` by task, from `folder/TASK` where there is one, else `folder`.
 
     Raises:
-        UsageError: No folder, or no pictures for a task.
+        UsageError: No folder, or nothing in it for a task.
     """
     if not folder.is_dir():
         raise UsageError("there is no such folder of pictures", where=folder)
     found = {}
     for task, preprocessing in tasks:
         place = folder / task if (folder / task).is_dir() else folder
-        paths = _pictures(place)
-        if not paths:
-            raise UsageError(
-                f"there are no pictures for task {task}",
-                where=place,
-                wanted=f"files ending in {', '.join(SUFFIXES)}",
+        if preprocessing.clip is None:
+            paths, wanted = (
+                sorted(_files(place, SUFFIXES)),
+                f"files ending in {', '.join(SUFFIXES)}",
             )
-        found[task] = np.stack([read_picture(path, preprocessing) for path in paths])
+        else:
+            folders = [path for path in place.iterdir() if path.is_dir()]
+            paths = sorted([*_files(place, ANIMATED), *folders])
+            wanted = f"files ending in {', '.join(ANIMATED)}, or folders of frames"
+        if not paths:
+            raise UsageError(f"there are no pictures for task {task}", where=place, wanted=wanted)
+        rows: list[NDArray[np.float32]] = []
+        for path in paths:
+            rows.extend(read_rows(path, preprocessing))
+            if len(rows) >= ENOUGH:
+                break
+        found[task] = np.stack(rows)
     return found
 
 
-def _pictures(folder: Path) -> Sequence[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)[:ENOUGH]
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file()]
+
+
+def _by_number(path: Path) -> list[tuple[bool, int, str]]:
+    """The name with its numbers by value: `frame_2` before `frame_10`."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

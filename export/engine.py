@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-IMAGES = "images"  # [B, 3, H, W] float32
+IMAGES = "images"  # [B, 3, H, W] float32, [B, 3, T, H, W] of clips
 TASK = "task"  # [B] int64, a row of the bank
 LOGITS = "logits"  # [B, K] float32, K the largest class count
 
@@ -49,7 +49,7 @@ class Session(Protocol):
     def run(
         self, images: NDArray[np.float32], task: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits `[B, K]` for images `[B, 3, H, W]` and task rows `[B]`.
+        """Logits `[B, K]` for images `[B, 3, H, W]` or clips `[B, 3, T, H, W]` and task rows `[B]`.
 
         A single-task engine takes no rows. Columns past a task's own classes hold the lowest
         float32; a row outside the bank yields NaN.

@@ -39,7 +39,7 @@ class Inputs:
     """Example inputs of a trace.
 
     Attributes:
-        images: `[B, C, H, W]`, B at least 2.
+        images: `[B, C, H, W]`, or `[B, C, T, H, W]` of clips, B at least 2.
         task: `[B]` int64, or None for one task.
         bank: `[T, ...]` by input name, when the bank is an input.
     """

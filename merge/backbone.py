@@ -1,4 +1,4 @@
-"""The frozen backbone: a timm model, where it came from, and its fingerprint.
+"""The frozen backbone: a timm model, or one of `architectures`, where it came from, its fingerprint.
 
 The fingerprint is SHA-256 over the frozen tensors sorted by name, each as name, dtype, shape and
 bytes. The classifier is left out: every task brings its own head, and backbones that differ only in
@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .architectures import ARCHITECTURES
 from .errors import IncompatibleArtefact, UsageError
 from .files import atomic_folder, canonical_json
-from .preprocessing import INTERPOLATIONS, Preprocessing
+from .preprocessing import INTERPOLATIONS, LINEAR, Clip, Preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ class Identity:
     """Which backbone a file belongs to.
 
     Attributes:
-        architecture: timm's name.
+        architecture: timm's name, or that of `architectures`.
         arguments: What it was created with, classes left out.
         fingerprint: See the module's docstring; hex.
     """
@@ -58,21 +59,35 @@ class Identity:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen timm model.
+    """A frozen model of pictures or of clips.
 
     Attributes:
         model: In eval mode, without gradients, in the dtype of its file.
         identity: Its name, arguments and fingerprint.
-        classifier: Dotted path of the module that turns features into logits.
+        classifiers: Dotted paths of the modules that turn features into logits: one, or as in DeiT's
+            distilled models two, whose logits the model averages.
     """
 
     model: nn.Module
     identity: Identity
-    classifier: str
+    classifiers: tuple[str, ...]
+
+    def is_classifier(self, tensor: str) -> bool:
+        """The tensor of this name belongs to a classifier."""
+        return tensor.startswith(tuple(f"{path}." for path in self.classifiers))
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a clip; None for a backbone that reads pictures."""
+        clip = getattr(self.model, "clip_size", None)
+        return None if clip is None else int(clip[0])
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
+        if self.frames is not None:
+            _, height, width = cast("tuple[int, int, int]", self.model.clip_size)
+            return height, width
         arguments = self.identity.arguments.get("img_size")
         if arguments is not None:
             return (arguments, arguments) if isinstance(arguments, int) else tuple(arguments)
@@ -81,7 +96,7 @@ class Backbone:
 
     @property
     def _cfg(self) -> Mapping[str, Any]:
-        """Timm's configuration of the architecture."""
+        """Timm's configuration of the architecture, or what `architectures` says in its form."""
         return getattr(self.model, "pretrained_cfg", None) or {}
 
     @property
@@ -89,14 +104,20 @@ class Backbone:
         """Input channels."""
         return int(self.identity.arguments.get("in_chans", 3))
 
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """One row of the input: `(C, H, W)`, or `(C, T, H, W)` of clips."""
+        time = () if self.frames is None else (self.frames,)
+        return (self.channels, *time, *self.image_size)
+
     def example(self, batch: int = 1) -> Tensor:
-        """Seeded normal noise `[B, C, H, W]` in the model's dtype."""
+        """Seeded normal noise `[B, *input_size]` in the model's dtype."""
         noise = torch.Generator().manual_seed(0)
         dtype = next(self.model.parameters()).dtype
-        return torch.randn(batch, self.channels, *self.image_size, generator=noise).to(dtype)
+        return torch.randn(batch, *self.input_size, generator=noise).to(dtype)
 
     def preprocessing(self) -> Preprocessing:
-        """Timm's own preprocessing for this architecture at this image size."""
+        """The preprocessing that the architecture was released with, at this image size."""
         cfg = self._cfg
         if cfg.get("crop_mode", "center") != "center":
             raise UsageError(
@@ -107,20 +128,22 @@ class Backbone:
                 do="say how: delta(..., preprocessing=Preprocessing(...))",
             )
         interpolation = cfg.get("interpolation", "bicubic")
+        known = INTERPOLATIONS if self.frames is None else (*INTERPOLATIONS, LINEAR)
         return Preprocessing(
             size=self.image_size,
-            interpolation=interpolation if interpolation in INTERPOLATIONS else "bicubic",
+            interpolation=interpolation if interpolation in known else "bicubic",
             crop=float(cfg.get("crop_pct") or 1.0),
             mean=tuple(cfg.get("mean", (0.5, 0.5, 0.5))),
             std=tuple(cfg.get("std", (0.5, 0.5, 0.5))),
+            clip=None if self.frames is None else Clip(self.frames, cfg["stride"], cfg["views"]),
         )
 
 
-def fingerprint(tensors: Mapping[str, Tensor], classifier: str) -> str:
-    """SHA-256 over the tensors that are not the classifier's; see the module's docstring."""
+def fingerprint(tensors: Mapping[str, Tensor], *classifiers: str) -> str:
+    """SHA-256 over the tensors that are not a classifier's; see the module's docstring."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        if name.startswith(f"{classifier}."):
+        if name.startswith(tuple(f"{path}." for path in classifiers)):
             continue
         tensor = tensors[name].detach().cpu().contiguous()
         header = canonical_json([name, str(tensor.dtype), list(tensor.shape)])
@@ -131,30 +154,33 @@ def fingerprint(tensors: Mapping[str, Tensor], classifier: str) -> str:
 
 
 def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> Backbone:
-    """Freeze a timm model that is already in memory.
+    """Freeze a model that is already in memory.
 
     Args:
-        model: Created by `timm.create_model(architecture, **arguments)`; frozen in place.
-        architecture: timm's name.
+        model: Created by `timm.create_model(architecture, **arguments)`, or of `architectures`; frozen
+            in place.
+        architecture: Its name.
         arguments: JSON values; `num_classes` is dropped.
 
     Raises:
-        UsageError: The model has no classifier, or more than one.
+        UsageError: The model has no classifier, or one that is not a linear layer.
     """
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    if not isinstance(classifier, str):
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    classifiers = (named,) if isinstance(named, str) else tuple(named or ())
+    if not classifiers:
         raise UsageError(
-            "the backbone has no single classifier for the tasks' heads to replace",
+            "the backbone has no classifier for the tasks' heads to replace",
             where=architecture,
-            wanted="one classifier in timm's configuration of the architecture",
-            found=classifier,
+            wanted="a classifier in timm's configuration of the architecture",
+            found=named,
         )
-    if not isinstance(model.get_submodule(classifier), nn.Linear | nn.Identity):
-        raise UsageError(
-            "the backbone's classifier is not one linear layer, which is what a task's head replaces",
-            where=f"{architecture}: {classifier}",
-            found=type(model.get_submodule(classifier)).__name__,
-        )
+    for classifier in classifiers:
+        if not isinstance(model.get_submodule(classifier), nn.Linear | nn.Identity):
+            raise UsageError(
+                "the backbone's classifier is not one linear layer, which is what a task's head replaces",
+                where=f"{architecture}: {classifier}",
+                found=type(model.get_submodule(classifier)).__name__,
+            )
     model.eval().requires_grad_(requires_grad=False)
     for module in model.modules():
         if hasattr(
@@ -162,32 +188,38 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
         ):  # one attention call: where prefixes join, and one ONNX node
             module.fused_attn = True  # type: ignore[assignment]
     arguments = {k: v for k, v in arguments.items() if k != "num_classes"}
-    identity = Identity(architecture, arguments, fingerprint(dict(model.state_dict()), classifier))
-    return Backbone(model, identity, classifier)
+    print_ = fingerprint(dict(model.state_dict()), *classifiers)
+    return Backbone(model, Identity(architecture, arguments, print_), classifiers)
 
 
 def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Backbone:
-    """A backbone with timm's random initial weights, for timing, or for training one.
+    """A backbone with random initial weights, for timing, or for training one.
 
     It comes frozen, with the fingerprint of its initial weights: to train it, call
     `model.requires_grad_(True)`, and then `wrap` or `save` and `load` what came out.
 
     Raises:
-        UsageError: timm has no such architecture, or it refuses the arguments.
+        UsageError: There is no such architecture, or it refuses the arguments.
     """
     arguments = dict(arguments or {})
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=5)
+    own = ARCHITECTURES.get(architecture)
+    if own is None and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=5)
         raise UsageError(
-            "timm has no such architecture",
+            "there is no such architecture, neither in timm nor in merge/architectures",
             found=architecture,
-            do=f"for example {', '.join(close)}" if close else "see timm.list_models()",
+            do=f"for example {', '.join(close)}"
+            if close
+            else f"see timm.list_models(), or {', '.join(ARCHITECTURES)}",
         )
     try:
-        model = timm.create_model(architecture, pretrained=False, **arguments)
+        if own is not None:
+            model = own(**arguments)
+        else:
+            model = timm.create_model(architecture, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError) as cause:
         raise UsageError(
-            "timm cannot create the backbone with these arguments",
+            f"{'timm' if own is None else own.__name__} cannot create the backbone with these arguments",
             where=architecture,
             found=f"{arguments}: {cause}",
             do="check the --backbone-arg values",
@@ -199,9 +231,9 @@ def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights:
     """A backbone from a file of weights, or from a folder that `save` wrote.
 
     Args:
-        architecture: timm's name; None when `weights` is a folder.
-        arguments: For `timm.create_model`. The number of classes is read off the file.
-        weights: A safetensors file with timm's keys, or a folder.
+        architecture: timm's name, or that of `architectures`; None when `weights` is a folder.
+        arguments: Of the architecture. The number of classes is read off the file.
+        weights: A safetensors file with the architecture's keys, or a folder.
 
     Raises:
         UsageError: The file is not there, or the architecture is not named.
@@ -215,12 +247,12 @@ def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights:
         raise UsageError(
             "the backbone is not named",
             where=weights,
-            do="add --backbone TIMM_NAME, or give --weights a folder that `save` wrote",
+            do="add --backbone NAME, or give --weights a folder that `save` wrote",
         )
     tensors = read_tensors(weights)
     arguments = {**(arguments or {}), "num_classes": 0}
     trunk = create(architecture, arguments)
-    head = tensors.get(f"{trunk.classifier}.weight")
+    head = tensors.get(f"{trunk.classifiers[0]}.weight")
     if head is not None:
         trunk = create(architecture, {**arguments, "num_classes": head.shape[0]})
     _require_same(weights, trunk.model.state_dict(), tensors)

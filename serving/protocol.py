@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2, once for every server: tensors, metadata, configuration, statistics.
 
-    images  FP32  [-1, 3, H, W]    preprocessed pixels
+    images  FP32  [-1, 3, H, W]    preprocessed pixels; [-1, 3, T, H, W] of clips
     task    BYTES [-1, 1]          a task's name per row; optional when the bundle has one task
     logits  FP32  [-1, K]          columns past a task's own classes hold the lowest float32
     label   BYTES [-1, 1]          the best class's name

@@ -32,7 +32,7 @@ class Request:
     """A request that was checked: the engine can run it beside any other.
 
     Attributes:
-        images: `[n, 3, H, W]` float32, finite.
+        images: `[n, 3, H, W]`, or `[n, 3, T, H, W]` of clips, float32, finite.
         tasks: The task's name of each row, `n` of them.
         rows: `[n]` int64, the bank row of each.
     """
@@ -50,7 +50,7 @@ class Registry:
 
     Attributes:
         bundle: What is served.
-        image_shape: `(3, H, W)` of one row.
+        image_shape: `(3, H, W)` of one row, `(3, T, H, W)` of a clip.
         classes: K, the width of the logits.
         max_batch: Most rows of one request and of one engine call.
         takes_rows: Whether the engine wants a bank row per image.
@@ -69,11 +69,13 @@ class Registry:
         image_shape = inputs[IMAGES].shape[1:] if IMAGES in inputs else ()
         classes = outputs[LOGITS].shape[-1] if LOGITS in outputs else 0
         self.image_shape = tuple(size for size in image_shape if isinstance(size, int))
-        if len(self.image_shape) != 3 or not isinstance(classes, int) or classes < 1:
+        fixed = self.image_shape == image_shape and len(image_shape) in (3, 4)
+        if not fixed or not isinstance(classes, int) or classes < 1:
             raise IncompatibleArtefact(
                 "the engine cannot be served",
                 where=bundle.path,
-                wanted=f"{IMAGES} [batch, 3, H, W] and {LOGITS} [batch, K] with fixed H, W and K",
+                wanted=f"{IMAGES} [batch, 3, H, W] or [batch, 3, T, H, W] and {LOGITS} [batch, K], all "
+                "sizes but the batch fixed",
                 found=[*bundle.engine.inputs, *bundle.engine.outputs],
             )
         self.classes = classes
@@ -108,7 +110,7 @@ class Registry:
         """A request that the engine can run.
 
         Args:
-            images: `[n, 3, H, W]` float32.
+            images: `[n, *image_shape]` float32.
             tasks: A task's name per row; may be left out when the bundle has one task.
 
         Raises:
@@ -123,7 +125,7 @@ class Registry:
                 wanted="float32",
                 found=images.dtype,
             )
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if images.shape[1:] != self.image_shape:
             raise InvalidRequest(
                 "the images have the wrong shape",
                 where=IMAGES,

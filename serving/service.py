@@ -83,7 +83,7 @@ class Service:
         """Answer one request in the calling thread.
 
         Args:
-            images: `[n, 3, H, W]` float32, preprocessed as the rows' tasks want it.
+            images: `[n, *image_shape]` float32, preprocessed as the rows' tasks want it.
             tasks: A task's name per row; may be left out when the bundle has one task.
 
         Raises:

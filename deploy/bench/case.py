@@ -85,8 +85,8 @@ class Case:
         positions = MIXES[self.mix].choose(self.batch, len(rows), generator)
         return np.asarray(rows, np.int64)[positions]
 
-    def images(self, shape: tuple[int, int, int], seed: int) -> NDArray[np.float32]:
-        """The `images` input `[B, 3, H, W]`: standard normal noise, the same for the same seed.
+    def images(self, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+        """The `images` input `[B, *shape]`: standard normal noise, the same for the same seed.
 
         Latency of a dense network does not depend on what the pictures show.
         """

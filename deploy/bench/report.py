@@ -49,14 +49,14 @@ class About:
     Attributes:
         name: Name of the bundle.
         tasks: Its tasks in row order, at least one.
-        image_shape: `(3, H, W)` of a picture.
+        image_shape: `(3, H, W)` of a picture, `(3, T, H, W)` of a clip.
         max_batch: Largest batch that the engines take; None if there is no limit.
         facts: Label and text of what else a reader wants to know, in order.
     """
 
     name: str
     tasks: tuple[TaskFacts, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     max_batch: int | None = None
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -184,19 +184,19 @@ def about_bundle(bundle: Bundle) -> About:
     """What a report says of a bundle."""
     engine = bundle.engine
     _, *shape = next(tensor.shape for tensor in engine.inputs if tensor.name == IMAGES)
-    channels, height, width = (int(size) for size in shape)
+    image_shape = tuple(int(size) for size in shape)
     facts = (
         ("backbone", str(bundle.backbone.get("architecture", "unknown"))),
         ("mode", bundle.mode),
         ("bank", bundle.bank),
         ("engine", f"{engine.target}, {engine.precision}, opset {engine.opset}"),
-        ("picture", f"{channels} x {height} x {width}"),
+        ("picture" if len(image_shape) == 3 else "clip", " x ".join(map(str, image_shape))),
         ("identity", bundle.identity),
     )
     return About(
         name=bundle.name,
         tasks=tuple(TaskFacts(task.name, task.row, len(task.labels)) for task in bundle.tasks),
-        image_shape=(channels, height, width),
+        image_shape=image_shape,
         max_batch=engine.max_batch,
         facts=facts,
     )

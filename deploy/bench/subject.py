@@ -23,7 +23,7 @@ class Subject:
     Attributes:
         name: Short, unique in the benchmark.
         note: A sentence that says what it is.
-        run: `(images [B, 3, H, W] float32, task [B] int64) -> logits [B, K] float32`; the call that
+        run: `(images [B, ...] float32, task [B] int64) -> logits [B, K] float32`; the call that
             is timed, from host memory to host memory.
         provider: The execution provider that really runs it, in the runtime's own name.
         opened_bytes: How much the process grew when it was opened (resident set), if measured.

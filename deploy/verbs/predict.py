@@ -1,4 +1,4 @@
-"""`utune-deploy predict`: pictures or tensors in, labels and scores out, in process."""
+"""`utune-deploy predict`: pictures, videos or tensors in, labels and scores out, in process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 @click.command("predict")
 @click.argument("bundle", type=PATH)
-@click.argument("pictures", type=PATH, nargs=-1, metavar="[IMAGE]...")
+@click.argument("pictures", type=PATH, nargs=-1, metavar="[IMAGE|VIDEO]...")
 @click.option(
     "--task", "tasks", multiple=True, help="One task for all rows, or one per row; repeatable."
 )
 @click.option(
     "--tensor",
     type=PATH,
-    help="A preprocessed batch [B, 3, H, W] (.npy or .safetensors) instead of images.",
+    help="A preprocessed batch [B, C, H, W], or [B, C, T, H, W] of clips (.npy or .safetensors), "
+    "instead of files; every row is answered on its own.",
 )
 @click.option("-o", "--output", type=PATH, help="Write the raw logits [B, K] (.npy).")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels per row.")
@@ -49,14 +50,18 @@ def command(
     as_json: bool,
     force: bool,
 ) -> None:
-    """Print the top labels of every IMAGE, each row with its own task if you like."""
+    """Print the top labels of every IMAGE or VIDEO, each with its own task if you like.
+
+    A VIDEO is an animated file (GIF, WebP, TIFF) or a folder of frames, for tasks that read clips. Its
+    logits are the mean over the clips that the task takes from it.
+    """
     import numpy as np
 
     from ...export.bundle import open_bundle
     from ...merge.errors import UsageError
     from ...merge.files import atomic_file, refuse_existing
     from ...serving.service import Service
-    from ..pictures import read_picture
+    from ..pictures import read_rows
 
     if bool(pictures) == (tensor is not None):
         raise UsageError("name pictures or --tensor, one of the two")
@@ -66,21 +71,23 @@ def command(
     batch = read_tensor(tensor) if tensor is not None else None
     count = len(pictures) if batch is None else len(batch)
     names = _tasks(opened, tasks, count)
+    views = [1] * count
     if batch is None:
-        batch = np.stack(
-            [
-                read_picture(path, opened.task(name).preprocessing)
-                for path, name in zip(pictures, names, strict=True)
-            ]
-        )
+        read = [
+            read_rows(path, opened.task(name).preprocessing)
+            for path, name in zip(pictures, names, strict=True)
+        ]
+        batch, views = np.concatenate(read), [len(rows) for rows in read]
     service = Service.open(opened, provider=provider, threads=threads)
+    asked = [name for name, times in zip(names, views, strict=True) for _ in range(times)]
     size = opened.engine.max_batch
     logits = np.concatenate(
         [
-            service.answer(batch[at : at + size], names[at : at + size]).logits
-            for at in range(0, count, size)
+            service.answer(batch[at : at + size], asked[at : at + size]).logits
+            for at in range(0, len(batch), size)
         ]
     )
+    logits = _mean_of_views(logits, views)
     if output is not None:
         with atomic_file(output) as temporary, temporary.open("wb") as file:
             np.save(file, logits)
@@ -108,7 +115,7 @@ def command(
 
 
 def read_tensor(path: Path) -> NDArray[np.float32]:
-    """A batch `[B, C, H, W]` float32 from .npy or from .safetensors with one tensor.
+    """A batch `[B, C, H, W]` or `[B, C, T, H, W]` float32 from .npy or .safetensors with one tensor.
 
     Raises:
         UsageError: The file cannot be read as one such batch.
@@ -133,11 +140,11 @@ def read_tensor(path: Path) -> NDArray[np.float32]:
             batch = np.load(path, allow_pickle=False)
     except (OSError, ValueError, SafetensorError) as cause:
         raise UsageError("the tensor cannot be read", where=path, found=str(cause)) from cause
-    if batch.ndim != 4 or batch.dtype != np.float32 or not len(batch):
+    if batch.ndim not in (4, 5) or batch.dtype != np.float32 or not len(batch):
         raise UsageError(
             "the tensor is no preprocessed batch",
             where=path,
-            wanted="[B, C, H, W] float32",
+            wanted="[B, C, H, W] or [B, C, T, H, W] float32",
             found=f"{list(batch.shape)} {batch.dtype}",
         )
     return batch
@@ -159,6 +166,18 @@ def _tasks(bundle: Bundle, given: tuple[str, ...], count: int) -> list[str]:
     for name in names:
         bundle.task(name)
     return names
+
+
+def _mean_of_views(logits: NDArray[np.float32], views: list[int]) -> NDArray[np.float32]:
+    """Raw logits `[rows, K]` averaged over the rows of each input, `[inputs, K]`.
+
+    In float64: absent classes hold numbers so low that no float32 holds their sum.
+    """
+    import numpy as np
+
+    ends = np.cumsum(views)[:-1]
+    parts = np.split(logits.astype(np.float64), ends)
+    return np.stack([part.mean(axis=0) for part in parts]).astype(np.float32)
 
 
 def _best(bundle: Bundle, name: str, row: NDArray[np.float32], top: int) -> list[dict[str, Any]]:

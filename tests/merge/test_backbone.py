@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from utune_deploy.merge.backbone import (
@@ -23,6 +24,7 @@ from utune_deploy.merge.backbone import (
     wrap,
 )
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError, UtuneError
+from utune_deploy.merge.preprocessing import Clip, Preprocessing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,15 +123,15 @@ def test_a_wrapped_model_is_frozen_and_uses_one_attention_call(swin):
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert all(m.fused_attn for m in model.modules() if hasattr(m, "fused_attn"))
-    assert backbone.classifier == "head.fc"
+    assert backbone.classifiers == ("head.fc",)
     assert "num_classes" not in backbone.identity.arguments
 
 
-def test_a_model_without_a_single_classifier_is_refused():
+def test_a_model_without_a_classifier_is_refused():
     model = nn.Linear(2, 2)
-    for config in ({}, {"classifier": ("head", "head_dist")}, None):
+    for config in ({}, {"classifier": ()}, None):
         model.pretrained_cfg = config
-        with pytest.raises(UsageError, match="no single classifier"):
+        with pytest.raises(UsageError, match="no classifier"):
             wrap(model, "linear", {})
 
 
@@ -150,7 +152,30 @@ def test_image_size_and_example(vit, swin):
     assert oblong.image_size == (32, 64)
 
 
+def test_a_backbone_of_clips():
+    clips = {"clip_size": [4, 16, 24], "embed_dim": 8, "depths": [2], "num_heads": [2]}
+    backbone = create("video_swin_base", clips)
+    assert backbone.frames == 4
+    assert backbone.image_size == (16, 24)
+    assert backbone.input_size == (3, 4, 16, 24)
+    assert backbone.example(2).shape == (2, 3, 4, 16, 24)
+    assert create("video_swin_base", {**clips, "in_chans": 1}).input_size == (1, 4, 16, 24)
+    settings = backbone.preprocessing()
+    assert settings == Preprocessing(
+        (16, 24), "linear", 1.0, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Clip(4, 2, 4)
+    )
+
+
+def test_a_backbone_of_pictures_has_no_frames(vit):
+    assert vit.frames is None
+    assert vit.input_size == (3, 32, 32)
+    assert vit.preprocessing().clip is None
+
+
 def test_an_unknown_architecture_names_close_ones():
+    with pytest.raises(UsageError, match="no such architecture") as caught:
+        create("video_swin_bass")
+    assert "video_swin_base" in caught.value.details["do"]
     with pytest.raises(UsageError, match="no such architecture") as caught:
         create("vit_base_patch99")
     assert caught.value.details["found"] == "vit_base_patch99"
@@ -177,7 +202,7 @@ def test_from_a_file(family, request, tmp_path, error):
     save_file(backbone.model.state_dict(), path)
     loaded = load(backbone.identity.architecture, backbone.identity.arguments, path)
     assert loaded.identity == backbone.identity
-    assert loaded.classifier == backbone.classifier
+    assert loaded.classifiers == backbone.classifiers
     images = backbone.example(2)
     with torch.no_grad():
         assert torch.equal(loaded.model(images), backbone.model(images))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utune_deploy.merge.backbone import Identity
-from utune_deploy.merge.bank import fill_row, stack
+from utune_deploy.merge.bank import fill_row, require_mixable, stack
 from utune_deploy.merge.delta import Delta
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.methods import head_branch
@@ -18,9 +18,15 @@ from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.merge.tuner import Branch, Point, bind
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck
+from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.gain import Gain
 from utune_deploy.merge.tuners.head import NO_CLASS
+from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.norm import Norm
 from utune_deploy.merge.tuners.prefix import MASKED, Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
+from utune_deploy.merge.tuners.rotation import Rotation
 
 IDENTITY = Identity("vit", {}, "0" * 64)
 CHANNELS = {"a": 4, "b": 6}
@@ -40,6 +46,14 @@ KINDS = [
         (Prefix(joint_softmax=True), ("keys", "keys")),
         (Prefix(joint_softmax=False), ("keys", "keys")),
         (Bias(), ("output", "output")),
+        (Gain(shift=True), ("input", "input")),
+        (Norm(1e-6), ("input", "output")),
+        (Rotation(1, 2), ("input", "input")),
+        (Kronecker(2, 2), ("input", "output")),
+        (Bottleneck("relu", bias=False, norm="out"), ("input", "output")),
+        (Bypass(2, "relu"), ("input", "output")),
+        (Prompt(), ("tokens", "tokens")),
+        (Prompt(joint_softmax=False), ("tokens", "tokens")),
     )
 ]
 
@@ -53,9 +67,12 @@ def build(task: str, listed: list[tuple[Branch, int]], classes: int, seed: int =
     tensors = {}
     for (name, branch), rank in zip(branches.items(), ranks, strict=True):
         channels = CHANNELS.get(branch.add.module, 8)
-        sizes = {"in": channels, "out": channels, "r": rank}
+        sizes = {"in": channels, "out": channels, "r": rank, "c": channels // 2, "d": channels // 2}
         tensors[name] = {
-            key: torch.randn([sizes[axis] for axis in axes], generator=generator)
+            key: torch.randn(
+                [axis if isinstance(axis, int) else sizes[axis] for axis in axes],
+                generator=generator,
+            )
             for key, axes in branch.tuner.shapes.items()
         }
     labels = tuple(f"{task}{i}" for i in range(classes))
@@ -219,10 +236,19 @@ def test_refusals():
     with pytest.raises(IncompatibleArtefact, match="disagree about the channels") as caught:
         stack([first, replace(wide, tensors={**wide.tensors, name: tensors})])
     assert caught.value.details["wanted"] == "in=4"
-    point = Point("a", "tokens")
-    prompt = build("p", [(Branch(Prompt(), point, point), 2)], 2)
-    with pytest.raises(ValueError, match="lower prompts before stacking"):
-        stack([prompt])
+    difference = Branch(Difference("weight", (4, 4)), *at("a", "weights", "weights"))
+    full = build("b", [(difference, 0)], 2)
+    assert stack([full]).tensors.keys() == {
+        f"{s.name}/{n}" for s in stack([full]).slots for n in s.branch.tuner.served
+    }
+    for listed in ([first, full], [full, first]):
+        with pytest.raises(UsageError, match="task b cannot share a batch") as caught:
+            stack(listed)
+        assert caught.value.exit_code == 2
+        assert "the whole weights of its op" in caught.value.details["found"]
+    with pytest.raises(UsageError, match="cannot share a batch"):
+        require_mixable(full)
+    require_mixable(first)
 
 
 def test_a_task_that_the_bank_has_no_room_for():

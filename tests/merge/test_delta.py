@@ -37,24 +37,35 @@ from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
+from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.gain import Gain
 from utune_deploy.merge.tuners.head import Head
+from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.norm import Norm
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
+from utune_deploy.merge.tuners.rotation import Rotation
+from utune_deploy.merge.tuners.side_network import SideNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
 IDENTITY = Identity("vit_tiny_patch16_224", {"img_size": 32}, "0" * 64)
-GOLDEN = "18dcdeb3057d649072dc84f1107ac08f25b77be7b43c08fd2e8510d27d61c0c2"
+FIRST = "18dcdeb3057d649072dc84f1107ac08f25b77be7b43c08fd2e8510d27d61c0c2"
+GOLDEN = "e6b3b697a2c150f2b13ef595111346deea4861644b5c1f9f7580823c527cc23b"
 
 
 def point(text: str) -> Point:
     return Point.parse(text)
 
 
-def tiny() -> Delta:
-    """A fixed delta of every kind, small enough to be read in a hex dump."""
+def tiny(*, grown: bool = True) -> Delta:
+    """A fixed delta of every kind, small enough to be read in a hex dump.
+
+    Not grown, it has only the kinds and settings that version 1 of the format began with.
+    """
     name, head = head_branch("head")
     op = point("blocks.0.attn.qkv:output")
     branches = {
@@ -65,12 +76,35 @@ def tiny() -> Delta:
         "shift": Branch(Bias(), op, op),
         name: head,
     }
-    sizes = {"in": 2, "out": 3, "r": 2}
+    if grown:
+        norm, image = point("blocks.0.norm1:output"), point("patch_embed.proj:input")
+        branches |= {
+            "normed": Branch(Bottleneck("relu", bias=False, norm="in", eps=1e-6), image, op),
+            "patches": Branch(
+                Bottleneck("relu", bias=False), point("patch_embed.proj:patches"), op
+            ),
+            "kronecker": Branch(Kronecker(2, 3), point("blocks.0.attn.qkv:input"), op),
+            "rotation": Branch(Rotation(2, 2, 1), *[point("blocks.0.attn.qkv:input")] * 2),
+            "gain": Branch(Gain(shift=True), norm, norm),
+            "norm": Branch(Norm(1e-6), point("blocks.0.norm1:input"), norm),
+            "shallow": Branch(
+                Prompt(joint_softmax=False), point("blocks.0:tokens"), point("blocks.1:tokens")
+            ),
+            "side": Branch(SideNetwork("fcn4"), image, point("norm:input")),
+            "bypass": Branch(
+                Bypass(1, "gelu"),
+                point("blocks.0:input"),
+                point("norm:input"),
+                (point("blocks.0:output"),),
+            ),
+            "token": Branch(Difference("cls_token", (1, 1, 2)), *[point(":weights")] * 2),
+        }
+    sizes = {"in": 2, "out": 3, "r": 2, "c": 2, "d": 1}
     tensors, value = {}, 0
     for branch, where in branches.items():
         tensors[branch] = {}
         for tensor, axes in where.tuner.shapes.items():
-            shape = [sizes[axis] for axis in axes]
+            shape = [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
             count = math.prod(shape)
             tensors[branch][tensor] = (torch.arange(value, value + count) / 8).reshape(shape)
             value += count
@@ -116,9 +150,35 @@ def refused(action: Callable[[], Any], sentence: str) -> IncompatibleArtefact:
 # Bytes
 
 
-def test_golden_bytes(written):
+def test_golden_bytes(written, tmp_path):
     """The format does not drift: a changed hash is a new version of the format."""
     assert hashlib.sha256(written.read_bytes()).hexdigest() == GOLDEN
+    first = save_delta(tmp_path / "first", tiny(grown=False))
+    assert first == FIRST, "settings that were added later are not written where they are defaults"
+    assert save_delta(tmp_path / "again", load_delta(tmp_path / "first")) == FIRST
+
+
+def test_settings_that_a_file_does_not_name_are_the_defaults(tmp_path):
+    path = write(tmp_path / "a", flat(tiny()), {"utune": canonical_json(header(tiny()))})
+    loaded = load_delta(path)
+    assert branch_of(header(loaded), "adapter")["settings"] == {"activation": "gelu", "bias": True}
+    assert loaded.branches["adapter"].tuner == Bottleneck("gelu", True, "none", 1e-5)
+    assert branch_of(header(loaded), "prompt")["settings"] == {}
+    assert branch_of(header(loaded), "shallow")["settings"] == {"joint_softmax": False}
+    assert branch_of(header(loaded), "bypass")["tap"] == ["blocks.0:input", "blocks.0:output"]
+    assert branch_of(header(loaded), "lora")["tap"] == "blocks.0.attn.qkv:input"
+
+
+def test_defaults_that_a_file_names_are_refused(tmp_path):
+    """One delta has one header: what may be left out is left out."""
+    values = header(tiny())
+    branch_of(values, "adapter")["settings"]["norm"] = "none"
+    path = write(tmp_path / "a", flat(tiny()), {"utune": canonical_json(values)})
+    refused(lambda: load_delta(path), "surplus or of another type")
+    values = header(tiny())
+    branch_of(values, "lora")["tap"] = ["blocks.0.attn.qkv:input"]
+    path = write(tmp_path / "b", flat(tiny()), {"utune": canonical_json(values)})
+    refused(lambda: load_delta(path), "surplus or of another type")
 
 
 def test_the_same_delta_gives_the_same_bytes(written, tmp_path):
@@ -311,11 +371,13 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a label twice": (lambda h: h.update(labels=["a", "a"]), "labels do not name"),
     "no head": (
         lambda h: h["branches"].remove(branch_of(h, "head/head")),
-        "exactly one head",
+        "one head per classifier",
     ),
-    "two heads": (
-        lambda h: branch_of(h, "shift").update(kind="head", settings={}),
-        "exactly one head",
+    "two heads at one classifier": (
+        lambda h: branch_of(h, "shift").update(
+            kind="head", settings={}, tap="head:input", add="head:output"
+        ),
+        "one head per classifier",
     ),
     "undeclared branch": (
         lambda h: h["branches"].remove(branch_of(h, "shift")),
@@ -371,6 +433,50 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda h: branch_of(h, "prompt").update(tap="a:keys", add="a:keys"),
         "a prompt branch cannot stand here",
     ),
+    "bottleneck that taps patches, and another place": (
+        lambda h: branch_of(h, "lora").update(tap=["a:patches", "b:keys"]),
+        "a bottleneck branch cannot stand here",
+    ),
+    "no tap at all": (lambda h: branch_of(h, "lora").update(tap=[]), "lacks a field"),
+    "side network on patches": (
+        lambda h: branch_of(h, "side").update(tap="patch_embed.proj:patches"),
+        "a side_network branch cannot stand here",
+    ),
+    "difference on an output": (
+        lambda h: branch_of(h, "token").update(tap="a:output", add="a:output"),
+        "a difference branch cannot stand here",
+    ),
+    "difference that taps elsewhere": (
+        lambda h: branch_of(h, "token").update(tap="a:weights"),
+        "a difference branch cannot stand here",
+    ),
+    **{
+        f"{name} {settings}": (
+            lambda h, name=name, settings=settings: branch_of(h, name)["settings"].update(settings),
+            "branch is out of range",
+        )
+        for name, settings in (
+            ("normed", {"norm": "before"}),
+            ("normed", {"eps": 0.0}),
+            ("normed", {"eps": 1}),
+            ("kronecker", {"rows": 0}),
+            ("kronecker", {"columns": True}),
+            ("rotation", {"block": 0}),
+            ("rotation", {"level": -1}),
+            ("rotation", {"level": 2}),
+            ("rotation", {"block": 3}),
+            ("gain", {"shift": 1}),
+            ("norm", {"eps": -1.0}),
+            ("shallow", {"joint_softmax": 0}),
+            ("side", {"network": "vgg"}),
+            ("bypass", {"depth": 0}),
+            ("bypass", {"activation": "mish"}),
+            ("token", {"parameter": "a.b"}),
+            ("token", {"shape": [0]}),
+            ("token", {"shape": 3}),
+            ("token", {"shape": [1.0, 2]}),
+        )
+    },
     "head on an input": (
         lambda h: branch_of(h, "head/head").update(add="head:input"),
         "a head branch cannot stand here",
@@ -608,6 +714,25 @@ def test_a_head_that_is_not_at_the_classifier():
     branch = Branch(Head(), point("once:output"), point("once:output"))
     delta = replace(delta, branches={**delta.branches, "head/head": branch})
     refused(lambda: require_backbone(delta, backbone, measure(backbone)), "place of the classifier")
+
+
+def test_one_head_for_each_classifier(host, random_delta, sites_of):
+    """DeiT's distilled models average the logits of two classifiers."""
+    backbone = host("deit")
+    sites = sites_of(backbone)
+    delta = random_delta(backbone, lora(2), classes=3)
+    assert delta.heads == ["head/head", "head_dist/head"]
+    require_backbone(delta, backbone, sites)
+    fewer = {key: tensor[:2] for key, tensor in delta.tensors["head_dist/head"].items()}
+    unlike = replace(delta, tensors={**delta.tensors, "head_dist/head": fewer})
+    refused(lambda: validate(unlike, where="here"), "the heads do not have the same classes")
+    one = {name: branch for name, branch in delta.branches.items() if name != "head_dist/head"}
+    lacking = replace(delta, branches=one, tensors={name: delta.tensors[name] for name in one})
+    error = refused(
+        lambda: require_backbone(lacking, backbone, sites),
+        "not stand in the place of the classifier",
+    )
+    assert error.details["wanted"] == "head, head_dist"
 
 
 def test_no_attention_and_no_sequence(swin, vit, random_delta, sites_of):

@@ -14,17 +14,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utune_deploy.merge.backbone import wrap
+from utune_deploy.merge.bank import stack
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.fold import LOSS, fold, refusals, report
 from utune_deploy.merge.methods import (
     bitfit,
     deep_prompt,
+    full,
+    ia3,
+    lokr,
     lora,
+    norm_tuning,
+    oft,
     parallel_adapter,
     prefix,
     serial_adapter,
+    ssf,
 )
-from utune_deploy.merge.tuner import Branch, Point
+from utune_deploy.merge.mixed import Mixed
+from utune_deploy.merge.tuner import Branch, Point, Tuner
+from utune_deploy.merge.tuners.bias import Bias
+from utune_deploy.merge.tuners.bottleneck import Bottleneck
+from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.gain import Gain
+from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.norm import Norm
+from utune_deploy.merge.tuners.rotation import Rotation
 
 if TYPE_CHECKING:
     from utune_deploy.merge.backbone import Backbone
@@ -56,6 +71,15 @@ METHODS = {
         serial_adapter(3, at="mlp.fc1", **BESIDE),
         bitfit(),
     ],
+    "ia3, then lora": [ia3(), lora(2)],
+    "rotation, then ia3, then lora": [oft(4), ia3(outputs=(), inputs=("attn.qkv",)), lora(2)],
+    "lora, then rotation": [lora(2), oft(8), bitfit()],
+    "scale and shift": [ssf()],
+    "norms, then scale and shift": [norm_tuning(), ssf()],
+    "scale and shift, then norms": [ssf(), norm_tuning()],
+    "kronecker": [lokr(2, 4, scale=0.5)],
+    "full": [full()],
+    "full, and lora": [lora(2), full(), bitfit()],
 }
 
 
@@ -76,7 +100,7 @@ def test_the_checkpoint_is_the_tuned_model(
 ):
     backbone32 = request.getfixturevalue(family)
     backbone64 = request.getfixturevalue(f"{family}64")
-    for backbone, tolerance in ((backbone64, 1e-11), (backbone32, 1e-5)):
+    for backbone, tolerance in ((backbone64, 1e-11), (backbone32, 3e-5)):
         delta = random_delta(backbone, *METHODS[name], classes=9)
         assert refusals(delta, backbone) == []
         merged = fold(delta, backbone, sites=sites_of(backbone))
@@ -86,6 +110,120 @@ def test_the_checkpoint_is_the_tuned_model(
         images = backbone.example(3)
         with torch.no_grad():
             assert error(model(images), run(backbone, delta, images)) < tolerance
+
+
+SMALL = Bottleneck("identity", bias=True)
+AT_ONE_OP: dict[str, tuple[str, str, list[tuple[Tuner, str]]]] = {
+    "linear": (
+        "vit",
+        "blocks.1.attn.qkv",
+        [
+            (Difference("weight", (144, 48)), "weights"),
+            (Difference("bias", (144,)), "weights"),
+            (Rotation(8, 6, 1), "before"),
+            (Gain(shift=True), "before"),
+            (Bias(), "before"),
+            (SMALL, "before"),
+            (SMALL, "beside"),
+            (Kronecker(3, 4), "beside"),
+            (SMALL, "behind"),
+            (Gain(shift=True), "behind"),
+            (Bias(), "behind"),
+        ],
+    ),
+    "layer norm": (
+        "vit",
+        "blocks.1.norm2",
+        [
+            (Difference("weight", (48,)), "weights"),
+            (Norm(1e-6), "beside"),
+            (Gain(shift=True), "behind"),
+            (Norm(1e-6), "beside"),
+            (Bias(), "behind"),
+        ],
+    ),
+    "patches": (
+        "vit",
+        "patch_embed.proj",
+        [
+            (Difference("bias", (48,)), "weights"),
+            (SMALL, "patches"),
+            (Gain(shift=True), "behind"),
+            (Bottleneck("identity", bias=False), "patches"),
+            (Bias(), "behind"),
+        ],
+    ),
+    "batch norm": (
+        "resnet",
+        "layer4.1.bn1",
+        [
+            (Difference("running_mean", (32,)), "weights"),
+            (Gain(shift=True), "beside"),
+            (Gain(shift=False), "behind"),
+            (Bias(), "behind"),
+            (Gain(shift=False), "beside"),
+        ],
+    ),
+    "classifier": (
+        "vit",
+        "head",
+        [
+            (Gain(shift=True), "before"),
+            (Bias(), "before"),
+            (SMALL, "before"),
+            (Rotation(12, 4), "before"),
+        ],
+    ),
+}
+SIDES = {
+    "weights": ("weights", "weights"),
+    "before": ("input", "input"),
+    "beside": ("input", "output"),
+    "behind": ("output", "output"),
+    "patches": ("patches", "output"),
+}
+
+
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("name", AT_ONE_OP)
+def test_branches_at_one_op_fold_in_any_order(
+    name, order, host, random_delta, random_weights, sites_of, run, error
+):
+    """What stands before, beside and behind an op, listed as it comes; and the same in a mixed batch."""
+    family, module, listed = AT_ONE_OP[name]
+    backbone = host(family)
+    sites = sites_of(backbone)
+    bare = random_delta(backbone, classes=4)
+    shuffled = torch.randperm(len(listed), generator=torch.Generator().manual_seed(order)).tolist()
+    branches, tensors = {}, {}
+    for number in shuffled if order else range(len(listed)):
+        tuner, where = listed[number]
+        tap, add = (Point(module, side) for side in SIDES[where])
+        sizes = {"r": 2}
+        if where != "weights":
+            sizes |= {"in": sites.require(tap), "out": sites.require(add)}
+        branches[f"x{number}"] = Branch(tuner, tap, add)
+        w = random_weights(tuner, sizes, number, torch.float64)
+        tensors[f"x{number}"] = {key: 0.3 * tensor for key, tensor in w.items()}
+    at = order % 2  # the head stands first or last
+    parts = [(branches, tensors), (bare.branches, bare.tensors)][:: 1 if at else -1]
+    task = replace(bare, branches=parts[0][0] | parts[1][0], tensors=parts[0][1] | parts[1][1])
+    images = backbone.example(2)
+    wanted = run(backbone, task, images)
+    assert error(wanted, run(backbone, bare, images)) > 1e-3
+    merged = fold(task, backbone, sites=sites)
+    model = copy.deepcopy(backbone.model)
+    model.reset_classifier(4)
+    model.load_state_dict(merged.tensors, strict=True, assign=True)
+    with torch.no_grad():
+        assert error(model.eval()(images), wanted) < 1e-11
+    free = {n: b for n, b in task.branches.items() if b.tuner.join != "weights"}
+    task = replace(task, branches=free, tensors={n: task.tensors[n] for n in free})
+    with torch.no_grad():
+        bank = stack([replace(bare, task="bare"), task])
+        together = Mixed(backbone, bank)(images, torch.tensor([1, 0]))
+    assert error(together[:1], run(backbone, task, images[:1])) < 1e-12
+    assert error(together[1:], run(backbone, bare, images[1:])) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -157,21 +295,28 @@ def test_scale_is_alpha_over_r(vit64, random_delta, sites_of):
 
 
 @pytest.mark.parametrize(
-    ("listed", "reason"),
+    ("method", "label", "reason"),
     [
-        ([serial_adapter(2)], "gelu between down and up"),
-        ([parallel_adapter(2, activation="tanh")], "tanh between down and up"),
-        ([parallel_adapter(2, activation="identity")], "a Mlp, which is not one linear layer"),
-        ([parallel_adapter(2, at="norm1", activation="identity")], "a LayerNorm, which is not"),
-        ([prefix(2)], "no weight of the backbone holds them"),
-        ([deep_prompt(2)], "no weight of the backbone holds them"),
+        (serial_adapter(2), "serial", "gelu between down and up"),
+        (parallel_adapter(2, activation="tanh"), "adapter", "tanh between down and up"),
+        (
+            parallel_adapter(2, activation="identity"),
+            "adapter",
+            "a Mlp, which is not one linear layer",
+        ),
+        (
+            parallel_adapter(2, at="norm1", activation="identity"),
+            "adapter",
+            "a LayerNorm, which is not",
+        ),
+        (prefix(2), "prefix", "no weight of the backbone holds them"),
+        (deep_prompt(2), "prompt", "no weight of the backbone holds them"),
     ],
 )
-def test_one_refusal_is_enough(listed, reason, vit, random_delta, sites_of):
+def test_one_refusal_is_enough(method, label, reason, vit, random_delta, sites_of):
     """Everything that can fold stands beside what cannot, and nothing is merged."""
-    delta = random_delta(vit, lora(2), listed[0])
+    delta = random_delta(vit, lora(2), method)
     refused = refusals(delta, vit)
-    label = listed[0][0].label
     assert [r.branch.rpartition("/")[2] for r in refused] == [label] * 3
     assert all(reason in r.reason for r in refused)
     with pytest.raises(
@@ -188,7 +333,12 @@ def test_places_that_do_not_fold(vit, random_delta):
     name = "blocks.1.attn.qkv/lora"
     tuner = delta.branches[name].tuner
     for tap, add, reason in (
-        ("blocks.1.attn.qkv:input", "blocks.1.attn.qkv:input", "in front of an op"),
+        ("blocks.1.attn:input", "blocks.1.attn:input", "which is not one linear layer"),
+        (
+            "blocks.1.attn.qkv:output",
+            "blocks.1.attn.qkv:input",
+            "not the input of blocks.1.attn.qkv",
+        ),
         ("blocks.0.norm1:input", "blocks.1.attn.qkv:output", "not the input of blocks.1.attn.qkv"),
         ("blocks.1.norm1:output", "blocks.1.attn.qkv:output", "not the input of blocks.1.attn.qkv"),
     ):
@@ -226,7 +376,7 @@ def test_a_layer_without_bias_takes_what_is_linear(
     qkv = Point("blocks.1.attn.qkv", "output")
     for listed in ([lora(3)], [lora(3, at="attn.proj"), bitfit()]):
         delta = random_delta(without_bias, *listed, classes=4)
-        if listed[0][0].op == "attn.qkv":  # and a serial one, without a constant part
+        if "blocks.1.attn.qkv/lora" in delta.branches:  # and a serial one, without a constant part
             branch = delta.branches["blocks.1.attn.qkv/lora"]
             square = {"down": torch.ones(2, 144).double() / 99, "up": torch.ones(144, 2).double()}
             delta = replace(

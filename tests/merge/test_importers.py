@@ -1,100 +1,23 @@
-"""Readers against the original implementations' own files and outputs, and what they refuse."""
+"""What readers refuse, what they ask for, and what they read of files made here.
+
+`tests/deploy/test_golden.py` holds them to the original implementations' own files and outputs.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from utune_deploy.merge.attach import Tuned, restore
-from utune_deploy.merge.backbone import load, wrap
-from utune_deploy.merge.delta import load_delta, save_delta
+from utune_deploy.merge.attach import restore
+from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
-
-GOLDEN = Path(
-    os.environ.get("UTUNE_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden")
-)
-needs_golden = pytest.mark.skipif(
-    not (GOLDEN / "README.md").is_file(),
-    reason=f"no golden data at {GOLDEN}; set UTUNE_GOLDEN to their folder",
-)
-MODELSCOPE = (
-    "ms_lora_r4",
-    "ms_adapter_r6",
-    "ms_prefix_l5",
-    "ms_prompt_deep_p4",
-    "ms_bitfit",
-    "ms_combo_adapter_lora_prefix",
-)
-PEFT = ("peft_vit/lora_qkv", "peft_vit/lora_patterns_rslora", "peft_vit/lora_qkv_save_head")
-GEOMETRY = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-ARCHITECTURE = "vit_base_patch16_224"
-
-
-def backbone_of(case: str, dtype=torch.float32):
-    folder = GOLDEN / case if case.startswith(("ms_", "peft_swin")) else GOLDEN / "peft_vit"
-    config = json.loads((folder / "config.json").read_text())
-    if case.startswith("ms_"):
-        arguments = {k: config["original_config"]["model"]["backbone"][k] for k in GEOMETRY}
-    else:
-        arguments = {k: v for k, v in config["arguments"].items() if k != "num_classes"}
-    architecture = "swin_tiny_patch4_window7_224" if "swin" in case else ARCHITECTURE
-    found = load(architecture, arguments, folder / "backbone.safetensors")
-    return found if dtype == torch.float32 else wrap(found.model.to(dtype), architecture, arguments)
-
-
-def source_of(case: str):
-    return (
-        ("modelscope", GOLDEN / case / "checkpoint.pth")
-        if case.startswith("ms_")
-        else ("peft", GOLDEN / case)
-    )
-
-
-@needs_golden
-@pytest.mark.parametrize("case", [*MODELSCOPE, *PEFT, "peft_swin_lora_qkv"])
-def test_the_original_answers(case, error, run, tmp_path):
-    backbone = backbone_of(case)
-    source, path = source_of(case)
-    save_delta(tmp_path / "d.safetensors", read(source, path, backbone).delta("task", backbone))
-    delta = load_delta(tmp_path / "d.safetensors")
-    io = load_file(GOLDEN / case / "io.safetensors")
-    restore(backbone, delta)  # the fingerprint and every place fit
-    assert error(run(backbone, delta, io["input.imgs"]), io["expected.logits"]) <= 2e-5
-    double = backbone_of(case, torch.float64)
-    with torch.no_grad():
-        found = Tuned(double, delta.branches, delta.tensors)(io["input.imgs"].double())
-    assert error(found, io["expected64.logits"]) <= 1e-9
-
-
-@needs_golden
-def test_class_names_come_along():
-    case = "ms_combo_adapter_lora_prefix"
-    foreign = read(*source_of(case), backbone_of(case))
-    assert foreign.labels == tuple(f"class_{i}" for i in range(13))
-
-
-@needs_golden
-@pytest.mark.parametrize(
-    ("case", "sentence"),
-    [
-        ("ms_sidetune_fcn4", "side networks cannot be read yet"),
-        ("ms_prompt_shallow_p4", "shallow or unequal prompts"),
-        ("peft_vit/dora_qkv_fc1", "this variant of LoRA"),
-        ("peft_vit/ia3", "this kind of PEFT adapter"),
-        ("peft_vit/loha_qkv_fc2", "this kind of PEFT adapter"),
-        ("peft_vit/oft_qkv", "this kind of PEFT adapter"),
-    ],
-)
-def test_what_cannot_be_carried_is_refused_by_name(case, sentence):
-    with pytest.raises(IncompatibleArtefact, match=sentence):
-        read(*source_of(case), backbone_of(case))
+from utune_deploy.merge.tuner import Point
 
 
 class Exploit:
@@ -180,3 +103,186 @@ def test_peft_without_any_head_is_refused(tmp_path, vit):
     )
     with pytest.raises(IncompatibleArtefact, match="no known place"):
         read("peft", tmp_path, trunk)
+
+
+def spans(delta):
+    return {
+        name: (branch.tap.module, branch.add.module, len(delta.tensors[name]["token"]))
+        for name, branch in delta.branches.items()
+        if branch.tuner.kind == "prompt"
+    }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [
+        ([2, 2, 2], {"0/prompt": (0, 0, 2), "1/prompt": (1, 1, 2), "2/prompt": (2, 2, 2)}),
+        ([3, 0, 0], {"0/prompt": (0, 2, 3)}),
+        ([3, 0, 3], {"0/prompt": (0, 1, 3), "2/prompt": (2, 2, 3)}),
+        (
+            [3, 2, 1],
+            {
+                "0/prompt.0": (0, 2, 1),
+                "0/prompt.1": (0, 0, 2),
+                "1/prompt.0": (1, 2, 1),
+                "1/prompt.1": (1, 1, 1),
+                "2/prompt": (2, 2, 1),
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_prompts_stay_until_a_block_replaces_them(lengths, wanted, vit, tmp_path):
+    prompts = {
+        f"blocks.{i}.prompt.prompt_token": torch.randn(1, n, 48) for i, n in enumerate(lengths) if n
+    }
+    path = modelscope_file(tmp_path / "m.pth", vit, **prompts)
+    found = spans(read("modelscope", path, vit).delta("task", vit))
+    assert found == {
+        f"blocks.{name}": (f"blocks.{first}", f"blocks.{last}", count)
+        for name, (first, last, count) in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("lengths", [[0, 2, 2], [2, 4, 1]], ids=str)
+def test_prompts_that_overwrite_image_tokens_are_refused(lengths, vit, tmp_path):
+    prompts = {
+        f"blocks.{i}.prompt.prompt_token": torch.randn(1, n, 48) for i, n in enumerate(lengths) if n
+    }
+    path = modelscope_file(tmp_path / "m.pth", vit, **prompts)
+    with pytest.raises(IncompatibleArtefact, match="overwrite image tokens"):
+        read("modelscope", path, vit)
+
+
+def test_prompts_in_a_pooled_mean_are_refused(vit, tmp_path):
+    arguments = {**vit.identity.arguments, "global_pool": "avg"}
+    pooled = create(vit.identity.architecture, arguments)
+    prompts = {"blocks.0.prompt.prompt_token": torch.randn(1, 2, 48)}
+    path = modelscope_file(tmp_path / "m.pth", pooled, **prompts)
+    with pytest.raises(IncompatibleArtefact, match="enter the pooled mean"):
+        read("modelscope", path, pooled)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"sidetune.side.novel": torch.zeros(2)}, "not the fcn4"),
+        ({"sidetune.alpha": torch.zeros(())}, "not the fcn4"),
+        ({"sidetune.side.features.0.weight": torch.zeros(64, 3, 11, 11)}, "not the alexnet"),
+    ],
+)
+def test_a_side_network_that_is_not_whole(change, sentence, vit, tmp_path):
+    path = modelscope_file(tmp_path / "m.pth", vit, **change)
+    with pytest.raises(IncompatibleArtefact, match=sentence):
+        read("modelscope", path, vit)
+
+
+# V-PETL
+
+
+PATT = {
+    "blocks.1.attn.qkv_adapter.0.weight": torch.ones(4, 48) / 48,
+    "blocks.1.attn.qkv_adapter.0.bias": torch.zeros(4),
+    "blocks.1.attn.qkv_adapter.2.weight": torch.ones(96, 4),
+    "blocks.1.attn.qkv_adapter.2.bias": torch.arange(96.0),
+}
+ADAPTER = {
+    f"blocks.1.mlp.adaptmlp.{side}_proj.{kind}": torch.ones(*shape)
+    for side, rows, columns in (("down", 3, 48), ("up", 48, 3))
+    for kind, shape in (("weight", (rows, columns)), ("bias", (rows,)))
+}
+FFN = {"ffn_option": "parallel", "ffn_adapter_scalar": "0.1"}
+
+
+def vpetl_file(path, vit, tuners, args=None, **changes):
+    trunk = {k: v for k, v in vit.model.state_dict().items() if not vit.is_classifier(k)}
+    fc = {"fc.0.weight": torch.randn(3, 48, 1, 1, 1), "fc.0.bias": torch.randn(3)}
+    saved = {"model": {**trunk, **tuners, **fc, **changes}, "epoch": 3}
+    if args is not None:
+        saved["args"] = args
+    torch.save(saved, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["namespace", "dictionary", "settings"])
+def test_mode_and_scale_come_from_the_arguments_or_a_person(kind, vit, tmp_path):
+    values = {"att_prefix_mode": "patt_qv", "att_prefix_scale": 0.3}
+    args = {"namespace": argparse.Namespace(**values), "dictionary": values, "settings": None}[kind]
+    path = vpetl_file(tmp_path / "v.pth", vit, PATT, args)
+    given = {k: str(v) for k, v in values.items()} if kind == "settings" else {}
+    foreign = read("vpetl", path, vit, given)
+    weights = foreign.tensors["blocks.1.attn.qkv/patt"]
+    assert weights["scale"] == 0.3
+    assert weights["up"].shape == (144, 4)
+    assert not weights["up"][48:96].any()
+    assert weights["up_bias"].tolist() == [*range(48), *[0] * 48, *range(48, 96)]
+    assert foreign.delta("task", vit).provenance["att_prefix_mode"] == "patt_qv"
+    restore(vit, foreign.delta("task", vit))
+
+
+def test_what_a_file_does_not_say_is_asked_for_by_name(vit, tmp_path):
+    path = vpetl_file(tmp_path / "v.pth", vit, {**PATT, **ADAPTER})
+    given = {}
+    for name, value in {
+        "att_prefix_mode": "patt_kv", "att_prefix_scale": "0.2", **FFN,
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=f"does not say its {name}") as caught:
+            read("vpetl", path, vit, given)
+        assert f"--set {name}=VALUE" in str(caught.value)
+        given[name] = value
+    foreign = read("vpetl", path, vit, given)
+    assert foreign.branches["blocks.1.mlp/adaptformer"].tap == Point("blocks.1.mlp", "input")
+    with pytest.raises(UsageError, match="means nothing for this file"):
+        read("vpetl", path, vit, {**given, "novel": "1"})
+    with pytest.raises(UsageError, match="cannot be read"):
+        read("vpetl", path, vit, {**given, "att_prefix_scale": "much"})
+    with pytest.raises(UsageError, match="not one that can be carried"):
+        read("vpetl", path, vit, {**given, "ffn_option": "diagonal"})
+
+
+@pytest.mark.parametrize("mode", ["patt_qk", "prefix_kv", "prefix_qk", "prompt_qk"])
+@pytest.mark.parametrize("tuners", [{}, PATT], ids=["without", "with"])
+def test_broken_modes_are_refused_with_the_reason(mode, tuners, vit, tmp_path):
+    path = vpetl_file(tmp_path / "v.pth", vit, tuners, {"att_prefix_mode": mode})
+    with pytest.raises(IncompatibleArtefact, match="cannot be carried") as caught:
+        read("vpetl", path, vit)
+    assert mode in str(caught.value)
+    assert "released code" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tuners", "changes", "sentence"),
+    [
+        (PATT, {"blocks.1.attn.qkv_adapter.2.weight": torch.ones(144, 4)}, "the size of its mode"),
+        ({**PATT}, {"blocks.0.attn.qkv.weight": torch.zeros(144, 48)}, "not the backbone's"),
+        ({**PATT}, {"blocks.1.attn.novel": torch.zeros(2)}, "of no known tuner"),
+        ({k: v for k, v in PATT.items() if "2.bias" not in k}, {}, "not whole"),
+        ({**ADAPTER, "blocks.1.mlp.adaptmlp.novel": torch.zeros(1)}, {}, "not whole"),
+    ],
+)
+def test_a_vpetl_checkpoint_that_does_not_fit(tuners, changes, sentence, vit, tmp_path):
+    args = {"att_prefix_mode": "patt_kv", "att_prefix_scale": 0.2, **FFN}
+    path = vpetl_file(tmp_path / "v.pth", vit, tuners, args, **changes)
+    with pytest.raises(IncompatibleArtefact, match=sentence):
+        read("vpetl", path, vit)
+
+
+def test_a_norm_in_an_adapter_asks_for_its_place(vit, tmp_path):
+    norm = {
+        f"blocks.1.mlp.adaptmlp.adapter_layer_norm_before.{kind}": torch.ones(48)
+        for kind in ("weight", "bias")
+    }
+    args = {"att_prefix_mode": "patt_kv", **FFN}
+    path = vpetl_file(tmp_path / "v.pth", vit, {**ADAPTER, **norm}, args)
+    with pytest.raises(UsageError, match="ffn_adapter_layernorm_option"):
+        read("vpetl", path, vit)
+    for place in ("in", "out"):
+        foreign = read("vpetl", path, vit, {"ffn_adapter_layernorm_option": place})
+        assert foreign.branches["blocks.1.mlp/adaptformer"].tuner.norm == place
+
+
+def test_a_namespace_is_the_only_object_that_is_made(vit, tmp_path, capsys):
+    path = vpetl_file(tmp_path / "v.pth", vit, {}, {"att_prefix_mode": Exploit()})
+    with pytest.raises(IncompatibleArtefact, match="would run code"):
+        read("vpetl", path, vit)
+    assert "never" not in capsys.readouterr().out

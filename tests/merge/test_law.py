@@ -1,21 +1,24 @@
 """The law `y = OP(x) + U(x)`, for every tuner type of the table at every kind of place.
 
-A new tuner type is tested by being listed in `TUNERS`; its settings are listed in `SETTINGS` here.
+A new tuner type is tested by being listed in `TUNERS`; its settings and places are listed in `POINTS` here,
+and what becomes of them in each family of backbones in `OUTCOMES`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import MISSING, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 
+from utune_deploy.merge.attach import restore
 from utune_deploy.merge.bank import stack
 from utune_deploy.merge.delta import Delta, load_delta, save_delta
-from utune_deploy.merge.errors import UsageError
+from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.fold import fold, refusals
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.methods import head_branch
@@ -26,134 +29,444 @@ from utune_deploy.merge.tuner import Branch, Point, Tuner, bind
 from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
+from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.gain import Gain
 from utune_deploy.merge.tuners.head import Head
+from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.norm import Norm
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
+from utune_deploy.merge.tuners.rotation import Rotation
+from utune_deploy.merge.tuners.side_network import SideNetwork
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from utune_deploy.merge.backbone import Backbone
 
-SETTINGS: dict[str, list[Tuner]] = {
-    "bottleneck": [Bottleneck(a, bias=b) for a in ACTIVATIONS for b in (False, True)],
-    "prefix": [Prefix(joint_softmax=True), Prefix(joint_softmax=False)],
-    "prompt": [Prompt()],
-    "bias": [Bias()],
-    "head": [Head()],
-}
+
+class Op(NamedTuple):
+    """The op that a branch is added to, the channels that it reads and gives, and how often it reads."""
+
+    module: nn.Module
+    given: int
+    taken: int
+    taps: int
 
 
-class Place(NamedTuple):
-    """Where a tuner is tried: two blocks of a backbone, or its classifier.
+class Row(NamedTuple):
+    """A tuner at a place.
 
-    `linear` says whether the op is one linear layer and the tap stands at it.
+    Attributes:
+        tuner: The settings, or what makes them of the op.
+        tap: Points that it reads, apart by spaces; names in braces are those of `MODULES`.
+        add: Where it joins.
     """
 
-    family: str
+    tuner: Tuner | Callable[[Op], Tuner]
     tap: str
     add: str
-    linear: bool = False
 
 
-VIT_BLOCKS = ("blocks.0", "blocks.2")
-SWIN_BLOCKS = ("layers.0.blocks.1", "layers.1.blocks.0")  # one with shifted windows
+SEQUENCE = {
+    "block": ("blocks.0", "blocks.2"),
+    "first": "blocks.0",
+    "last": "blocks.2",
+    "linear": "attn.qkv",
+    "attention": "attn",
+    "ffn": "mlp",
+    "norm": "norm1",
+    "patches": "patch_embed.proj",
+    "ladder": "blocks.0:input blocks.0:output blocks.1:output blocks.2:output",
+    "top": "norm:input",
+    "root": "",
+    "head": "head",
+}
+WINDOWS = {
+    "block": ("layers.0.blocks.1", "layers.1.blocks.0"),  # one with shifted windows
+    "first": "layers.0.blocks.0",
+    "last": "layers.0.blocks.1",
+    "linear": "attn.qkv",
+    "attention": "attn",
+    "ffn": "mlp",
+    "norm": "norm1",
+    "patches": "patch_embed.proj",
+    "ladder": "layers.0.blocks.0:input layers.0.blocks.0:output layers.0.blocks.1:output",
+    "top": "layers.1.downsample:input",
+    "head": "head.fc",
+}
+MODULES: dict[str, dict[str, Any]] = {
+    "vit": SEQUENCE,
+    "dinov3": SEQUENCE,
+    "eva": SEQUENCE,
+    "beit": SEQUENCE,
+    "deit": SEQUENCE,
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "convnext": {
+        "block": ("stages.0.blocks.0", "stages.3.blocks.1"),
+        "first": "stages.3.blocks.0",
+        "last": "stages.3.blocks.1",
+        "linear": "mlp.fc1",
+        "ffn": "mlp",
+        "norm": "norm",
+        "patches": "stem.0",
+        "ladder": "stages.3.blocks.0:input stages.3.blocks.0:output stages.3.blocks.1:output",
+        "top": "head.norm:input",
+        "head": "head.fc",
+    },
+    "resnet": {
+        "block": ("layer1.0", "layer4.1"),
+        "first": "layer4.0",
+        "last": "layer4.1",
+        "linear": "conv2",  # a convolution: the nearest that there is
+        "norm": "bn2",
+        "patches": "conv1",
+        "ladder": "layer4.1:input layer4.1:output",
+        "top": "global_pool:input",
+        "buffer": "bn1",
+        "head": "fc",
+    },
+}
+"""Where the places of `POINTS` are; a family has no place that is missing here."""
 
-PLACES: dict[str, list[Place]] = {
-    "add": [
-        Place("vit", "attn.qkv:input", "attn.qkv:output", linear=True),
-        Place("vit", "mlp.fc2:output", "mlp.fc2:output", linear=True),
-        Place("vit", "attn:input", "mlp:output"),
-        Place("vit", "mlp:output", "mlp:output"),
-        Place("vit", "norm1:input", "norm1:input"),
-        Place("swin", "attn.qkv:input", "attn.qkv:output", linear=True),
-        Place("swin", "attn:output", "attn:output"),
-        Place("swin", "mlp:input", "mlp:output"),
-    ],
-    "extend": [Place("vit", "attn:keys", "attn:keys"), Place("swin", "attn:keys", "attn:keys")],
-    "tokens": [Place("vit", ":tokens", ":tokens")],  # Swin's blocks work on a map, not a sequence
-    "replace": [Place("vit", "head", "head"), Place("swin", "head.fc", "head.fc")],
+BESIDE = ("{block}.{linear}:input", "{block}.{linear}:output")
+BEHIND = ("{block}.{linear}:output", "{block}.{linear}:output")
+BEFORE = ("{block}.{linear}:input", "{block}.{linear}:input")
+PLAIN = Bottleneck("identity", bias=True)
+
+
+def difference(parameter: str) -> Callable[[Op], Tuner]:
+    return lambda op: Difference(parameter, tuple(getattr(op.module, parameter).shape))
+
+
+POINTS: dict[str, dict[str, Row]] = {
+    "bottleneck": {
+        "lora": Row(Bottleneck("identity", bias=False), *BESIDE),
+        "beside linear": Row(PLAIN, *BESIDE),
+        "behind linear": Row(PLAIN, *BEHIND),
+        "before linear": Row(PLAIN, *BEFORE),
+        "beside attention": Row(
+            Bottleneck("gelu", bias=True), "{block}.{attention}:input", "{block}.{attention}:output"
+        ),
+        "behind ffn": Row(
+            Bottleneck("relu", bias=True), "{block}.{ffn}:output", "{block}.{ffn}:output"
+        ),
+        "beside ffn": Row(
+            Bottleneck("silu", bias=False), "{block}.{ffn}:input", "{block}.{ffn}:output"
+        ),
+        "from attention to ffn": Row(
+            Bottleneck("tanh", bias=True), "{block}.{attention}:input", "{block}.{ffn}:output"
+        ),
+        "behind block": Row(Bottleneck("tanh", bias=True), "{block}:output", "{block}:output"),
+        "patches": Row(PLAIN, "{patches}:patches", "{patches}:output"),
+        "patches, no bias": Row(
+            Bottleneck("identity", bias=False), "{patches}:patches", "{patches}:output"
+        ),
+        "behind linear, no bias": Row(Bottleneck("identity", bias=False), *BEHIND),
+        "norm in": Row(
+            Bottleneck("gelu", bias=True, norm="in"), "{block}.{ffn}:input", "{block}.{ffn}:output"
+        ),
+        "norm out": Row(
+            Bottleneck("identity", bias=False, norm="out", eps=1e-6),
+            "{block}.{linear}:input",
+            "{block}.{linear}:output",
+        ),
+    },
+    "kronecker": {
+        "beside linear": Row(Kronecker(2, 4), *BESIDE),
+        "behind linear": Row(Kronecker(4, 2), *BEHIND),
+    },
+    "rotation": {
+        "before linear": Row(lambda op: Rotation(op.given // 4, 4), *BEFORE),
+        "before linear, level 1": Row(lambda op: Rotation(op.given // 4, 4, 1), *BEFORE),
+        "behind linear": Row(lambda op: Rotation(op.given // 8, 8), *BEHIND),
+    },
+    "gain": {
+        "behind linear": Row(Gain(shift=True), *BEHIND),
+        "behind linear, no shift": Row(Gain(shift=False), *BEHIND),
+        "before linear": Row(Gain(shift=True), *BEFORE),
+        "before linear, no shift": Row(Gain(shift=False), *BEFORE),
+        "behind norm": Row(Gain(shift=True), "{block}.{norm}:output", "{block}.{norm}:output"),
+        "beside norm": Row(Gain(shift=True), "{block}.{norm}:input", "{block}.{norm}:output"),
+        "behind patches": Row(Gain(shift=False), "{patches}:output", "{patches}:output"),
+    },
+    "bias": {
+        "behind linear": Row(Bias(), *BEHIND),
+        "before linear": Row(Bias(), *BEFORE),
+        "behind patches": Row(Bias(), "{patches}:output", "{patches}:output"),
+        "before block": Row(Bias(), "{block}:input", "{block}:input"),
+    },
+    "norm": {
+        "beside norm": Row(
+            lambda op: Norm(op.module.eps), "{block}.{norm}:input", "{block}.{norm}:output"
+        ),
+        "beside norm, another eps": Row(Norm(0.1), "{block}.{norm}:input", "{block}.{norm}:output"),
+    },
+    "prefix": {
+        "joint": Row(Prefix(joint_softmax=True), *["{block}.{attention}:keys"] * 2),
+        "apart": Row(Prefix(joint_softmax=False), *["{block}.{attention}:keys"] * 2),
+    },
+    "prompt": {
+        "deep": Row(Prompt(), "{block}:tokens", "{block}:tokens"),
+        "deep, apart": Row(Prompt(joint_softmax=False), "{block}:tokens", "{block}:tokens"),
+        "shallow": Row(Prompt(), "{first}:tokens", "{last}:tokens"),
+        "shallow, apart": Row(Prompt(joint_softmax=False), "{first}:tokens", "{last}:tokens"),
+        "at attention": Row(Prompt(), *["{block}.{attention}:tokens"] * 2),
+    },
+    "side_network": {"image": Row(SideNetwork("fcn4"), "{patches}:input", "{head}:input")},
+    "bypass": {
+        "ladder": Row(lambda op: Bypass(op.taps - 1, "gelu"), "{ladder}", "{top}"),
+        "into its last stem": Row(
+            lambda op: Bypass(op.taps - 1, "gelu"), "{ladder}", "{last}:output"
+        ),
+    },
+    "difference": {
+        "weight": Row(difference("weight"), *["{block}.{linear}:weights"] * 2),
+        "bias": Row(difference("bias"), *["{block}.{norm}:weights"] * 2),
+        "token": Row(difference("cls_token"), *["{root}:weights"] * 2),
+        "buffer": Row(difference("running_mean"), *["{block}.{buffer}:weights"] * 2),
+    },
+    "head": {"classifier": Row(Head(), "{head}:input", "{head}:output")},
+}
+
+FULL = ("vit", "swin")
+"""Families on which every property is tried; the others run a shorter chain."""
+
+OUTCOMES = """
+                                   | vit      dinov3   eva      beit     deit     swin     swinv2   convnext resnet
+bottleneck: lora                   | F        F        F        F        F        F        F        F        +
+bottleneck: beside linear          | F        +        +        +        F        F        +        F        +
+bottleneck: behind linear          | F        +        +        +        F        F        +        F        +
+bottleneck: before linear          | F        +        +        +        F        F        +        F        +
+bottleneck: beside attention       | +        +        +        +        +        +        +        -        -
+bottleneck: behind ffn             | +        +        +        +        +        +        +        +        -
+bottleneck: beside ffn             | +        +        +        +        +        +        +        +        -
+bottleneck: from attention to ffn  | +        +        +        +        +        +        +        -        -
+bottleneck: behind block           | +        +        +        +        +        +        +        u        u
+bottleneck: patches                | F        F        F        F        F        F        F        F        +
+bottleneck: patches, no bias       | F        F        F        F        F        F        F        F        F
+bottleneck: behind linear, no bias | F        F        +        +        F        F        +        F        +
+bottleneck: norm in                | +        +        +        +        +        +        +        +        -
+bottleneck: norm out               | +        +        +        +        +        +        +        +        +
+kronecker: beside linear           | F        F        F        F        F        F        F        F        +
+kronecker: behind linear           | +        +        +        +        +        +        +        +        +
+rotation: before linear            | F        F        F        F        F        F        F        F        +
+rotation: before linear, level 1   | F        F        F        F        F        F        F        F        +
+rotation: behind linear            | +        +        +        +        +        +        +        +        +
+gain: behind linear                | F        +        +        +        F        F        +        F        +
+gain: behind linear, no shift      | F        F        +        +        F        F        +        F        F
+gain: before linear                | F        +        +        +        F        F        +        F        +
+gain: before linear, no shift      | F        F        F        F        F        F        F        F        F
+gain: behind norm                  | F        F        F        F        F        F        F        F        F
+gain: beside norm                  | +        +        +        +        +        +        +        +        F
+gain: behind patches               | F        F        F        F        F        F        F        F        F
+bias: behind linear                | F        +        +        +        F        F        +        F        +
+bias: before linear                | F        +        +        +        F        F        +        F        +
+bias: behind patches               | F        F        F        F        F        F        F        F        +
+bias: before block                 | +        +        +        +        +        +        +        u        u
+norm: beside norm                  | F        F        F        F        F        F        F        F        +
+norm: beside norm, another eps     | +        +        +        +        +        +        +        +        +
+prefix: joint                      | +        +        +        +        +        +        k        -        -
+prefix: apart                      | +        +        +        +        +        +        k        -        -
+prompt: deep                       | +        r        r        r        +        s        s        u        u
+prompt: deep, apart                | +        r        r        r        +        s        s        u        u
+prompt: shallow                    | +        r        r        r        +        s        s        u        u
+prompt: shallow, apart             | +        r        r        r        +        s        s        u        u
+prompt: at attention               | +        r        r        r        +        r        r        -        -
+side_network: image                | +        +        +        +        +        +        +        +        +
+bypass: ladder                     | +        +        +        +        +        +        +        u        u
+bypass: into its last stem         | +        +        +        +        +        +        +        u        u
+difference: weight                 | F        F        F        F        F        F        F        F        F
+difference: bias                   | F        F        F        F        F        F        F        F        F
+difference: token                  | F        F        F        F        F        -        -        -        -
+difference: buffer                 | -        -        -        -        -        -        -        -        F
+head: classifier                   | F        F        F        F        F        F        F        F        F
+"""
+"""`F` folds, `+` stays parallel, `-` no such place, and a small letter is refused with a sentence."""
+
+SENTENCES = {
+    "k": "no scaled dot product attention runs inside this module",
+    "r": "the backbone does not run with these branches",
+    "s": "tokens can join a sequence",
+    "u": "not clear which axis",
 }
 
 
-def settings_of(kind: str, listed: Mapping[str, list[Tuner]]) -> list[Tuner]:
+DEFECTS: dict[str, tuple[str, str]] = {
+    "bottleneck: lora": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
+    "bottleneck: beside linear": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
+    "kronecker: beside linear": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
+    "bottleneck: behind linear, no bias": ("dinov3", "a layer that is called is taken for read"),
+    "gain: behind linear, no shift": ("dinov3", "a layer that is called is taken for read"),
+    "prompt: deep": ("dinov3 eva beit", "a bare RuntimeError of torch instead of a sentence"),
+    "prompt: deep, apart": (
+        "dinov3 eva beit",
+        "a bare RuntimeError of torch instead of a sentence",
+    ),
+    "prompt: shallow": ("dinov3 eva beit", "a bare RuntimeError of torch instead of a sentence"),
+    "prompt: shallow, apart": (
+        "dinov3 eva beit",
+        "a bare RuntimeError of torch instead of a sentence",
+    ),
+    "prompt: at attention": (
+        "dinov3 eva beit swin swinv2",
+        "a bare RuntimeError of torch instead of a sentence",
+    ),
+    "bypass: into its last stem": (
+        "vit dinov3 eva beit deit swin swinv2",
+        "a KeyError: a branch cannot read what it is added to beside other taps",
+    ),
+}
+"""Rows in which the product does not do what `OUTCOMES` says: in which families, and what it does."""
+
+
+class Case(NamedTuple):
+    """One row of `POINTS` in one family."""
+
+    kind: str
+    row: Row
+    family: str
+    outcome: str
+    defect: str = ""
+
+
+def settings_of(kind: str, listed: dict[str, dict[str, Row]]) -> dict[str, Row]:
     if not listed.get(kind):
         pytest.fail(
             f"the tuner kind {kind!r} is in TUNERS and has no settings to be tested with: "
-            "add a list of its points to SETTINGS in tests/merge/test_law.py"
+            "add a table of its points to POINTS in tests/merge/test_law.py"
         )
     return listed[kind]
 
 
-FULL = (Bottleneck("identity", bias=True), Bottleneck("gelu", bias=True))
+def outcomes() -> dict[tuple[str, str], str]:
+    """`OUTCOMES` by row and family."""
+    lines = [line.partition("|") for line in OUTCOMES.strip("\n").splitlines()]
+    families = lines[0][2].split()
+    assert set(families) == set(MODULES)
+    return {
+        (name.strip(), family): code
+        for name, _, codes in lines[1:]
+        for family, code in zip(families, codes.split(), strict=True)
+    }
 
 
-def places_of(tuner: Tuner) -> list[Place]:
-    """All places; for the other points of the bottleneck one parallel and one serial say enough."""
-    if tuner not in SETTINGS["bottleneck"] or tuner in FULL:
-        return PLACES[tuner.join]
-    return [place for place in PLACES["add"] if place.add in ("mlp:output", "attn:output")][:2]
+def all_cases() -> list[Any]:
+    listed, cases = outcomes(), []
+    for kind in TUNERS:
+        for name, row in POINTS.get(kind, {}).items():
+            for family in MODULES:
+                families, reason = DEFECTS.get(f"{kind}: {name}", ("", ""))
+                defect = reason if family in families.split() else ""
+                outcome = listed.get((f"{kind}: {name}", family), "?")
+                case = Case(kind, row, family, outcome, defect)
+                marks = pytest.mark.xfail(reason=defect, strict=True) if defect else ()
+                cases.append(pytest.param(case, id=f"{kind}-{name}-{family}", marks=marks))
+    for activation in ACTIVATIONS:
+        row = Row(Bottleneck(activation, bias=True), *["{block}.{ffn}:output"] * 2)
+        case = Case("bottleneck", row, "vit", "+")
+        cases.append(pytest.param(case, id=f"{activation}-vit"))
+    return cases
 
 
-CASES = [
-    pytest.param(tuner, place, id=f"{tuner}-{place.family}-{place.tap}-{place.add}")
-    for kind in TUNERS
-    for tuner in SETTINGS.get(kind, [])
-    for place in places_of(tuner)
-]
-ONE_PLACE = [
-    pytest.param(tuner, PLACES[tuner.join][0], id=str(tuner))
-    for kind in TUNERS
-    for tuner in SETTINGS.get(kind, [])
-]
-all_cases = pytest.mark.parametrize(("tuner", "place"), CASES)
+def chosen(accept: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [c for c in all_cases() if accept(c.values[0])])
+
+
+def works(case: Case) -> bool:
+    return case.outcome in "F+"
+
+
+def mixes(case: Case) -> bool:
+    return not TUNERS[case.kind].no_bank
+
+
+def fully(case: Case) -> bool:
+    return works(case) and case.family in FULL and not case.defect
+
+
+full = chosen(fully)
+full_and_mixed = chosen(lambda case: fully(case) and mixes(case))
+vit_only = chosen(lambda case: fully(case) and case.family == "vit")
 
 
 @pytest.fixture
-def backbone(place: Place, request: pytest.FixtureRequest) -> Backbone:
-    return request.getfixturevalue(f"{place.family}64")
+def backbone(case: Case, host) -> Backbone:
+    return host(case.family)
+
+
+def plant(case: Case, backbone: Backbone, sites) -> dict[str, tuple[Branch, dict[str, int]]]:
+    """Branches and the sizes of their channels by name; none where the family has no such place."""
+    modules = MODULES[case.family]
+    blocks = modules["block"] if "{block}" in case.row.add else ("",)
+    branches = {}
+    for block in blocks:
+        try:
+            names = {**modules, "block": block}
+            taps = [Point.parse(t) for t in case.row.tap.format(**names).split()]
+            add = Point.parse(case.row.add.format(**names))
+        except KeyError:
+            return {}
+
+        def channels(point: Point) -> int:
+            passed = Point(point.module, "input") if point.side == "tokens" else point
+            return sites.channels.get(passed, 8)
+
+        module = backbone.model.get_submodule(add.module)
+        op = Op(module, channels(taps[0]), channels(add), len(taps))
+        tuner = case.row.tuner if isinstance(case.row.tuner, Tuner) else case.row.tuner(op)
+        sizes = {"in": op.given, "out": op.taken}
+        branches[f"{add.module or 'root'}/{case.kind}"] = (
+            Branch(tuner, taps[0], add, tuple(taps[1:])),
+            sizes,
+        )
+    return branches
 
 
 @pytest.fixture
-def make(sites_of, random_weights):
-    """A delta with the tuner in two blocks, and a head."""
+def make(case: Case, backbone: Backbone, sites_of, random_weights):
+    """A delta with the case's branches, and a head for each classifier."""
 
-    def make(backbone, tuner, place, *, rank=3, classes=5, task="a", seed=0) -> Delta:
+    def make(*, rank: int = 3, classes: int = 5, task: str = "a", seed: int = 0) -> Delta:
         sites = sites_of(backbone)
+        planted = plant(case, backbone, sites)
+        assert planted, "the family has no such place"
+        if case.kind == "head":
+            planted = {}
+        for classifier in backbone.classifiers:
+            name, branch = head_branch(classifier)
+            channels = sites.require(branch.tap)
+            planted[name] = branch, {"in": channels, "out": classes}
         dtype = next(backbone.model.parameters()).dtype
-        branches: dict[str, Branch] = {}
-        if tuner.join != "replace":
-            for block in VIT_BLOCKS if place.family == "vit" else SWIN_BLOCKS:
-                tap, add = (
-                    Point.parse(f"{block}.{text}".replace(".:", ":"))
-                    for text in (place.tap, place.add)
-                )
-                branches[f"{block}/{tuner.kind}"] = Branch(tuner, tap, add)
-        name, branch = head_branch(backbone.classifier)
-        if tuner.join == "replace":
-            branch = replace(branch, tuner=tuner)
-        branches[name] = branch
         tensors = {}
-        for number, (name, branch) in enumerate(branches.items()):
-            sizes = {
-                "in": sites.require(branch.tap),
-                "out": sites.require(branch.add),
-                "r": classes if branch.tuner.join == "replace" else rank,
-            }
+        for number, (name, (branch, sizes)) in enumerate(planted.items()):
+            sizes["r"] = classes if branch.tuner.join == "replace" else rank
             tensors[name] = random_weights(branch.tuner, sizes, 100 * seed + number, dtype)
         return Delta(
             task,
             tuple(f"{task}{i}" for i in range(classes)),
             Preprocessing(backbone.image_size),
             backbone.identity,
-            branches,
+            {name: branch for name, (branch, _) in planted.items()},
             tensors,
         )
 
     return make
+
+
+def without(delta: Delta, task: str) -> Delta:
+    """The task with nothing but its heads."""
+    return replace(
+        delta,
+        task=task,
+        branches={name: delta.branches[name] for name in delta.heads},
+        tensors={name: delta.tensors[name] for name in delta.heads},
+    )
 
 
 def forward(backbone: Backbone, weighted, images: Tensor, rows: int | None = None) -> Tensor:
@@ -161,28 +474,102 @@ def forward(backbone: Backbone, weighted, images: Tensor, rows: int | None = Non
         return backbone.model(images)
 
 
-def folds(tuner: Tuner, place: Place) -> bool:
-    """What has an exact place in the frozen weights, by hand."""
-    if isinstance(tuner, Bottleneck):
-        return tuner.activation == "identity" and place.linear
-    if isinstance(tuner, Bias):
-        return place.linear
-    return tuner.join == "replace"
+def merged(backbone: Backbone, delta: Delta, sites) -> nn.Module:
+    """The checkpoint in a model without any branch."""
+    tensors = fold(delta, backbone, sites=sites).tensors
+    plain = copy.deepcopy(backbone.model)
+    plain.reset_classifier(len(delta.labels))
+    plain.load_state_dict(tensors, strict=True, assign=True)
+    return plain.eval()
+
+
+def inert(tuner: Tuner, tensor: str) -> bool:
+    """A layer norm behind a scale takes it out again; see `test_inert_values`."""
+    return isinstance(tuner, Bottleneck) and tuner.norm == "out" and tensor == "scale"
+
+
+def require_refusal(backbone: Backbone, delta: Delta, kind: str, sites) -> None:
+    refused = refusals(delta, backbone)
+    assert [r.branch for r in refused] == [
+        name for name, branch in delta.branches.items() if branch.tuner.kind == kind
+    ]
+    assert all(r.reason and r.alternative for r in refused)
+    with pytest.raises(UsageError, match="nothing was merged") as caught:
+        fold(delta, backbone, sites=sites)
+    assert refused[0].reason in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", TUNERS)
 def test_every_kind_of_the_table_has_settings(kind):
-    for tuner in settings_of(kind, SETTINGS):
-        assert type(tuner) is TUNERS[kind]
-        assert tuner.kind == kind
-        assert tuner.source
-        assert PLACES[tuner.join], "the join has no place to be tested at"
-    assert set(SETTINGS) <= set(TUNERS), "SETTINGS names a kind that is not in the table"
+    for row in settings_of(kind, POINTS).values():
+        if isinstance(row.tuner, Tuner):
+            assert type(row.tuner) is TUNERS[kind]
+    assert TUNERS[kind].kind == kind
+    assert TUNERS[kind].source
+    assert set(POINTS) <= set(TUNERS), "POINTS names a kind that is not in the table"
 
 
 def test_a_kind_without_settings_fails_and_says_where_to_add_them():
-    with pytest.raises(pytest.fail.Exception, match=r"'side'.*SETTINGS in tests/merge/test_law.py"):
-        settings_of("side", SETTINGS)
+    with pytest.raises(pytest.fail.Exception, match=r"'side'.*POINTS in tests/merge/test_law.py"):
+        settings_of("side", POINTS)
+
+
+def test_every_row_has_an_outcome_in_every_family():
+    rows = {f"{kind}: {name}" for kind, listed in POINTS.items() for name in listed}
+    assert {(row, family) for row in rows for family in MODULES} == set(outcomes())
+    codes = set(outcomes().values()) - set("F+-")
+    assert codes == set(SENTENCES), "a sentence for every letter, and a letter for every sentence"
+    for kind in POINTS:
+        assert any(works(c.values[0]) for c in all_cases() if c.values[0].kind == kind)
+
+
+@chosen(lambda case: not works(case))
+def test_what_does_not_work_is_refused_with_a_sentence(case, backbone, make, run, sites_of):
+    if case.outcome == "-":
+        assert plant(case, backbone, sites_of(backbone)) == {}
+        return
+    with pytest.raises((IncompatibleArtefact, UsageError)) as caught:
+        run(backbone, make(), backbone.example(2))
+    assert SENTENCES[case.outcome] in str(caught.value)
+    assert caught.value.what
+    assert "where" in caught.value.details
+    assert set(caught.value.details) & {"wanted", "found"}
+
+
+@chosen(lambda case: works(case) and not fully(case))
+def test_the_law_in_other_families(case, backbone, make, run, sites_of, error):
+    """Alone, in a mixed batch and as a single engine the same, alive, and folded or refused."""
+    sites = sites_of(backbone)
+    small = make(rank=2, classes=3, task="small", seed=1)
+    large = make(rank=4, classes=6, task="large", seed=2)
+    images = backbone.example(4)
+    alone = run(backbone, small, images)
+    with torch.no_grad():
+        single = Single(backbone, stack([lower(backbone, small, sites)]))(images)
+    assert error(single, alone) < 1e-12
+    if mixes(case):
+        tasks = [small, large, without(large, "none")]
+        bank = stack([lower(backbone, d, sites) for d in tasks])
+        order = [0, 1, 2, 0]
+        with torch.no_grad():
+            together = Mixed(backbone, bank)(images, torch.tensor(order))
+        wanted = [alone, run(backbone, large, images), run(backbone, tasks[2], images)]
+        for row, number in enumerate(order):
+            logits = wanted[number][row : row + 1]
+            assert error(together[row : row + 1, : logits.shape[1]], logits) < 1e-12
+    for name, named in small.tensors.items():
+        for key, tensor in named.items():
+            if inert(small.branches[name].tuner, key):
+                continue
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9))
+            changed = {**small.tensors, name: {**named, key: tensor + 0.1 * noise}}
+            after = run(backbone, replace(small, tensors=changed), images[:1])
+            assert (after - alone[:1]).abs().max() > 1e-6, f"{name}/{key} does nothing"
+    if case.outcome == "F":
+        with torch.no_grad():
+            assert error(merged(backbone, small, sites)(images), alone) < 1e-11
+    else:
+        require_refusal(backbone, small, case.kind, sites)
 
 
 FORMULAS = {
@@ -207,9 +594,11 @@ def test_activations_are_their_formulas(activation):
     assert torch.allclose(ACTIVATIONS[activation](x), wanted, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("tuner", SETTINGS["bottleneck"], ids=str)
-def test_the_bottleneck_is_its_formula(tuner, random_weights):
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_bottleneck_is_its_formula(activation, bias, random_weights):
     """`scale * (up act(down x + down_bias) + up_bias)`, number by number."""
+    tuner = Bottleneck(activation, bias=bias)
     w = random_weights(tuner, {"in": 4, "out": 3, "r": 2}, 1, torch.float64)
     x = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     act = FORMULAS[tuner.activation]
@@ -223,29 +612,46 @@ def test_the_bottleneck_is_its_formula(tuner, random_weights):
         assert found == pytest.approx(float(w["scale"]) * y, rel=1e-13)
 
 
-@pytest.mark.parametrize(("tuner", "place"), ONE_PLACE)
-def test_settings_survive_json(tuner, place):
-    assert type(tuner).from_settings(tuner.settings(), where="here") == tuner
-    hash(tuner)
+@vit_only
+def test_settings_survive_json(case, make):
+    for branch in make().branches.values():
+        tuner = branch.tuner
+        values = json.loads(json.dumps(tuner.settings()))
+        assert type(tuner).from_settings(values, where="here") == tuner
+        assert hash(tuner) == hash(type(tuner).from_settings(values, where="here"))
 
 
-@pytest.mark.parametrize(("tuner", "place"), ONE_PLACE)
-def test_initial_weights_have_the_declared_shapes(tuner, place):
-    sizes = {"in": 6, "out": 10, "r": 4}
-    first, again = (tuner.init(sizes, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert set(first) == set(tuner.shapes)
-    for name, axes in tuner.shapes.items():
-        assert tuple(first[name].shape) == tuple(sizes[axis] for axis in axes)
-        assert first[name].dtype == torch.float32
-        assert torch.equal(first[name], again[name])
-    bind(tuner.shapes, first, where="init")
-    assert set(tuner.fill) <= set(tuner.served)
+@vit_only
+def test_settings_with_defaults_are_written_only_where_they_differ(case, make):
+    for branch in make().branches.values():
+        tuner = branch.tuner
+        plain = {f.name: f.default for f in fields(tuner) if f.default is not MISSING}
+        for name, value in tuner.settings().items():
+            assert name not in plain or value != plain[name]
+        bare = {f.name for f in fields(tuner) if f.default is MISSING}
+        assert bare <= set(tuner.settings())
 
 
-@all_cases
-def test_a_batch_axis_on_the_weights_is_a_run_per_row(tuner, place, backbone, make, error):
+@vit_only
+def test_initial_weights_have_the_declared_shapes(case, make):
+    """They are the backbone, where that is how the method starts."""
+    for branch in make().branches.values():
+        tuner = branch.tuner
+        sizes = {"in": 48, "out": 48 if case.kind == "gain" else 144, "r": 4}
+        first, again = (tuner.init(sizes, torch.Generator().manual_seed(3)) for _ in range(2))
+        assert set(first) == set(tuner.shapes)
+        found = bind(tuner.shapes, first, where="init")
+        assert all(found[axis] == sizes[axis] for axis in found if axis in sizes)
+        for name, tensor in first.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, again[name])
+        assert set(tuner.fill) <= set(tuner.served)
+
+
+@full_and_mixed
+def test_a_batch_axis_on_the_weights_is_a_run_per_row(case, backbone, make, error):
     """Stored and served weights may both carry `[B, ...]`."""
-    deltas = [make(backbone, tuner, place, seed=seed) for seed in range(3)]
+    deltas = [make(seed=seed) for seed in range(3)]
     images = backbone.example(3)
     alone = torch.cat(
         [forward(backbone, d.weighted(), images[i : i + 1]) for i, d in enumerate(deltas)]
@@ -261,77 +667,75 @@ def test_a_batch_axis_on_the_weights_is_a_run_per_row(tuner, place, backbone, ma
         assert error(together, alone) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("tuner", "place"), [case for case in CASES if case.values[0].join != "tokens"]
-)
-def test_neutral_weights_are_the_frozen_op(tuner, place, backbone, make, error):
+@full
+def test_neutral_weights_are_the_frozen_op(case, backbone, make, error):
     """What a bank holds for a task without the branch: exactly the untuned backbone.
 
-    Attention with a mask may run in another order of summation, so `extend` is exact to rounding.
-    A prompt has no neutral element: a bank holds it as the prefix that `lower` makes of it.
+    Attention with a mask may run in another order of summation, so keys and tokens are exact to
+    rounding. A difference is in no bank: of zeros it is the backbone.
     """
-    delta = make(backbone, tuner, place, classes=6)
+    delta = make(classes=6)
     images = backbone.example(2)
+    rows = 2 if mixes(case) else None
     neutral = []
     for name, branch in delta.branches.items():
-        if branch.tuner.join == "replace" and tuner.join != "replace":
+        tuner = branch.tuner
+        if tuner.join == "replace" and case.kind != "head":
             continue
-        sizes = bind(branch.tuner.shapes, delta.tensors[name], where=name)
+        sizes = bind(tuner.shapes, delta.tensors[name], where=name)
         weights = {
             key: torch.full(
-                [2, *(sizes[axis] for axis in axes)], tuner.fill.get(key, 0.0), dtype=torch.float64
+                [*([rows] if rows else []), *(a if isinstance(a, int) else sizes[a] for a in axes)],
+                tuner.fill.get(key, 0.0),
+                dtype=torch.float64,
             )
             for key, axes in tuner.served.items()
         }
         neutral.append((branch, weights))
-    found = forward(backbone, neutral, images, rows=2)
+    found = forward(backbone, neutral, images, rows=rows)
     frozen = forward(backbone, [], images)
-    if tuner.join == "replace":  # a class that a task does not have
+    if case.kind == "head":  # a class that a task does not have
         assert found.shape == (2, 6)
-        assert (found == tuner.fill["bias"]).all()
-    elif tuner.join == "extend":
+        assert (found == Head.fill["bias"]).all()
+    elif TUNERS[case.kind].join in ("extend", "tokens"):
         assert error(found, frozen) < 1e-14
     else:
         assert torch.equal(found, frozen)
 
 
-@all_cases
+@full
 def test_fold_is_the_branch_or_is_refused_with_a_reason(
-    tuner, place, backbone, make, moved, run, sites_of, error, request
+    case, backbone, make, host, moved, run, sites_of, error
 ):
-    delta = make(backbone, tuner, place)
-    names = [n for n, b in delta.branches.items() if b.tuner == tuner]
-    if not folds(tuner, place):
-        refused = refusals(delta, backbone)
-        assert [r.branch for r in refused] == names
-        assert all(r.reason and r.alternative for r in refused)
-        with pytest.raises(UsageError, match="nothing was merged") as caught:
-            fold(delta, backbone, sites=sites_of(backbone))
-        assert refused[0].reason in str(caught.value)
+    delta = make()
+    if case.outcome != "F":
+        require_refusal(backbone, delta, case.kind, sites_of(backbone))
         return
     assert refusals(delta, backbone) == []
-    for host, tolerance in ((backbone, 1e-11), (request.getfixturevalue(place.family), 1e-5)):
-        task = moved(delta, host)
-        merged = fold(task, host, sites=sites_of(host))
-        plain = copy.deepcopy(host.model)
-        plain.reset_classifier(len(task.labels))
-        plain.load_state_dict(merged.tensors, strict=True, assign=True)
-        images = host.example(2)
+    for double, tolerance in ((True, 1e-11), (False, 1e-5)):
+        own = host(case.family, double=double)
+        task = moved(delta, own)
+        images = own.example(2)
         with torch.no_grad():
-            assert error(plain(images), run(host, task, images)) < tolerance
+            found = merged(own, task, sites_of(own))(images)
+        assert error(found, run(own, task, images)) < tolerance
 
 
-@all_cases
-def test_padded_is_the_same_as_alone(tuner, place, backbone, make, run, sites_of, error):
+@full
+def test_padded_is_the_same_as_alone(case, backbone, make, run, sites_of, error):
     """In one bank with a larger rank and a task that has no such branch."""
-    small = make(backbone, tuner, place, rank=2, classes=3, task="small", seed=1)
-    large = make(backbone, tuner, place, rank=6, classes=9, task="large", seed=2)
-    head = {small.head: large.branches[large.head]}
-    none = replace(
-        large, task="none", branches=head, tensors={small.head: large.tensors[large.head]}
-    )
-    tasks = [small, large, none]
+    small = make(rank=2, classes=3, task="small", seed=1)
+    large = make(rank=6, classes=9, task="large", seed=2)
+    tasks = [small, large, without(large, "none")]
     images = backbone.example(5)
+    with torch.no_grad():
+        single = Single(backbone, stack([lower(backbone, small, sites_of(backbone))]))(images)
+    assert error(single, run(backbone, small, images)) < 1e-12
+    if not mixes(case):
+        with pytest.raises(UsageError, match="cannot share a batch") as caught:
+            stack([lower(backbone, d, sites_of(backbone)) for d in tasks])
+        assert TUNERS[case.kind].no_bank in caught.value.details["found"]
+        return
     order = [0, 1, 2, 0, 1]
     bank = stack([lower(backbone, d, sites_of(backbone)) for d in tasks])
     with torch.no_grad():
@@ -342,41 +746,43 @@ def test_padded_is_the_same_as_alone(tuner, place, backbone, make, run, sites_of
         alone = run(backbone, task, images[row : row + 1])
         assert error(mixed[row : row + 1, : len(task.labels)], alone) < 1e-12
         assert (mixed[row, len(task.labels) :] == Head.fill["bias"]).all()
-    with torch.no_grad():
-        single = Single(backbone, stack([lower(backbone, small, sites_of(backbone))]))(images)
-    assert error(single, run(backbone, small, images)) < 1e-12
 
 
-@all_cases
-def test_every_stored_tensor_is_alive(tuner, place, backbone, make, run):
+@full
+def test_every_stored_tensor_is_alive(case, backbone, make, run):
     """Perturbing any stored tensor changes the logits; nothing is inert at these places.
 
     `test_inert_values` lists what is inert elsewhere.
     """
-    delta = make(backbone, tuner, place)
+    delta = make()
     images = backbone.example(2)
     before = run(backbone, delta, images)
     for name, named in delta.tensors.items():
         for key, tensor in named.items():
+            if inert(delta.branches[name].tuner, key):
+                continue
             noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9))
             changed = {**delta.tensors, name: {**named, key: tensor + 0.1 * noise}}
             after = run(backbone, replace(delta, tensors=changed), images)
             assert (after - before).abs().max() > 1e-6, f"{name}/{key} does nothing"
 
 
-@pytest.mark.parametrize("inert", ["key_bias", "lone_key", "lone_query_of_the_last_block"])
-def test_inert_values(inert, vit64, random_delta, run, error):
+@pytest.mark.parametrize(
+    "what", ["key_bias", "lone_key", "scale_before_a_norm", "lone_query_of_the_last_block"]
+)
+def test_inert_values(what, vit64, random_delta, random_weights, run, error):
     """What mathematically does nothing, and what brings it to life.
 
     - A shift of the keys adds the same number to all scores of a query, and softmax drops it; a
       prefix, which is not shifted, sees the difference.
     - A prefix of one key with a softmax of its own has the weight 1 whatever the key is.
+    - A layer norm takes out the scale in front of it, but for its eps.
     - The head reads the class token, so in the last block the queries of the patches do nothing.
     """
     from utune_deploy.merge.methods import bitfit, lora, prefix
 
     images = vit64.example(2)
-    if inert == "key_bias":
+    if what == "key_bias":
         for methods, alive in (([bitfit()], False), ([bitfit(), prefix(2)], True)):
             delta = random_delta(vit64, *methods)
             name = "blocks.1.attn.qkv/bias"
@@ -385,7 +791,7 @@ def test_inert_values(inert, vit64, random_delta, run, error):
             changed = replace(delta, tensors={**delta.tensors, name: {"shift": shift}})
             difference = error(run(vit64, changed, images), run(vit64, delta, images))
             assert difference > 1e-6 if alive else difference < 1e-13
-    elif inert == "lone_key":
+    elif what == "lone_key":
         for methods, alive in (
             ([prefix(1, joint_softmax=False)], False),
             ([prefix(2, joint_softmax=False)], True),
@@ -400,6 +806,14 @@ def test_inert_values(inert, vit64, random_delta, run, error):
                 run(vit64, replace(delta, tensors=changed), images), run(vit64, delta, images)
             )
             assert difference > 1e-6 if alive else difference < 1e-13
+    elif what == "scale_before_a_norm":
+        for norm, alive in (("out", False), ("in", True), ("none", True)):
+            tuner = Bottleneck("tanh", bias=True, norm=norm, eps=1e-12)
+            w = random_weights(tuner, {"in": 48, "out": 48, "r": 3}, 1, torch.float64)
+            x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(2)).double()
+            twice = tuner.branch(x, {**w, "scale": 2 * w["scale"]})
+            difference = error(twice, tuner.branch(x, w))
+            assert difference > 0.5 if alive else difference < 1e-9
     else:
         delta = random_delta(vit64, lora(2, blocks=(2,)))
         full = run(vit64, delta, images)
@@ -418,9 +832,22 @@ def test_inert_values(inert, vit64, random_delta, run, error):
             handle.remove()
 
 
-@all_cases
-def test_settle_keeps_the_numbers(tuner, place, backbone, make, error):
-    delta = make(backbone, tuner, place)
+@vit_only
+def test_gradients_reach_every_tensor(case, backbone, make, sites_of):
+    """And none reaches the backbone."""
+    tuned = restore(backbone, make(), sites_of(backbone)).train()
+    tuned(backbone.example(2)).square().sum().backward()
+    for name, _, weights in tuned.parts():
+        for key, parameter in weights.items():
+            if key != "scale":
+                assert parameter.grad is not None, f"{name}/{key}"
+                assert parameter.grad.abs().max() > 0, f"{name}/{key}"
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+@full
+def test_settle_keeps_the_numbers(case, backbone, make, error):
+    delta = make()
     images = backbone.example(2)
     settled = [(b, b.tuner.settle(w)) for b, w in delta.weighted()]
     for branch, weights in settled:
@@ -430,9 +857,9 @@ def test_settle_keeps_the_numbers(tuner, place, backbone, make, error):
     assert error(forward(backbone, settled, images), stored) < 1e-14
 
 
-@pytest.mark.parametrize(("tuner", "place"), ONE_PLACE)
-def test_round_trip_through_a_file(tuner, place, backbone, make, run, tmp_path: Path):
-    delta = make(backbone, tuner, place)
+@full
+def test_round_trip_through_a_file(case, backbone, make, run, tmp_path: Path):
+    delta = make()
     save_delta(tmp_path / "a.safetensors", delta)
     loaded = load_delta(tmp_path / "a.safetensors")
     assert loaded.branches == delta.branches

@@ -19,9 +19,12 @@ from utune_deploy.merge.methods import (
     lora,
     prefix,
     serial_adapter,
+    shallow_prompt,
 )
 from utune_deploy.merge.parallel import joined
 from utune_deploy.merge.tuner import Branch, Point
+from utune_deploy.merge.tuners.prefix import Prefix
+from utune_deploy.merge.tuners.prompt import Prompt
 
 if TYPE_CHECKING:
     from utune_deploy.merge.backbone import Backbone
@@ -119,6 +122,27 @@ def test_a_delta_without_prompts_is_itself(vit, swin, random_delta, sites_of):
     for backbone in (vit, swin):
         delta = random_delta(backbone, lora(2), prefix(2))
         assert lower(backbone, delta, sites_of(backbone)) is delta
+
+
+def test_prompts_that_stay_are_tokens_still(vit64, random_delta, sites_of, run, error):
+    """From the second block on they depend on the image; those of one block are lowered beside them."""
+    shallow = random_delta(vit64, shallow_prompt(3), lora(2))
+    assert lower(vit64, shallow, sites_of(vit64)) is shallow
+    both = random_delta(vit64, shallow_prompt(3), deep_prompt(2, blocks=(1, 2)), lora(2), prefix(2))
+    lowered = lower(vit64, both, sites_of(vit64))
+    kept = [branch.tuner for branch in lowered.branches.values() if branch.tuner.join == "tokens"]
+    assert kept == [Prompt()]
+    images = vit64.example(2)
+    assert error(run(vit64, lowered, images), run(vit64, both, images)) < 1e-10
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_prompts_keep_their_softmax(joint, vit64, random_delta, sites_of, run, error):
+    delta = random_delta(vit64, deep_prompt(3, joint_softmax=joint), lora(2), prefix(2))
+    lowered = lower(vit64, delta, sites_of(vit64))
+    assert lowered.branches["blocks.1/prompt"].tuner == Prefix(joint_softmax=joint)
+    images = vit64.example(2)
+    assert error(run(vit64, lowered, images), run(vit64, delta, images)) < 1e-10
 
 
 def test_the_inputs_are_not_changed(vit64, random_delta, sites_of):

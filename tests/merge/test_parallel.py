@@ -13,25 +13,34 @@ from torch import nn
 from torch.nn import functional as F
 
 from utune_deploy.merge.attach import restore
-from utune_deploy.merge.attention import Attention, LongerKeys
+from utune_deploy.merge.attention import Attention, Crowd, LongerKeys
 from utune_deploy.merge.backbone import wrap
 from utune_deploy.merge.bank import Bank, fill_row, stack
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.methods import (
     bitfit,
+    bypass,
     deep_prompt,
     dual_adapter,
+    ia3,
+    lokr,
     lora,
+    norm_tuning,
+    oft,
     parallel_adapter,
     prefix,
     serial_adapter,
+    shallow_prompt,
+    side_tuning,
+    ssf,
 )
 from utune_deploy.merge.mixed import Mixed, Single
 from utune_deploy.merge.parallel import joined, submodule
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck
+from utune_deploy.merge.tuners.head import Head
 from utune_deploy.merge.tuners.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -47,7 +56,7 @@ def zoo(random_delta):
     """Tasks of unlike kinds, ranks, lengths and class counts on one backbone, lowered."""
 
     def zoo(backbone: Backbone) -> list[Delta]:
-        classifier = backbone.classifier
+        classifier = backbone.classifiers[0]
         lists = [
             [],
             [lora(4, alpha=8)],
@@ -66,8 +75,16 @@ def zoo(random_delta):
                 parallel_adapter(3, activation="silu"),
             ],
         ]
+        lists += [[ssf()], [ia3(), lora(2)], [oft(4), norm_tuning()], [lokr(2, 4)]]
         if classifier == "head":
-            lists += [[deep_prompt(3)], [deep_prompt(2, blocks=(0, 2)), lora(2)]]
+            lists += [
+                [deep_prompt(3)],
+                [deep_prompt(2, blocks=(0, 2)), lora(2)],
+                [shallow_prompt(2)],
+                [shallow_prompt(3, joint_softmax=False), lora(2), prefix(2)],
+                [deep_prompt(2, joint_softmax=False), bypass(2)],
+                [side_tuning(), shallow_prompt(1)],
+            ]
         return [
             random_delta(backbone, *methods, task=f"t{i}", classes=2 + i * 3 % 7, seed=i)
             for i, methods in enumerate(lists)
@@ -77,8 +94,8 @@ def zoo(random_delta):
 
 
 @pytest.fixture
-def host(family: str, request: pytest.FixtureRequest) -> Backbone:
-    return request.getfixturevalue(f"{family}64")
+def own(family: str, host) -> Backbone:
+    return host(family)
 
 
 @torch.no_grad()
@@ -109,28 +126,28 @@ def test_a_mixed_batch_is_every_task_alone(family, dtype, request, zoo, run, sit
         alone = run(backbone, tasks[number], images[row : row + 1])
         classes = alone.shape[1]
         assert error(together[row : row + 1, :classes], alone) < tolerance, tasks[number].task
-        assert (together[row, classes:] == torch.finfo(torch.float32).min).all()
+        assert (together[row, classes:] == Head.fill["bias"]).all()
     probabilities = together.softmax(-1)
     assert torch.allclose(probabilities.sum(-1), torch.ones(len(order), dtype=dtype))
 
 
 @families
-def test_single_is_tuned(family, host, zoo, run, sites_of, error):
-    images = host.example(3)
-    for task in zoo(host):
+def test_single_is_tuned(family, own, zoo, run, sites_of, error):
+    images = own.example(3)
+    for task in zoo(own):
         with torch.no_grad():
-            single = Single(host, stack([lower(host, task, sites_of(host))]))(images)
-        assert error(single, run(host, task, images)) < 1e-12, task.task
+            single = Single(own, stack([lower(own, task, sites_of(own))]))(images)
+        assert error(single, run(own, task, images)) < 1e-12, task.task
 
 
 @families
-def test_the_order_of_the_tasks_does_not_matter(family, host, zoo, sites_of, error):
-    tasks = [lower(host, task, sites_of(host)) for task in zoo(host)]
-    images = host.example(len(tasks))
-    straight = mixed(host, stack(tasks), images, list(range(len(tasks))))
+def test_the_order_of_the_tasks_does_not_matter(family, own, zoo, sites_of, error):
+    tasks = [lower(own, task, sites_of(own)) for task in zoo(own)]
+    images = own.example(len(tasks))
+    straight = mixed(own, stack(tasks), images, list(range(len(tasks))))
     order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(1)).tolist()
     turned = mixed(
-        host, stack([tasks[i] for i in order]), images, [order.index(i) for i in range(len(tasks))]
+        own, stack([tasks[i] for i in order]), images, [order.index(i) for i in range(len(tasks))]
     )
     for row, task in enumerate(tasks):
         classes = len(task.labels)
@@ -139,36 +156,36 @@ def test_the_order_of_the_tasks_does_not_matter(family, host, zoo, sites_of, err
 
 @families
 @pytest.mark.parametrize("garbage", [1e6, torch.nan, torch.inf])
-def test_rows_are_isolated_from_other_tasks(family, host, zoo, sites_of, garbage):
+def test_rows_are_isolated_from_other_tasks(family, own, zoo, sites_of, garbage):
     """Whatever other tasks hold, the answer is the same to the bit."""
-    bank = stack([lower(host, task, sites_of(host)) for task in zoo(host)])
-    images = host.example(4)
+    bank = stack([lower(own, task, sites_of(own)) for task in zoo(own)])
+    images = own.example(4)
     keep = 3
-    before = mixed(host, bank, images, [keep] * 4)
+    before = mixed(own, bank, images, [keep] * 4)
     spoiled = {}
     for name, tensor in bank.tensors.items():
         spoiled[name] = torch.full_like(tensor, garbage)
         spoiled[name][keep] = tensor[keep]
-    after = mixed(host, replace(bank, tensors=spoiled), images, [keep] * 4)
+    after = mixed(own, replace(bank, tensors=spoiled), images, [keep] * 4)
     assert torch.equal(after, before)
 
 
 @families
-def test_a_row_does_not_see_its_neighbours(family, host, zoo, sites_of):
+def test_a_row_does_not_see_its_neighbours(family, own, zoo, sites_of):
     """Another task, another image, or nonsense in the other rows: the same to the bit."""
-    bank = stack([lower(host, task, sites_of(host)) for task in zoo(host)])
-    images = host.example(3)
-    before = mixed(host, bank, images, [1, 4, 6])[1]
+    bank = stack([lower(own, task, sites_of(own)) for task in zoo(own)])
+    images = own.example(3)
+    before = mixed(own, bank, images, [1, 4, 6])[1]
     other = images.clone()
     other[[0, 2]] = 7.0
-    assert torch.equal(mixed(host, bank, other, [9, 4, 8])[1], before)
-    assert torch.equal(mixed(host, bank, images, [-1, 4, 99])[1], before)
+    assert torch.equal(mixed(own, bank, other, [9, 4, 8])[1], before)
+    assert torch.equal(mixed(own, bank, images, [-1, 4, 99])[1], before)
 
 
 @families
-def test_a_task_that_is_not_in_the_bank_answers_nan(family, host, random_delta):
-    bank = stack([random_delta(host, lora(2), task="a"), random_delta(host, prefix(2), task="b")])
-    logits = mixed(host, bank, host.example(5), [0, -1, 1, 2, 10**12])
+def test_a_task_that_is_not_in_the_bank_answers_nan(family, own, random_delta):
+    bank = stack([random_delta(own, lora(2), task="a"), random_delta(own, prefix(2), task="b")])
+    logits = mixed(own, bank, own.example(5), [0, -1, 1, 2, 10**12])
     assert logits.isnan().all(1).tolist() == [False, True, False, True, True]
     assert logits[[0, 2]].isfinite().all()
 
@@ -192,39 +209,39 @@ def test_a_bank_given_from_outside(vit64, random_delta, run, error):
 
 
 @families
-def test_nothing_stays_behind(family, host, zoo, sites_of, run):
-    images = host.example(2)
+def test_nothing_stays_behind(family, own, zoo, sites_of, run):
+    images = own.example(2)
     with torch.no_grad():
-        before = host.model(images)
-    state = {name: t.clone() for name, t in host.model.state_dict().items()}
-    tasks = zoo(host)
+        before = own.model(images)
+    state = {name: t.clone() for name, t in own.model.state_dict().items()}
+    tasks = zoo(own)
     for task in tasks:
-        run(host, task, images)
-    mixed(host, stack([lower(host, t, sites_of(host)) for t in tasks]), images, [9, 3])
-    assert hooks(host.model) == 0
+        run(own, task, images)
+    mixed(own, stack([lower(own, t, sites_of(own)) for t in tasks]), images, [9, 3])
+    assert hooks(own.model) == 0
     assert modes() == 0
     with torch.no_grad():
-        assert torch.equal(host.model(images), before)
-    assert all(torch.equal(t, state[name]) for name, t in host.model.state_dict().items())
+        assert torch.equal(own.model(images), before)
+    assert all(torch.equal(t, state[name]) for name, t in own.model.state_dict().items())
 
 
 @families
 @pytest.mark.parametrize("inside", ["attn.proj", "attn", "mlp.fc2", "norm1"])
 def test_nothing_stays_behind_when_the_forward_raises(
-    family, inside, host, zoo, sites_of, monkeypatch
+    family, inside, own, zoo, sites_of, monkeypatch
 ):
-    task = zoo(host)[-1 if family == "vit" else 9]
+    task = zoo(own)[-5 if family == "vit" else 9]
     block = "blocks.1" if family == "vit" else "layers.0.blocks.1"
-    module = host.model.get_submodule(f"{block}.{inside}")
-    images = host.example(2)
+    module = own.model.get_submodule(f"{block}.{inside}")
+    images = own.example(2)
     with torch.no_grad():
-        before = host.model(images)
+        before = own.model(images)
 
     def stop(*_, **__):
         raise RuntimeError("stopped on purpose")
 
-    tuned = restore(host, task, sites_of(host))
-    bank = Mixed(host, stack([lower(host, task, sites_of(host))]))
+    tuned = restore(own, task, sites_of(own))
+    bank = Mixed(own, stack([lower(own, task, sites_of(own))]))
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(module, "forward", stop)
         for call in (
@@ -233,10 +250,10 @@ def test_nothing_stays_behind_when_the_forward_raises(
         ):
             with pytest.raises(RuntimeError, match="on purpose"):
                 call()
-            assert hooks(host.model) == 0
+            assert hooks(own.model) == 0
             assert modes() == 0
     with torch.no_grad():
-        assert torch.equal(host.model(images), before)
+        assert torch.equal(own.model(images), before)
 
 
 def test_nothing_stays_behind_when_a_module_is_missing(vit64):
@@ -272,6 +289,30 @@ def test_gradients_reach_the_branches_and_not_the_backbone(vit, random_delta, si
     assert all(p.grad is None for p in tuned.trunk.parameters())
     scales = sum("scale" in w for w in tuned.weights)
     assert len(list(tuned.trainable())) == sum(len(w) for w in tuned.weights) - scales
+
+
+@pytest.mark.parametrize("family", ["dinov3", "eva", "beit", "swinv2", "deit"])
+def test_layers_that_are_read_meet_every_branch_at_once(
+    family, host, random_delta, run, sites_of, error
+):
+    """Branches on a weight that its parent reads, together with those of the attention around it."""
+    backbone = host(family)
+    extra = [] if family == "swinv2" else [prefix(2)]
+    tasks = [
+        random_delta(backbone, *methods, task=f"t{i}", classes=2 + i, seed=i)
+        for i, methods in enumerate(
+            [[], [lora(2), ssf(), *extra], [oft(4), lokr(2, 4), ia3()], [*extra, lora(3)]]
+        )
+    ]
+    bank = stack([lower(backbone, task, sites_of(backbone)) for task in tasks])
+    images = backbone.example(5)
+    order = [3, 1, 0, 2, 1]
+    together = mixed(backbone, bank, images, order)
+    for row, number in enumerate(order):
+        alone = run(backbone, tasks[number], images[row : row + 1])
+        assert error(together[row : row + 1, : alone.shape[1]], alone) < 1e-12
+    assert hooks(backbone.model) == 0
+    assert modes() == 0
 
 
 # Order
@@ -460,7 +501,7 @@ def test_attention_arguments():
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5)
     assert torch.allclose(call.run(), wanted, atol=1e-7)
     with pytest.raises(UsageError, match="causal"):
-        LongerKeys([], None).attend(Attention.of((q, k, v, None, 0.0, True), {}))
+        LongerKeys([], None, Crowd(None)).attend(Attention.of((q, k, v, None, 0.0, True), {}))
 
 
 @pytest.mark.parametrize("rows", [None, 2])

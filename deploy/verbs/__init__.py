@@ -4,7 +4,9 @@ GROUPS = {
     "Make": {
         "import": "Read another project's checkpoint as a delta.",
         "merge": "Fold a task into the frozen weights, exactly or not at all.",
+        "combine": "Combine several tasks of one backbone into one, in the weights.",
         "export": "Build one engine for one or many tasks, check it, write a bundle.",
+        "export-peft": "Write a task as a LoRA adapter of Hugging Face PEFT.",
         "add": "Add tasks to a bundle without a rebuild.",
         "check": "Hold a bundle to torch, claim by claim.",
     },

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, BackboneChoice, backbone_options, force_option, json_option
+from ..options import (
+    PATH,
+    BackboneChoice,
+    backbone_options,
+    force_option,
+    json_option,
+    setting,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,11 +26,19 @@ if TYPE_CHECKING:
 @click.option(
     "--from",
     "source",
-    type=click.Choice(["modelscope", "peft"]),
+    type=click.Choice(["modelscope", "vpetl", "peft", "swift", "timm"]),
     required=True,
-    help="modelscope: vision_efficient_tuning (U-Tuning). peft: a LoRA adapter folder.",
+    help="modelscope: vision_efficient_tuning (U-Tuning). vpetl: PATT, AdaptFormer, BAPAT. peft: an adapter "
+    "folder. swift: an ms-swift folder. timm: a whole fine-tuned checkpoint.",
 )
 @click.option("--task", required=True, help="The task's name.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="What the file does not say of itself, asked for by name when missing; repeatable.",
+)
 @click.option("--labels", type=PATH, help="Class names, one per line; numbered if not given.")
 @backbone_options
 @click.option("-o", "--output", type=PATH, required=True, help="The delta (.safetensors).")
@@ -35,6 +50,7 @@ def command(
     file: Path,
     source: str,
     task: str,
+    settings: tuple[str, ...],
     labels: Path | None,
     choice: BackboneChoice,
     output: Path,
@@ -44,6 +60,10 @@ def command(
     """Read the tuners and the head in FILE and write them as a delta of the backbone.
 
     Tuners are found by their keys. What cannot be carried is refused by name; nothing in FILE is run.
+
+    Settings that some files lack: vpetl att_prefix_mode, att_prefix_scale, ffn_option,
+    ffn_adapter_scalar, ffn_adapter_layernorm_option; swift order, lora_alpha, enable_lora, head; timm rank
+    or energy (the best low-rank LoRA instead of the full difference) and ema.
     """
     from ...merge.delta import require_backbone, save_delta
     from ...merge.errors import UsageError
@@ -58,17 +78,25 @@ def command(
             raise UsageError("there is no such file of labels", where=labels)
         names = [line for line in labels.read_text().splitlines() if line.strip()]
     backbone = choice.load()
-    foreign = read(source, file, backbone)
+    foreign = read(source, file, backbone, dict(map(setting, settings)))
     delta = foreign.delta(task, backbone, labels=names)
     require_backbone(delta, backbone, measure(backbone), where=file)
     save_delta(output, delta, force=force)
     kinds = sorted({name.rpartition("/")[2] for name in delta.branches})
-    found = {"delta": str(output), "task": task, "branches": len(delta.branches), "kinds": kinds}
+    found = {
+        "delta": str(output),
+        "task": task,
+        "branches": len(delta.branches),
+        "kinds": kinds,
+        "notes": foreign.notes,
+    }
     if as_json:
         console.json(found)
     else:
         console.result(
             f"wrote {output}: task {task}, {len(delta.labels)} classes, {', '.join(kinds)}"
         )
+        for name, note in foreign.notes.items():
+            console.result(f"  {name}: {note}")
     if names is None and foreign.labels is None:
         console.say("note: the classes are numbered; --labels FILE names them")

@@ -22,6 +22,7 @@ from utune_deploy.merge import methods
 from utune_deploy.merge.bank import fill_row, stack
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
 from utune_deploy.merge.lower import lower
+from utune_deploy.merge.tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from utune_deploy.merge.delta import Delta
 
 TOLERANCE = 2e-5  # of the largest logit: three blocks in float32, two summation orders
-LOWEST = np.finfo(np.float32).min
+LOWEST = np.float32(NO_CLASS)
 STEPS = ["measure", "trace", "rewrite", "serialise", "check", "write", "done"]
 
 
@@ -168,7 +169,7 @@ def test_the_bank_of_inputs_is_not_in_the_engine(bundles: Callable[[str], Bundle
         ("prompt", methods.deep_prompt(3)),
         ("prompt", methods.deep_prompt(1)),
         ("prefix", methods.prefix(1)),
-        ("probe", []),
+        ("probe", methods.together()),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ The tests of serving run without torch, so torch is imported by the fixtures tha
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,42 @@ SWIN = (
         "num_classes": 6,
     },
 )
+SEQUENCE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": VIT,
+    "dinov3": ("vit_small_patch16_dinov3", SEQUENCE),
+    "eva": ("eva02_tiny_patch14_224", SEQUENCE),
+    "beit": ("beit_base_patch16_224", SEQUENCE),
+    "deit": ("deit_tiny_distilled_patch16_224", SEQUENCE),
+    "swin": SWIN,
+    "swinv2": (
+        "swinv2_tiny_window8_256",
+        {
+            "img_size": 64,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+        },
+    ),
+    "convnext": (
+        "convnext_tiny",
+        {
+            "depths": [1, 1, 1, 2],
+            "dims": [8, 16, 24, 32],
+            "pretrained_cfg_overlay": {"input_size": [3, 64, 64]},
+        },
+    ),
+    "resnet": (
+        "resnet18",
+        {
+            "layers": [1, 1, 1, 2],
+            "channels": [8, 16, 24, 32],
+            "pretrained_cfg_overlay": {"input_size": [3, 64, 64]},
+        },
+    ),
+}
+"""One small backbone per family of architectures: name and arguments of timm."""
 
 
 def _fill(model: nn.Module, seed: int) -> None:
@@ -59,6 +96,11 @@ def _fill(model: nn.Module, seed: int) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_(0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def _backbone(architecture: str, arguments: Mapping[str, Any], seed: int) -> Backbone:
@@ -105,6 +147,29 @@ def swin64(swin: Backbone) -> Backbone:
 
 
 @pytest.fixture(scope="session")
+def host(
+    vit: Backbone, swin: Backbone, vit64: Backbone, swin64: Backbone
+) -> Callable[..., Backbone]:
+    """A small backbone of a family: `(family, double=True) -> Backbone`, once per family."""
+    made = {
+        ("vit", False): vit,
+        ("vit", True): vit64,
+        ("swin", False): swin,
+        ("swin", True): swin64,
+    }
+
+    def host(family: str, *, double: bool = True) -> Backbone:
+        if (family, False) not in made:
+            architecture, arguments = FAMILIES[family]
+            made[family, False] = _backbone(architecture, {**arguments, "num_classes": 7}, seed=3)
+        if (family, double) not in made:
+            made[family, True] = _double(made[family, False])
+        return made[family, double]
+
+    return host
+
+
+@pytest.fixture(scope="session")
 def sites_of() -> Callable[[Backbone], Sites]:
     """`measure`, once per backbone."""
     from utune_deploy.merge.sites import measure
@@ -122,22 +187,32 @@ def sites_of() -> Callable[[Backbone], Sites]:
 
 @pytest.fixture(scope="session")
 def random_weights() -> Callable[..., dict[str, Tensor]]:
-    """Random tensors for a tuner: `(tuner, sizes, seed, dtype) -> {name: tensor}`."""
+    """Random tensors for a tuner: `(tuner, sizes, seed, dtype) -> {name: tensor}`.
+
+    `sizes` are those of the symbols; the factors `c` and `d` of channels follow from `out` and `in`.
+    """
     import torch
 
     def random_weights(
         tuner: Any, sizes: Mapping[str, int], seed: int = 0, dtype: Any = torch.float32
     ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
+        if hasattr(tuner, "columns"):
+            factors = {"c": sizes["out"] // tuner.rows, "d": sizes["in"] // tuner.columns}
+            sizes = {**factors, **sizes}
         weights = {}
         for name, axes in tuner.shapes.items():
-            shape = [sizes[axis] for axis in axes]
+            shape = [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
             if not shape:
                 noise = 0.5 + noise.abs()
             elif len(shape) == 2 and axes[1] == "in":
                 noise = noise * 1.5 * sizes["in"] ** -0.5
-            weights[name] = (noise if len(shape) != 1 else 0.5 * noise).to(dtype)
+            elif isinstance(axes[-1], int) or axes[-1] in ("in", "d"):
+                noise = noise * math.prod(shape[1:] if len(shape) != 3 else shape[2:]) ** -0.5
+            elif len(shape) == 1:
+                noise = 0.5 * noise
+            weights[name] = noise.to(dtype)
         return weights
 
     return random_weights

@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits as pictures, and six questions to ask of them.
+"""Scikit-learn's 1,797 handwritten digits as pictures, and seven questions to ask of them.
 
 The pictures are 8x8 grey levels from 0 to 16 (UCI "Optical Recognition of Handwritten Digits") and
 come with scikit-learn, so that nothing is downloaded. The test split is every fourth picture of
@@ -92,10 +92,17 @@ def _four_views(image: Image.Image, digit: int) -> list[tuple[Image.Image, int]]
     return [(turned, turn) for turn, turned in enumerate(quarters(image))]
 
 
+def _both_sides(image: Image.Image, digit: int) -> list[tuple[Image.Image, int]]:
+    if digit not in ONE_SIDED:
+        return []
+    return [(image, 0), (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 1)]
+
+
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 DIGITS = tuple("0123456789")
 LOOPS = (1, 0, 0, 0, 0, 0, 1, 0, 2, 1)  # by digit, as it is usually written
 ONE_WAY_UP = (3, 4, 6, 7)  # 0, 1, 2, 5 and 8 look alike upside down, and a 9 is a turned 6
+ONE_SIDED = (2, 3, 4, 5, 6, 7, 9)  # 0, 1 and 8 look alike in a mirror
 
 TASKS = {
     task.name: task
@@ -120,6 +127,9 @@ TASKS = {
         Task(
             "quarter", "By how many degrees was it turned to the left?",
             ("0", "90", "180", "270"), _four_views,
+        ),
+        Task(
+            "mirrored", "Is it a mirror image?", ("as-written", "mirrored"), _both_sides,
         ),
     )
 }  # fmt: skip

@@ -110,7 +110,7 @@ def main() -> None:
     refused = RUNS / "parity-merged.safetensors"
     run("merge", delta(deltas, "parity"), *weights, "-o", relative(refused), expect=2)
 
-    title("2  Export one engine for six tasks of six kinds")
+    title(f"2  Export one engine for {len(TASKS)} tasks, each tuned in another way")
     bundle = RUNS / "digits"
     run(
         "export", *deltas, *weights, "-o", relative(bundle), "--images", relative(pictures),

@@ -1,4 +1,4 @@
-"""Train a small backbone on one part of the digits, freeze it, and give it six tasks by six tuners.
+"""Train a small backbone on one part of the digits, freeze it, and tune it for seven tasks in seven ways.
 
     python examples/digits/train.py
 
@@ -32,6 +32,7 @@ from utune_deploy.merge.attach import Tuned, attach
 from utune_deploy.merge.backbone import Backbone, create, load, save
 from utune_deploy.merge.delta import save_delta
 from utune_deploy.merge.methods import (
+    bapat,
     bitfit,
     deep_prompt,
     dual_adapter,
@@ -41,12 +42,12 @@ from utune_deploy.merge.methods import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from data import Split
     from torch import Tensor, nn
 
-    from utune_deploy.merge.methods import EveryBias, Planting
+    from utune_deploy.merge.methods import Method
 
 HERE = Path(__file__).resolve().parent
 COMMAND = "python examples/digits/train.py"
@@ -66,14 +67,14 @@ class Recipe:
 
     Attributes:
         method: As it is called, for the reader of a delta.
-        plantings: What `attach` plants.
+        plants: What `attach` is given.
         rate: Peak learning rate.
         epochs: Passes over the task's training pictures.
         wobble: See `wobbled`.
     """
 
     method: str
-    plantings: Sequence[Planting | EveryBias]
+    plants: Method
     rate: float
     epochs: int
     wobble: float
@@ -86,6 +87,7 @@ RECIPES = {
     "rotated": Recipe("bitfit()", bitfit(), 1e-2, 16, 0.08),
     "at-least-five": Recipe("deep_prompt(16)", deep_prompt(16), 1e-1, 16, 0.06),
     "quarter": Recipe("serial_adapter(8)", serial_adapter(8), 1e-2, 8, 0.06),
+    "mirrored": Recipe("bapat(8, 8)", bapat(8, 8, scale=1.0), 1e-2, 16, 0.06),
 }
 
 
@@ -193,7 +195,7 @@ def probe(backbone: Backbone, images: Tensor, classes: Tensor, count: int) -> Tu
     """
     tuned = attach(backbone, classes=count)
     inputs: list[Tensor] = []
-    head = backbone.model.get_submodule(backbone.classifier)
+    head = backbone.model.get_submodule(backbone.classifiers[0])
     handle = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     logits(backbone.model, images)
     handle.remove()
@@ -226,7 +228,7 @@ def tune(
 ) -> tuple[Tuned, list[float]]:
     """A tuned model whose head starts from the probe's, and the mean loss of each epoch."""
     (head,) = start.weights
-    tuned = attach(backbone, recipe.plantings, classes=len(head["bias"]), seed=seed)
+    tuned = attach(backbone, recipe.plants, classes=len(head["bias"]), seed=seed)
     with torch.no_grad():
         for name, value in tuned.head.items():
             value.copy_(head[name])

@@ -1,7 +1,8 @@
 """SHELF: readers of checkpoints that other projects write. Each finds its tuners by their keys.
 
 A reader turns a file into branches on a given backbone. What it cannot carry it refuses by name;
-frozen tensors that differ from the backbone's abort with their names.
+frozen tensors that differ from the backbone's abort with their names; what the file does not say is asked
+for by name.
 """
 
 from __future__ import annotations
@@ -11,33 +12,46 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from .modelscope import read_modelscope
 from .peft import read_peft
+from .settings import Settings
+from .swift import read_swift
+from .timm import read_timm
+from .vpetl import read_vpetl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from ..backbone import Backbone
     from .foreign import Foreign
 
-IMPORTERS: dict[str, Callable[[Path, Backbone], Foreign]] = {
+IMPORTERS: dict[str, Callable[[Path, Backbone, Settings], Foreign]] = {
     "modelscope": read_modelscope,
+    "vpetl": read_vpetl,
     "peft": read_peft,
+    "swift": read_swift,
+    "timm": read_timm,
 }
 
 
-def read(source: str, path: Path, backbone: Backbone) -> Foreign:
+def read(
+    source: str, path: Path, backbone: Backbone, settings: Mapping[str, str] | None = None
+) -> Foreign:
     """The branches of a foreign checkpoint.
 
     Args:
         source: A key of `IMPORTERS`.
         path: The checkpoint.
         backbone: The frozen backbone that it was trained on.
+        settings: What the file does not say, by name.
 
     Raises:
-        UsageError: No such source, or no such file.
+        UsageError: No such source or file; a setting that is missing, unreadable or unknown.
         IncompatibleArtefact: The file is unsafe, malformed, of another backbone, or holds a tuner
             that cannot be carried.
     """
     if source not in IMPORTERS:
         raise UsageError("unknown source", wanted=f"one of {sorted(IMPORTERS)}", found=source)
-    return IMPORTERS[source](path, backbone)
+    given = Settings(settings)
+    foreign = IMPORTERS[source](path, backbone, given)
+    given.require_used()
+    return foreign

@@ -34,6 +34,7 @@ class Foreign:
         tensors: Stored tensors by name.
         labels: Class names, if the file has them.
         preprocessing: The source's own, where it differs from timm's for the backbone.
+        notes: What a person should know of the reading: settings that were used, truncation errors.
     """
 
     source: str
@@ -41,15 +42,18 @@ class Foreign:
     tensors: dict[str, Weights] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def plant(self, name: str, branch: Branch, tensors: Weights) -> None:
         """Add a branch."""
         self.branches[name] = branch
         self.tensors[name] = tensors
 
-    def plant_head(self, backbone: Backbone, weight: Tensor, bias: Tensor | None) -> None:
-        """Add the classifier; without a bias it gets zeros, which is the same."""
-        name, branch = head_branch(backbone.classifier)
+    def plant_head(
+        self, backbone: Backbone, weight: Tensor, bias: Tensor | None, classifier: int = 0
+    ) -> None:
+        """Add a classifier, by default the first; without a bias it gets zeros, which is the same."""
+        name, branch = head_branch(backbone.classifiers[classifier])
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         self.plant(name, branch, {"weight": weight, "bias": bias})
 
@@ -76,12 +80,53 @@ class Foreign:
             backbone=backbone.identity,
             branches=self.branches,
             tensors=self.tensors,
-            provenance={"imported from": self.source, **(provenance or {})},
+            provenance={"imported from": self.source, **self.notes, **(provenance or {})},
         )
 
 
-def read_pickle(path: Path) -> Any:
+def differing(
+    path: Path, backbone: Backbone, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The frozen tensors that a checkpoint holds with other values: its own and the backbone's.
+
+    The classifier is left out. A checkpoint that saves the trunk has all of it.
+
+    Raises:
+        IncompatibleArtefact: One is missing, or has another shape.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    strange = []
+    for name, frozen in backbone.model.state_dict().items():
+        if backbone.is_classifier(name):
+            continue
+        own = tensors.get(name)
+        if own is None or own.shape != frozen.shape:
+            strange.append(name)
+        elif not torch.equal(own.double(), frozen.double()):
+            found[name] = own, frozen
+    if strange:
+        raise other_backbone(path, backbone, strange)
+    return found
+
+
+def other_backbone(path: Path, backbone: Backbone, names: Sequence[str]) -> IncompatibleArtefact:
+    """The error of frozen tensors that are not the backbone's."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return IncompatibleArtefact(
+        "frozen tensors are not the backbone's",
+        where=path,
+        wanted=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
+        found=", ".join(names[:5]) + more,
+        do="load the backbone that it was trained on",
+    )
+
+
+def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     """A torch checkpoint, tensors and plain containers only; no code in it is run.
+
+    Args:
+        path: The file.
+        allowed: Further classes, whose making runs no code of the file.
 
     Raises:
         UsageError: There is no such file.
@@ -92,7 +137,8 @@ def read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what fails is raised
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(allowed)):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as cause:
         raise IncompatibleArtefact(
             "the checkpoint holds objects that would run code when loaded",

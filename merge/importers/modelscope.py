@@ -2,50 +2,52 @@
 
 Two layouts: a hub file with `backbone_weight` and `head_weight`, and a trainer's flat state dict with
 `model.backbone.*` and `model.head.*`. Tuners are found by their keys, whatever combination there is:
-adapter (serial behind the FFN, GELU), LoRA on qkv (scale 1), prefix, deep prompts, and biases that
-differ from the frozen ones (BitFit).
+adapter (serial behind the FFN, GELU), LoRA on qkv (scale 1), prefix, prompts (deep, shallow, of unequal
+lengths), side networks, and biases that differ from the frozen ones (BitFit).
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ..errors import IncompatibleArtefact
 from ..preprocessing import Preprocessing
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prefix import Prefix
-from ..tuners.prompt import Prompt
-from .foreign import Foreign, read_pickle, refuse
+from .foreign import Foreign, differing, other_backbone, read_pickle, refuse
+from .prompts import plant_prompts
+from .side_tuning import plant_side_network
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ..backbone import Backbone
+    from .settings import Settings
 
 CROP = 224 / 256  # its pipeline resizes to 256 and cuts 224, with ImageNet's mean and deviation
 WRAPPERS = ("module.", "model.")  # of distributed training, of the trainer
 ADAPTER = ("adapter.ln1.weight", "adapter.ln1.bias", "adapter.ln2.weight", "adapter.ln2.bias")
 LORA = ("attn.lora.lora_a.weight", "attn.lora.lora_b.weight")
 PREFIX = ("attn.prefix.prefix_key", "attn.prefix.prefix_value")
-PROMPT = ("prompt.prompt_token",)
+PROMPT = "prompt.prompt_token"
+SIDE = "sidetune."
 
 
-def read_modelscope(path: Path, backbone: Backbone) -> Foreign:
+def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     """Branches of a modelscope checkpoint.
 
     Raises:
-        IncompatibleArtefact: No modelscope checkpoint, another backbone, SideTune or shallow prompts.
+        IncompatibleArtefact: No modelscope checkpoint, another backbone, or prompts that overwrite
+            image tokens or enter a pooled mean.
     """
     trunk, head, labels = _parts(path, read_pickle(path))
-    frozen = backbone.model.state_dict()
     found = Foreign(
         "modelscope vision_efficient_tuning",
         labels=labels,
@@ -53,15 +55,18 @@ def read_modelscope(path: Path, backbone: Backbone) -> Foreign:
             backbone.image_size, "bilinear", CROP, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         ),
     )
-    known = _biases(path, backbone, frozen, trunk, found)
-    if side := sorted(key for key in trunk if key.startswith("sidetune.")):
-        raise refuse(path, "side networks cannot be read yet", found=f"{side[0]}, ...")
+    known = set(backbone.model.state_dict())
+    _biases(path, backbone, trunk, found)
     places = blocks(backbone.model)
-    _refuse_shallow(path, backbone, trunk, places)
+    known |= _prompts(path, backbone, trunk, places, found)
     for block in places:
         known |= _block(path, backbone, trunk, block, found)
-    classifier = f"{backbone.classifier}."
-    if left := sorted(k for k in trunk if k not in known and not k.startswith(classifier)):
+    side = {k.removeprefix(SIDE): v for k, v in trunk.items() if k.startswith(SIDE)}
+    if side:
+        plant_side_network(path, backbone, side, found)
+        known |= {f"{SIDE}{name}" for name in side}
+    left = sorted(k for k in trunk if k not in known and not backbone.is_classifier(k))
+    if left:
         raise refuse(
             path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
         )
@@ -74,9 +79,12 @@ def _parts(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
     """Trunk and head tensors by their names inside, and class names."""
     if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
+        trunk, head = (
+            {_unwrapped(key): value for key, value in (saved.get(part) or {}).items()}
+            for part in ("backbone_weight", "head_weight")
+        )
         classes = saved.get("CLASSES")
-        labels = tuple(map(str, classes)) if classes else None
-        return dict(saved["backbone_weight"]), dict(saved.get("head_weight") or {}), labels
+        return trunk, head, tuple(map(str, classes)) if classes else None
     flat = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
     flat = {_unwrapped(key): value for key, value in flat.items() if isinstance(value, Tensor)}
     trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
@@ -97,66 +105,38 @@ def _unwrapped(key: str) -> str:
     return key
 
 
-def _biases(
+def _biases(path: Path, backbone: Backbone, trunk: Mapping[str, Tensor], found: Foreign) -> None:
+    """Shifts beside the biases that differ; every other frozen tensor must be the backbone's."""
+    changed = differing(path, backbone, trunk)
+    if strange := [name for name in changed if not name.endswith(".bias")]:
+        raise other_backbone(path, backbone, strange)
+    for name, (own, frozen) in changed.items():
+        module = name.removesuffix(".bias")
+        point = Point(module, "output")
+        shift = own.double() - frozen.double()  # float64 holds it well enough to give it back
+        found.plant(f"{module}/bias", Branch(Bias(), point, point), {"shift": shift})
+
+
+def _prompts(
     path: Path,
     backbone: Backbone,
-    frozen: dict[str, Tensor],
-    trunk: dict[str, Tensor],
+    trunk: Mapping[str, Tensor],
+    places: Sequence[str],
     found: Foreign,
 ) -> set[str]:
-    """Shifts beside the biases that differ; every other frozen tensor must be the backbone's."""
-    known, strange = set(), []
-    for name, tensor in frozen.items():
-        if name.startswith(f"{backbone.classifier}."):
-            continue
-        own = trunk.get(name)
-        known.add(name)
-        if own is None or own.shape != tensor.shape:
-            strange.append(name)
-        elif not torch.equal(own.double(), tensor.double()):
-            if not name.endswith(".bias"):
-                strange.append(name)
-                continue
-            module = name.removesuffix(".bias")
-            point = Point(module, "output")
-            shift = (
-                own.double() - tensor.double()
-            )  # float64 holds it exactly enough to give it back
-            found.plant(f"{module}/bias", Branch(Bias(), point, point), {"shift": shift})
-    if strange:
-        raise IncompatibleArtefact(
-            "frozen tensors are not the backbone's",
-            where=path,
-            wanted=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
-            found=", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if strange[5:] else ""),
-            do="load the backbone that it was trained on",
-        )
-    return known
-
-
-def _refuse_shallow(
-    path: Path, backbone: Backbone, trunk: dict[str, Tensor], places: list[str]
-) -> None:
-    """Prompts that a later block does not replace go on as ordinary tokens: no constant prefix."""
-    lengths = [
-        trunk[key].shape[1] if (key := f"{block}.{PROMPT[0]}") in trunk else 0 for block in places
-    ]
-    if any(lengths) and len(set(lengths)) > 1:
-        raise refuse(
-            path, "shallow or unequal prompts cannot be carried yet", found=f"lengths {lengths}",
-            do="wanted: prompts of one length in every block",
-        )  # fmt: skip
-    if any(lengths) and getattr(backbone.model, "global_pool", "token") != "token":
-        raise refuse(
-            path, "prompts enter the pooled mean here", found="average pooling",
-            do="wanted: a backbone that pools its class token",
-        )  # fmt: skip
+    keys = {
+        number: f"{block}.{PROMPT}"
+        for number, block in enumerate(places)
+        if f"{block}.{PROMPT}" in trunk
+    }
+    plant_prompts(path, backbone, {n: trunk[key][0] for n, key in keys.items()}, places, found)
+    return set(keys.values())
 
 
 def _block(
     path: Path, backbone: Backbone, trunk: dict[str, Tensor], block: str, found: Foreign
 ) -> set[str]:
-    """The tuners of one block, in the order in which modelscope applies them."""
+    """The other tuners of one block, in the order in which modelscope applies them."""
     known: set[str] = set()
 
     def take(names: tuple[str, ...]) -> list[Tensor] | None:
@@ -170,9 +150,6 @@ def _block(
         known.update(keys)
         return [trunk[key] for key in keys]
 
-    if tensors := take(PROMPT):
-        point = Point(block, "tokens")
-        found.plant(f"{block}/prompt", Branch(Prompt(), point, point), {"token": tensors[0][0]})
     if tensors := take(LORA):
         qkv = f"{block}.attn.qkv"
         branch = Branch(
@@ -204,16 +181,13 @@ def _behind_ffn(model: nn.Module, block: str) -> Point:
 def _head(
     path: Path,
     backbone: Backbone,
-    trunk: dict[str, Tensor],
-    head: dict[str, Tensor],
+    trunk: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
     found: Foreign,
 ) -> None:
     """The classifier; where backbone and model each have one, their product."""
-    inner = {
-        re.sub(rf"^{re.escape(backbone.classifier)}\.", "", key): value
-        for key, value in trunk.items()
-        if key.startswith(f"{backbone.classifier}.")
-    }
+    classifier = f"{backbone.classifiers[0]}."
+    inner = {k.removeprefix(classifier): v for k, v in trunk.items() if k.startswith(classifier)}
     outer = {key.removeprefix("fc."): value for key, value in head.items()}
     if not inner and not outer:
         raise refuse(

@@ -1,0 +1,78 @@
+"""Adapters of Hugging Face PEFT: a folder with `adapter_config.json` and its tensors.
+
+Every kind is reduced exactly to branches of the law; products and differences are taken in float64. A
+layer whose weight is read by the module around it (`qkv` of timm's EVA, BEiT and Swin V2) is meant as
+PEFT merges it: while PEFT runs unmerged, its adapter of such a layer does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import IncompatibleArtefact
+from .adapter import Adapter
+from .ia3 import read_ia3
+from .lora import read_adalora, read_lora, read_vera
+from .lycoris import read_loha, read_lokr
+from .orthogonal import read_boft, read_oft
+from .saved import read_heads, read_ln_tuning, read_saved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ...backbone import Backbone
+    from ..foreign import Foreign
+    from ..settings import Settings
+
+KINDS: dict[str, Callable[[Adapter], None]] = {
+    "LORA": read_lora,
+    "ADALORA": read_adalora,
+    "VERA": read_vera,
+    "LOHA": read_loha,
+    "LOKR": read_lokr,
+    "IA3": read_ia3,
+    "OFT": read_oft,
+    "BOFT": read_boft,
+    "LN_TUNING": read_ln_tuning,
+}
+PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "CARTRIDGE",
+)
+
+
+def read_peft(path: Path, backbone: Backbone, settings: Settings | None = None) -> Foreign:
+    """Branches of a PEFT adapter.
+
+    Args:
+        path: The adapter's folder.
+        backbone: The frozen backbone that it was trained on.
+        settings: Not asked for: the folder says everything.
+
+    Raises:
+        UsageError: The folder lacks a file.
+        IncompatibleArtefact: A kind, variant or layer that cannot be carried, a tensor of no known place or
+            of the wrong shape, or no head.
+    """
+    adapter = Adapter.open(path, backbone)
+    kind = str(adapter.config["peft_type"])
+    if kind not in KINDS:
+        raise IncompatibleArtefact(
+            "this kind of PEFT adapter cannot be carried",
+            where=path,
+            wanted=f"one of {', '.join(KINDS)}",
+            found=kind,
+            do="train prefixes or deep prompts here: PEFT's stand in front of text"
+            if kind in PROMPTS
+            else "merge it into the weights with PEFT (merge_and_unload) as a backbone of its own",
+        )
+    adapter.load()
+    KINDS[kind](adapter)
+    read_saved(adapter)
+    read_heads(adapter)
+    return adapter.found

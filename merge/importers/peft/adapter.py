@@ -1,0 +1,219 @@
+"""A PEFT adapter folder: its configuration, its tensors, and who has read which of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import Seam
+from ...backbone import read_tensors
+from ...errors import IncompatibleArtefact, UsageError
+from ...parallel import read_inside
+from ..foreign import Foreign, read_pickle, refuse
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ...backbone import Backbone
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+HARMLESS = frozenset(
+    {  # what was done while training, or what the tensors say themselves
+        *("peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"),
+        *("base_model_name_or_path", "runtime_config", "ensure_weight_tying"),
+        *("target_modules", "exclude_modules", "modules_to_save"),
+        *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core"),
+        *("init_weights", "init_ia3_weights"),
+        *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
+        *("lora_dropout", "vera_dropout", "boft_dropout", "module_dropout"),
+        *("rank_dropout", "rank_dropout_scale", "qalora_group_size"),
+    }
+)
+
+
+@dataclass
+class Adapter:
+    """What is left to read of an adapter, and what was found.
+
+    Attributes:
+        path: The folder.
+        config: Its configuration.
+        tensors: Tensors that nobody has read yet, by their names without PEFT's prefix.
+        backbone: The frozen backbone.
+        found: The branches so far.
+        given: Biases that layers of the backbone are given, by path; see `given_bias`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    backbone: Backbone
+    found: Foreign
+    given: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, backbone: Backbone) -> Adapter:
+        """An adapter folder, as `save_pretrained` writes it.
+
+        Raises:
+            UsageError: The folder lacks a file.
+            IncompatibleArtefact: A file is malformed or unsafe.
+        """
+        if not (path / CONFIG).is_file():
+            raise UsageError(
+                "there is no PEFT adapter", where=path, wanted=f"a folder with {CONFIG}"
+            )
+        try:
+            config: dict[str, Any] = dict(json.loads((path / CONFIG).read_text()))
+            kind = str(config["peft_type"])
+        except (ValueError, KeyError, TypeError) as cause:
+            raise refuse(
+                path / CONFIG, "the adapter's configuration is malformed", found=repr(cause)
+            ) from cause
+        source = " ".join(filter(None, ("PEFT", str(config.get("peft_version") or ""), kind)))
+        return cls(path, config, {}, backbone, Foreign(source))
+
+    def load(self) -> None:
+        """Read the tensors.
+
+        Raises:
+            UsageError: There is no file of tensors.
+            IncompatibleArtefact: It is malformed or unsafe.
+        """
+        pickled = not (self.path / TENSORS).is_file() and (self.path / PICKLE).is_file()
+        flat = read_pickle(self.path / PICKLE) if pickled else read_tensors(self.path / TENSORS)
+        if not isinstance(flat, dict) or not all(isinstance(t, Tensor) for t in flat.values()):
+            raise refuse(self.path / PICKLE, "the file is no state dict", found=type(flat).__name__)
+        self.tensors = {str(name).removeprefix(PREFIX): tensor for name, tensor in flat.items()}
+
+    def allow(self, *settings: str) -> None:
+        """Refuse every setting that is on, that the reader does not read, and that could matter.
+
+        Raises:
+            IncompatibleArtefact: There is one.
+        """
+        known = HARMLESS | set(settings)
+        for name, value in self.config.items():
+            if name not in known and value not in (None, False, "", 0, [], {}):
+                raise IncompatibleArtefact(
+                    f"this variant of {self.config['peft_type']} cannot be carried",
+                    where=self.path / CONFIG,
+                    wanted=f"{name} off",
+                    found=f"{name}={value!r}",
+                    do="merge it into the weights with PEFT (merge_and_unload), or train without it",
+                )
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number of the configuration.
+
+        Raises:
+            IncompatibleArtefact: It is missing or no number.
+        """
+        value = self.config.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise IncompatibleArtefact(
+                "the adapter's configuration is malformed",
+                where=self.path / CONFIG,
+                wanted=f"a number named {name}",
+                found=repr(value),
+            )
+        return value
+
+    def resolved(self, patterns: str, name: str, module: str) -> float:
+        """A number of one layer.
+
+        Args:
+            patterns: Names a table of patterns; the first that is the module's name, or its end behind a
+                dot, has the number.
+            name: Names the number of all other layers.
+            module: The layer's path.
+
+        Raises:
+            IncompatibleArtefact: It is missing or no number, or a pattern cannot be read.
+        """
+        table = self.config.get(patterns) or {}
+        try:
+            values = [float(v) for p, v in table.items() if re.match(rf"(.*\.)?({p})$", module)]
+        except (AttributeError, TypeError, ValueError, re.error) as cause:
+            raise IncompatibleArtefact(
+                "the adapter's configuration is malformed",
+                where=self.path / CONFIG,
+                wanted=f"{patterns}, numbers by patterns of names",
+                found=repr(cause),
+            ) from cause
+        if any(value != values[0] for value in values):
+            self.found.notes[f"{patterns} of {module}"] = (
+                f"several match, {values[0]:g} was used as PEFT does; it sorts them when it saves"
+            )
+        return values[0] if values else self.number(name)
+
+    def layers(self, *names: str) -> list[Layer]:
+        """The layers that have tensors of these names, which count as read.
+
+        Raises:
+            IncompatibleArtefact: A layer is not in the backbone, or is none with one weight.
+        """
+        grouped: dict[str, dict[str, Tensor]] = {}
+        for full in list(self.tensors):
+            for name in names:
+                if full.endswith(f".{name}"):
+                    module = full.removesuffix(f".{name}")
+                    grouped.setdefault(module, {})[name] = self.tensors.pop(full)
+        return [Layer(self, path, self.module(path), own) for path, own in grouped.items()]
+
+    def module(self, path: str) -> nn.Module:
+        """A module of the backbone.
+
+        Raises:
+            IncompatibleArtefact: There is none.
+        """
+        try:
+            return self.backbone.model.get_submodule(path)
+        except AttributeError as cause:
+            raise IncompatibleArtefact(
+                "the backbone has no such module",
+                where=self.path,
+                wanted=f"a module of {self.backbone.identity.architecture}",
+                found=path,
+                do="load the backbone that it was trained on",
+            ) from cause
+
+    def given_bias(self, path: str) -> Tensor | None:
+        """The bias that a layer adds: its own, or what the module around it reads it with.
+
+        EVA, BEiT and Swin V2 of timm keep the bias of `qkv` outside the layer, which they read instead
+        of calling it.
+        """
+        layer = self.backbone.model.get_submodule(path)
+        if path not in self.given:
+            self.given[path] = getattr(layer, "bias", None)
+            if read_inside(self.backbone.model, {path}):
+                seen = _Biases(layer)
+                with torch.no_grad(), seen:
+                    self.backbone.model(self.backbone.example())
+                self.given[path] = seen.bias
+        return self.given[path]
+
+
+class _Biases(Seam):
+    """Notes the bias with which one linear layer's weight is read."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias: Tensor | None = None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight is self.weight:
+            self.bias = bias
+        return super().linear(x, weight, bias)

@@ -1,0 +1,239 @@
+"""V-PETL (arXiv 2210.00788): parallel attention (PATT) and AdaptFormer beside it; together BAPAT.
+
+A file is `{model, args, ...}`: the whole model, and the arguments of the training run, a Namespace or a
+plain dictionary. Mode and scale of PATT stand in the arguments, those of the FFN adapter nowhere: the
+released script fixes them in its code. Keys: `attn.qkv_adapter.{0,2}` and `mlp.adaptmlp.*`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..sites import blocks
+from ..tuner import Branch, Point
+from ..tuners.bottleneck import Bottleneck
+from .foreign import Foreign, differing, other_backbone, read_pickle, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ..backbone import Backbone
+    from ..preprocessing import Preprocessing
+    from .settings import Settings
+
+THIRDS = {"patt_kv": (1, 2), "patt_qv": (0, 2), "patt_qkv": (0, 1, 2)}  # of the rows of qkv
+BROKEN = {
+    "patt_qk": "its released code drops the softmax, the position bias and the shift mask in this mode",
+    "prefix_kv": "its released code fails in this mode, so no such checkpoint can exist",
+    "prefix_qk": "its released code fails in this mode, so no such checkpoint can exist",
+}
+NO_SOFTMAX = (
+    "its released code runs attention without softmax in every mode but patt_kv, patt_qv, patt_qkv"
+)
+HEAD = "fc.0"
+SETTINGS = (
+    "att_prefix_mode",
+    "att_prefix_scale",
+    "ffn_option",
+    "ffn_adapter_scalar",
+    "ffn_adapter_layernorm_option",
+)
+DROPPED = "relative_position_index"  # a constant of the geometry
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
+    """Branches of a V-PETL checkpoint.
+
+    Settings, where the file's arguments lack them: `att_prefix_mode` and `att_prefix_scale` of PATT;
+    `ffn_option` (parallel, sequential), `ffn_adapter_scalar` and `ffn_adapter_layernorm_option` (none, in,
+    out) of the FFN adapter.
+
+    Raises:
+        UsageError: A setting is missing.
+        IncompatibleArtefact: No V-PETL checkpoint, another backbone, or a mode that is broken in the
+            released code.
+    """
+    settings.allow(*SETTINGS)
+    saved = read_pickle(path, [argparse.Namespace])
+    tensors, arguments = _parts(path, saved)
+    found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, arguments))
+    _require_softmax(path, settings, arguments)
+    if changed := differing(path, backbone, tensors):
+        raise other_backbone(path, backbone, list(changed))
+    known = {name for name in backbone.model.state_dict() if not backbone.is_classifier(name)}
+    for block in blocks(backbone.model):
+        known |= _patt(path, tensors, block, found, settings, arguments)
+        known |= _ffn(path, tensors, block, found, settings, arguments)
+    classifiers = (HEAD, *backbone.classifiers)
+    head = next((name for name in classifiers if f"{name}.weight" in tensors), None)
+    if head is None:
+        raise refuse(path, "the checkpoint has no classifier", found=f"no {HEAD}.weight")
+    known |= {f"{head}.weight", f"{head}.bias"}
+    if left := sorted(set(tensors) - known):
+        raise refuse(
+            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
+        )
+    found.plant_head(backbone, tensors[f"{head}.weight"].flatten(1), tensors.get(f"{head}.bias"))
+    found.notes |= {name: str(value) for name, value in settings.found.items()}
+    return found
+
+
+def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The model's tensors without the constants, and the run's arguments."""
+    model = saved.get("model", saved) if isinstance(saved, dict) else None
+    tensors: dict[str, Tensor] = {}
+    for key, value in model.items() if isinstance(model, dict) else ():
+        if not isinstance(value, Tensor):
+            continue
+        while key.startswith(WRAPPERS):
+            key = key.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+        if not key.endswith(DROPPED):
+            tensors[key] = value
+    if not any(".blocks." in f".{key}" for key in tensors):
+        raise refuse(
+            path,
+            "the file is no checkpoint of V-PETL",
+            found=", ".join(list(tensors)[:3]) or type(saved).__name__,
+            do="wanted: {model, args, ...} as its training script saves it",
+        )
+    arguments = saved.get("args") or {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments)
+    return tensors, {**arguments, **(arguments.get("tuning_config") or {})}
+
+
+def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preprocessing:
+    """The backbone's own with what the run's arguments say of frames, views and normalisation."""
+    plain = backbone.preprocessing()
+    if arguments.get("inception"):
+        plain = replace(plain, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    if plain.clip is None:
+        return plain
+    stride = int(arguments.get("sampling_rate") or plain.clip.stride)
+    views = int(arguments.get("test_num_segment") or plain.clip.views)
+    return replace(plain, clip=replace(plain.clip, stride=stride, views=views))
+
+
+def _require_softmax(path: Path, settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """The mode decides how the released attention computes, with or without a tuner in it."""
+    mode = settings.need(
+        "att_prefix_mode", str, arguments, hint=f"one of {', '.join(THIRDS)}, also without PATT"
+    )
+    if mode not in THIRDS:
+        raise refuse(
+            path,
+            "the attention of this checkpoint cannot be carried",
+            found=f"att_prefix_mode={mode}: {BROKEN.get(mode, NO_SOFTMAX)}",
+            do=f"train with one of {', '.join(THIRDS)}",
+        )
+
+
+def _patt(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    block: str,
+    found: Foreign,
+    settings: Settings,
+    arguments: Mapping[str, Any],
+) -> set[str]:
+    """`q, k, v += scale * W2 tanh(W1 h + b1) + b2` on the thirds of its mode."""
+    stem = f"{block}.attn.qkv_adapter"
+    own = {k.removeprefix(f"{stem}."): v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+    if not own:
+        return set()
+    _require_whole(path, stem, own, ("0.weight", "2.weight"), ("0.bias", "2.bias"))
+    mode = settings.need("att_prefix_mode", str, arguments, hint=", ".join(THIRDS))
+    scale = settings.need(
+        "att_prefix_scale", float, arguments, hint="the factor of PATT, such as 0.2"
+    )
+    width = own["0.weight"].shape[1]
+    if own["2.weight"].shape[0] != width * len(THIRDS[mode]):
+        raise refuse(
+            path,
+            "a PATT tuner does not have the size of its mode",
+            found=f"{stem}.2.weight with {own['2.weight'].shape[0]} rows, {mode}",
+            do=f"wanted: {width * len(THIRDS[mode])} rows; check att_prefix_mode",
+        )
+    weights = {"down": own["0.weight"], "up": _thirds(own["2.weight"], mode, width)}
+    weights["scale"] = torch.tensor(scale, dtype=torch.float64)
+    if bias := "0.bias" in own:
+        weights |= {"down_bias": own["0.bias"], "up_bias": _thirds(own["2.bias"], mode, width)}
+    qkv = f"{block}.attn.qkv"
+    branch = Branch(Bottleneck("tanh", bias=bias), Point(qkv, "input"), Point(qkv, "output"))
+    found.plant(f"{qkv}/patt", branch, weights)
+    return {f"{stem}.{name}" for name in own}
+
+
+def _thirds(t: Tensor, mode: str, width: int) -> Tensor:
+    """Rows for all of q, k and v, zero where the mode does not tune."""
+    whole = t.new_zeros(3 * width, *t.shape[1:])
+    for place, third in enumerate(THIRDS[mode]):
+        whole[third * width : (third + 1) * width] = t[place * width : (place + 1) * width]
+    return whole
+
+
+def _ffn(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    block: str,
+    found: Foreign,
+    settings: Settings,
+    arguments: Mapping[str, Any],
+) -> set[str]:
+    """AdaptFormer beside or behind the FFN (arXiv 2205.13535)."""
+    stem = f"{block}.mlp.adaptmlp"
+    own = {k.removeprefix(f"{stem}."): v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+    if not own:
+        return set()
+    norm = ("adapter_layer_norm_before.weight", "adapter_layer_norm_before.bias")
+    needed = tuple(f"{side}_proj.{kind}" for side in ("down", "up") for kind in ("weight", "bias"))
+    _require_whole(path, stem, own, needed, norm, ("scale",))
+    option = settings.choose("ffn_option", ("parallel", "sequential"), arguments)
+    place = "none"
+    if norm[0] in own:
+        place = settings.choose("ffn_adapter_layernorm_option", ("in", "out"), arguments)
+    if "scale" in own:
+        scale = own["scale"].reshape(())
+    else:
+        hint = "the factor of the FFN adapter; the released script has 0.1"
+        value = settings.need("ffn_adapter_scalar", float, arguments, hint=hint)
+        scale = torch.tensor(value, dtype=torch.float64)
+    weights = {
+        "down": own["down_proj.weight"],
+        "down_bias": own["down_proj.bias"],
+        "up": own["up_proj.weight"],
+        "up_bias": own["up_proj.bias"],
+        "scale": scale,
+    }
+    if place != "none":
+        weights |= {"norm_weight": own[norm[0]], "norm_bias": own[norm[1]]}
+    add = Point(f"{block}.mlp", "output")
+    tap = add if option == "sequential" else Point(f"{block}.mlp", "input")
+    branch = Branch(Bottleneck("relu", bias=True, norm=place), tap, add)
+    found.plant(f"{block}.mlp/adaptformer", branch, weights)
+    return {f"{stem}.{name}" for name in own}
+
+
+def _require_whole(
+    path: Path,
+    stem: str,
+    own: Mapping[str, Tensor],
+    needed: tuple[str, ...],
+    *groups: tuple[str, ...],
+) -> None:
+    """All needed tensors, each further group whole or not at all, and nothing else."""
+    missing = [name for name in needed if name not in own]
+    for group in groups:
+        there = [name in own for name in group]
+        missing += [n for n, have in zip(group, there, strict=True) if any(there) and not have]
+    surplus = sorted(set(own) - set(needed) - {name for group in groups for name in group})
+    if missing or surplus:
+        what = "missing" if missing else "surplus"
+        names = ", ".join(f"{stem}.{name}" for name in missing or surplus)
+        raise refuse(path, "a tuner is not whole", found=f"{what} {names}")

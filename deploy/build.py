@@ -100,7 +100,7 @@ def export_bundle(
     sites = measure(backbone)
     for delta in deltas:
         require_backbone(delta, backbone, sites)
-    plan = make_plan(deltas, backbone, mode=mode, bank=bank)
+    plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank)
     progress("trace")
     model, stacked, lowered = _graph(plan, backbone, deltas, sites)
     progress("rewrite")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
+    from ..merge.sites import Sites
 
 MODES = ("auto", "merged", "parallel", "multi")
 BANKS = ("constants", "inputs")
@@ -63,13 +64,19 @@ class Plan:
 
 
 def make_plan(
-    deltas: Sequence[Delta], backbone: Backbone, *, mode: str = "auto", bank: str = "constants"
+    deltas: Sequence[Delta],
+    backbone: Backbone,
+    sites: Sites | None = None,
+    *,
+    mode: str = "auto",
+    bank: str = "constants",
 ) -> Plan:
     """Choose the form of a bundle.
 
     Args:
         deltas: The tasks.
         backbone: Their backbone.
+        sites: Of the backbone, when at hand.
         mode: `auto` takes `merged` for one task that folds, `parallel` for one that does not,
             `multi` for several, or when the bank is an input.
         bank: For `multi`: constants of the engine, or inputs of it.
@@ -93,7 +100,7 @@ def make_plan(
         )
     if bank == "inputs":
         mode = "multi"
-    refused = {delta.task: refusals(delta, backbone) for delta in deltas}
+    refused = {delta.task: refusals(delta, backbone, sites) for delta in deltas}
     if mode == "auto":
         alone = deltas[0].task
         mode = "multi" if len(deltas) > 1 else "parallel" if refused[alone] else "merged"

@@ -214,16 +214,7 @@ def attach(
     for planted in planting:
         if planted.rows is not None:
             tuned.hold_other_rows(planted.name, planted.rows)
-    try:
-        with torch.no_grad():
-            tuned(backbone.example())
-    except (RuntimeError, ValueError) as cause:
-        raise IncompatibleArtefact(
-            "the backbone does not run with these branches",
-            where=backbone.identity.architecture,
-            found=str(cause).splitlines()[0],
-            do="choose another method: some attentions fix the number of their tokens",
-        ) from cause
+    _require_runs(tuned)
     return tuned
 
 
@@ -234,4 +225,25 @@ def restore(backbone: Backbone, delta: Delta, sites: Sites | None = None) -> Tun
         IncompatibleArtefact: The delta belongs to another backbone, or does not fit it.
     """
     require_backbone(delta, backbone, sites or measure(backbone))
-    return Tuned(backbone, delta.branches, delta.tensors)
+    tuned = Tuned(backbone, delta.branches, delta.tensors)
+    if any(branch.tuner.join == "tokens" for branch in delta.branches.values()):
+        _require_runs(tuned)
+    return tuned
+
+
+def _require_runs(tuned: Tuned) -> None:
+    """Try an image.
+
+    Raises:
+        IncompatibleArtefact: The backbone does not run with the branches.
+    """
+    try:
+        with torch.no_grad():
+            tuned(tuned.backbone.example())
+    except (RuntimeError, ValueError) as cause:
+        raise IncompatibleArtefact(
+            "the backbone does not run with these branches",
+            where=tuned.backbone.identity.architecture,
+            found=str(cause).splitlines()[0],
+            do="choose another method: some attentions fix the number of their tokens",
+        ) from cause

@@ -294,6 +294,7 @@ class LongerKeys(Seam):
         self.branches = branches
         self.rows = rows
         self.crowd = crowd
+        self.acted = False
 
     def attend(self, call: Attention) -> Tensor:
         """Attention over the input's keys and the prefixes.
@@ -303,6 +304,7 @@ class LongerKeys(Seam):
         """
         if call.options.get("is_causal"):
             raise UsageError("a prefix cannot join a causal attention")
+        self.acted = True
         apart = []
         for branch, weights in self.branches:
             k, v, m = branch.tuner.branch(call.key, weights)

@@ -284,6 +284,13 @@ def _require_side(branch: Branch, *, where: object) -> None:
         taps = ("input", "output") if branch.tuner.reads_map else ("input", "output", "patches")
     else:
         taps = (branch.add.side,)
+    if len(branch.taps) != branch.tuner.taps:
+        raise IncompatibleArtefact(
+            f"a {branch.tuner.kind} branch reads another number of places",
+            where=where,
+            wanted=branch.tuner.taps,
+            found=len(branch.taps),
+        )
     sides = {point.side for point in branch.taps}
     beside = join in ("extend", "weights") and not branch.serial
     if branch.add.side not in SIDES_OF[join] or not sides <= set(taps) or beside:

@@ -97,9 +97,9 @@ class Merged:
         )
 
 
-def refusals(delta: Delta, backbone: Backbone) -> list[Refusal]:
+def refusals(delta: Delta, backbone: Backbone, sites: Sites | None = None) -> list[Refusal]:
     """The branches that cannot fold; empty when the task merges exactly."""
-    return _fold(delta, backbone)[1]
+    return _fold(delta, backbone, sites)[1]
 
 
 def fold(
@@ -121,8 +121,9 @@ def fold(
         IncompatibleArtefact: The delta does not belong to the backbone.
         UsageError: A branch cannot fold; every reason is named.
     """
-    require_backbone(delta, backbone, sites or measure(backbone))
-    folded, refused = _fold(delta, backbone)
+    sites = sites or measure(backbone)
+    require_backbone(delta, backbone, sites)
+    folded, refused = _fold(delta, backbone, sites)
     if refused:
         raise UsageError(
             f"task {delta.task} cannot be merged exactly, so nothing was merged",
@@ -153,7 +154,7 @@ def exact_weights(delta: Delta, backbone: Backbone) -> dict[str, Tensor]:
     Raises:
         UsageError: A branch cannot fold; every reason is named.
     """
-    folded, refused = _fold(delta, backbone)
+    folded, refused = _fold(delta, backbone, None)
     if refused:
         raise UsageError(
             f"task {delta.task} does not fold, so it is no difference of weights",
@@ -162,8 +163,15 @@ def exact_weights(delta: Delta, backbone: Backbone) -> dict[str, Tensor]:
     return folded
 
 
-def _fold(delta: Delta, backbone: Backbone) -> tuple[dict[str, Tensor], list[Refusal]]:
+def _fold(
+    delta: Delta, backbone: Backbone, sites: Sites | None
+) -> tuple[dict[str, Tensor], list[Refusal]]:
     """The tensors of the ops that a task changes, in float64, and what does not fold."""
+    if sites is None and read_inside(
+        backbone.model, {b.add.module for b in delta.branches.values()}
+    ):
+        sites = measure(backbone)
+    read = frozenset[str]() if sites is None else sites.read
     ops: dict[str, nn.Module] = {}
     refused: list[Refusal] = []
     for name, branch in _in_order(delta):
@@ -171,11 +179,7 @@ def _fold(delta: Delta, backbone: Backbone) -> tuple[dict[str, Tensor], list[Ref
         try:
             place = _place(branch)
             op = ops.get(path) or _in_double(submodule(backbone.model, path))
-            if (
-                place == "behind"
-                and getattr(op, "bias", None) is None
-                and read_inside(backbone.model, {path})
-            ):
+            if place == "behind" and path in read:
                 raise CannotFold(
                     f"the module around {path} reads its weight and may add a bias of its own"
                 )

@@ -68,6 +68,13 @@ def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
                     module.register_forward_hook(watch.leave, prepend=True, always_call=True)
                 )
             model(images)
+    except RuntimeError as cause:
+        raise IncompatibleArtefact(
+            "the backbone does not run with the prompts",
+            where=f"task {delta.task}",
+            found=str(cause).splitlines()[0],
+            do="some attentions fix the number of their tokens: choose another method",
+        ) from cause
     finally:
         for handle in handles:
             handle.remove()

@@ -59,6 +59,7 @@ def joined(
             handles.append(
                 model.get_submodule(parent).register_forward_hook(watch.leave, always_call=True)
             )
+        handles.append(model.register_forward_pre_hook(run.begin))
         handles.append(model.register_forward_hook(run.finish))
         yield
     finally:
@@ -121,12 +122,12 @@ class _Run:
     def __init__(self, branches: Sequence[Weighted], rows: int | None) -> None:
         self.rows = rows
         self.taken: dict[tuple[Point, bool], _Taken] = {}
-        self.open: list[TorchFunctionMode] = []
+        self.open: list[LongerKeys] = []
         self.joins: dict[Point, list[Weighted]] = {}
         self.arrivals: dict[Point, list[Weighted]] = {}
         self.parameters: list[Weighted] = []
         self.taps: set[tuple[Point, bool]] = set()
-        self.frozen: list[tuple[nn.Module, str, Tensor]] = []
+        self.frozen: list[tuple[dict[str, Any], str, Any]] = []
         self.crowd = Crowd(rows)
         self.joined: set[Point] = set()
         self.inside: set[str] = set()
@@ -143,16 +144,22 @@ class _Run:
         self.points = {point for point, _ in self.taps} | set(self.joins) | set(self.arrivals)
 
     def add_to_parameters(self, model: nn.Module) -> None:
-        """Put `parameter + difference` in the place of each tuned parameter, until `close`."""
+        """Put `parameter + difference` in the place of each tuned parameter, until `close`.
+
+        Raises:
+            UsageError: There is no such parameter.
+        """
         for branch, weights in self.parameters:
             module, name = submodule(model, branch.add.module), branch.tuner.parameter  # type: ignore[attr-defined]
-            frozen = getattr(module, name)
-            tuned = frozen + branch.tuner.branch(None, weights)
-            own = next((d for d in (module._parameters, module._buffers) if name in d), None)
-            if own is not None:
-                self.frozen.append((module, name, frozen))
-                del own[name]
-            object.__setattr__(module, name, tuned)
+            own = module._parameters if name in module._parameters else module._buffers
+            if own.get(name) is None:
+                raise UsageError(
+                    "the backbone has no such parameter",
+                    where=f"{branch.add.module}.{name}".lstrip("."),
+                    wanted=f"a parameter or buffer of {type(module).__name__}",
+                )
+            self.frozen.append((own, name, own[name]))
+            own[name] = own[name] + branch.tuner.branch(None, weights)
 
     def enter(self, path: str, module: nn.Module) -> Callable[..., Any]:
         """The hook before a module."""
@@ -169,7 +176,6 @@ class _Run:
                 self.taken[patched] = _Taken(patches(value, module), ())
             value = self._arrive([a for a in arrivals if a not in staying], value)
             if extends:
-                self.joined.add(Point(path, "keys"))
                 self.open.append(LongerKeys(extends, self.rows, self.crowd))
                 self.open[-1].__enter__()
             return (value, *args[1:])
@@ -185,13 +191,21 @@ class _Run:
         def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
             self.inside.discard(path)
             if extends:
-                self.open.pop().__exit__(None, None, None)
+                longer = self.open.pop()
+                longer.__exit__(None, None, None)
+                if longer.acted:
+                    self.joined.add(Point(path, "keys"))
             for branch, weights in reversed(departures):
                 value = self.crowd.remove(id(weights), value)
                 self.joined.add(branch.add)
             return self.at(Point(path, "output"), value, channel_axis)
 
         return hook
+
+    def begin(self, *_: Any) -> None:
+        """The hook before the whole backbone: each pass joins anew."""
+        self.joined.clear()
+        self.taken.clear()
 
     def finish(self, model: nn.Module, *_: Any) -> None:
         """The hook behind the whole backbone.
@@ -211,12 +225,8 @@ class _Run:
         while self.open:
             self.open.pop().__exit__(None, None, None)
         self.crowd.close()
-        for module, name, frozen in self.frozen:
-            del module.__dict__[name]
-            if isinstance(frozen, nn.Parameter):
-                module._parameters[name] = frozen
-            else:
-                module._buffers[name] = frozen
+        for own, name, frozen in reversed(self.frozen):
+            own[name] = frozen
 
     def at(self, point: Point, value: Any, channel_axis: int) -> Any:
         """The value at a point with its branches joined, kept for those that tap it."""
@@ -255,8 +265,13 @@ class _Run:
         if branch.serial:
             x = value if branch.tuner.reads_map else self._rows(value, axis)
             return value + self._like(branch.tuner.branch(x, weights), value, axis)
-        taken = [self.taken[point, branch.tuner.reads_map] for point in branch.taps]
         here = self.crowd.present()
+        taken = [
+            _Taken(self._rows(value, axis), here)
+            if point == branch.add
+            else self.taken[point, branch.tuner.reads_map]
+            for point in branch.taps
+        ]
         read = [t.value for t in taken]
         if all(t.prompts == here for t in taken) or branch.tuner.reads_map:
             given = branch.tuner.branch(tuple(read) if branch.others else read[0], weights)
@@ -303,14 +318,17 @@ def patches(value: Tensor, module: nn.Module) -> Tensor:
     kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
     stride: tuple[int, ...] = module.stride  # type: ignore[assignment]
     padding: tuple[int, ...] = module.padding  # type: ignore[assignment]
-    if kernel == stride and not any(padding):  # windows side by side, of any number of axes
+    dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
+    if (
+        kernel == stride and not any(padding) and set(dilation) == {1}
+    ):  # windows side by side, of any number of axes
         for axis, size in enumerate(kernel):  # [B, C, n, k, n, k, ...]
             whole = value.shape[2 + 2 * axis] // size * size
             value = value.narrow(2 + 2 * axis, 0, whole).unflatten(2 + 2 * axis, (-1, size))
         counts = range(2, 2 + 2 * len(kernel), 2)
         value = value.permute(0, *counts, 1, *(c + 1 for c in counts))
         return value.flatten(1 + len(kernel)).flatten(1, len(kernel))
-    return F.unfold(value, kernel, module.dilation, padding, stride).mT  # type: ignore[attr-defined]
+    return F.unfold(value, kernel, dilation, padding, stride).mT
 
 
 def channels_first(module: nn.Module) -> bool:

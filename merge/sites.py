@@ -36,6 +36,7 @@ class Sites:
         dims: Number of axes of the value at every point.
         calls: How often every point was entered.
         modules: All module paths.
+        read: Linear layers whose weight the module around them reads instead of calling them.
         tensors: Shapes of all parameters and buffers, by name.
         unclear: Points whose value could have its channels first or last.
     """
@@ -45,6 +46,7 @@ class Sites:
     dims: Mapping[Point, int]
     calls: Mapping[Point, int]
     modules: frozenset[str]
+    read: frozenset[str] = frozenset()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unclear: frozenset[Point] = frozenset()
 
@@ -181,6 +183,7 @@ def measure(backbone: Backbone) -> Sites:
         seen.dims,
         seen.calls,
         frozenset(names),
+        frozenset(seen.met),
         {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         frozenset(seen.unclear),
     )
@@ -209,6 +212,13 @@ def blocks(model: nn.Module) -> list[str]:
             wanted="modules named blocks.0, blocks.1, ...",
         )
     return found
+
+
+def behind(model: nn.Module, block: str, op: str) -> str:
+    """The op of a block whose output the residual sum takes: `attn` or `mlp`, or the LayerScale behind."""
+    name = {"attn": "ls1", "mlp": "ls2"}.get(op)
+    scale = getattr(model.get_submodule(block), name, None) if name else None
+    return op if scale is None or isinstance(scale, nn.Identity) else str(name)
 
 
 def attention_inside(sites: Sites, block: str) -> Point:
@@ -249,6 +259,7 @@ class _Seen(Seam):
         self.inside: list[str] = []
         self.unclear: set[Point] = set()
         self.read: dict[str, nn.Module] = {}
+        self.met: set[str] = set()
 
     def note(self, point: Point, value: Any, module: nn.Module | None = None) -> None:
         if not isinstance(value, Tensor):
@@ -286,6 +297,7 @@ class _Seen(Seam):
             if weight is layer.weight and path not in self.inside:
                 self.note(Point(path, "input"), x)
                 self.note(Point(path, "output"), y)
+                self.met.add(path)
         return y
 
     def attend(self, call: Attention) -> Tensor:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 Side = Literal["input", "output", "patches", "keys", "tokens", "weights"]
 SIDES = ("input", "output", "patches", "keys", "tokens", "weights")
 
-Place = Literal["beside", "behind", "before"]
-"""Of a branch on an op: from its input to its output, on its output, or on its input."""
+Place = Literal["beside", "over", "behind", "before"]
+"""Of a branch on an op: from its input to its output, from a convolution's patches to its output, on its
+output, or on its input."""
 
 Weights = dict[str, "Tensor"]
 Shapes = dict[str, tuple["str | int", ...]]
@@ -112,6 +113,11 @@ class Tuner(ABC):
     def served(self) -> Shapes:
         """The tensors that an engine reads, after `settle`."""
         return self.shapes
+
+    @property
+    def taps(self) -> int:
+        """How many places a branch reads."""
+        return 1
 
     @abstractmethod
     def branch(self, x: Any, w: Mapping[str, Tensor]) -> Any:
@@ -227,8 +233,9 @@ class Branch:
         """Where it stands at one op, if it stands at one."""
         if self.serial:
             return {"output": "behind", "input": "before"}.get(self.add.side)  # type: ignore[return-value]
-        beside = self.add.side == "output" and self.tap.side in ("input", "patches")
-        return "beside" if beside and self.tap.module == self.add.module else None
+        if self.others or self.add.side != "output" or self.tap.module != self.add.module:
+            return None
+        return {"input": "beside", "patches": "over"}.get(self.tap.side)  # type: ignore[return-value]
 
 
 def wider(*tensors: Tensor) -> dtype:

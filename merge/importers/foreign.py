@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..backbone import Backbone
     from ..preprocessing import Preprocessing
@@ -82,6 +82,24 @@ class Foreign:
             tensors=self.tensors,
             provenance={"imported from": self.source, **self.notes, **(provenance or {})},
         )
+
+
+def named_module(file: Path, backbone: Backbone, path: str) -> nn.Module:
+    """A module of the backbone that a file names.
+
+    Raises:
+        IncompatibleArtefact: There is none.
+    """
+    try:
+        return backbone.model.get_submodule(path)
+    except AttributeError as cause:
+        raise IncompatibleArtefact(
+            "the backbone has no such module",
+            where=file,
+            wanted=f"a module of {backbone.identity.architecture}",
+            found=path,
+            do="load the backbone that it was trained on",
+        ) from cause
 
 
 def differing(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backbone import read_tensors
 from ..errors import IncompatibleArtefact, UsageError
 from ..preprocessing import Preprocessing
-from .foreign import Foreign, read_pickle, refuse
+from .foreign import Foreign, named_module, read_pickle, refuse
 from .modelscope import CROP
 
 if TYPE_CHECKING:
@@ -81,21 +81,8 @@ class Reading:
     owners: dict[str, str] = field(default_factory=dict)
 
     def module(self, path: str) -> nn.Module:
-        """A module of the backbone.
-
-        Raises:
-            IncompatibleArtefact: There is none.
-        """
-        try:
-            return self.backbone.model.get_submodule(path)
-        except AttributeError as cause:
-            raise IncompatibleArtefact(
-                "the backbone has no such module",
-                where=self.path,
-                wanted=f"a module of {self.backbone.identity.architecture}",
-                found=path,
-                do="load the backbone that it was trained on",
-            ) from cause
+        """A module of the backbone; see `named_module`."""
+        return named_module(self.path, self.backbone, path)
 
     def plant(
         self, adapter: Adapter, label: str, branch: Branch, tensors: dict[str, Tensor]

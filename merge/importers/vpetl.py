@@ -144,7 +144,7 @@ def _patt(
 ) -> set[str]:
     """`q, k, v += scale * W2 tanh(W1 h + b1) + b2` on the thirds of its mode."""
     stem = f"{block}.attn.qkv_adapter"
-    own = {k.removeprefix(f"{stem}."): v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+    own = _below(tensors, stem)
     if not own:
         return set()
     _require_whole(path, stem, own, ("0.weight", "2.weight"), ("0.bias", "2.bias"))
@@ -170,6 +170,11 @@ def _patt(
     return {f"{stem}.{name}" for name in own}
 
 
+def _below(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
+    """The tensors of one module, by their names in it."""
+    return {k.removeprefix(f"{stem}."): v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+
+
 def _thirds(t: Tensor, mode: str, width: int) -> Tensor:
     """Rows for all of q, k and v, zero where the mode does not tune."""
     whole = t.new_zeros(3 * width, *t.shape[1:])
@@ -188,7 +193,7 @@ def _ffn(
 ) -> set[str]:
     """AdaptFormer beside or behind the FFN (arXiv 2205.13535)."""
     stem = f"{block}.mlp.adaptmlp"
-    own = {k.removeprefix(f"{stem}."): v for k, v in tensors.items() if k.startswith(f"{stem}.")}
+    own = _below(tensors, stem)
     if not own:
         return set()
     norm = ("adapter_layer_norm_before.weight", "adapter_layer_norm_before.bias")

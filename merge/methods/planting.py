@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from ..errors import UsageError
-from ..sites import blocks
+from ..sites import behind, blocks
 from ..tuner import Branch, Point, Tuner
 from ..tuners.head import Head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from ..backbone import Backbone
 
@@ -97,11 +97,8 @@ def chosen_blocks(backbone: Backbone, numbers: Sequence[int] | None) -> list[str
 def _inside(model: nn.Module, block: str, text: str) -> Point:
     """A point of a block; an op's output is taken behind its LayerScale, where the residual sum is."""
     op, _, side = text.rpartition(":")
-    behind = {"attn": "ls1", "mlp": "ls2"}.get(op)
-    if side == "output" and behind is not None:
-        scale = getattr(model.get_submodule(block), behind, None)
-        if scale is not None and not isinstance(scale, nn.Identity):
-            op = behind
+    if side == "output":
+        op = behind(model, block, op)
     return Point(f"{block}.{op}".rstrip("."), side)  # type: ignore[arg-type]
 
 

@@ -82,8 +82,8 @@ def ia3(
     blocks: Sequence[int] | None = None,
 ) -> Method:
     """A factor per channel on some layers' outputs and on what others read (arXiv 2205.05638)."""
-    places = [("gain", f"{op}:output") for op in outputs]
-    places += [("gain_before", f"{op}:input") for op in inputs]
+    places = [("ia3", f"{op}:output") for op in outputs]
+    places += [("ia3_before", f"{op}:input") for op in inputs]
 
     def plant(backbone: Backbone) -> Iterator[Planted]:
         for label, place in places:
@@ -102,7 +102,7 @@ def ssf(
     def plant(backbone: Backbone) -> Iterator[Planted]:
         for op in at:
             tuner = Gain(shift=True)
-            yield from in_blocks("gain", tuner, f"{op}:output", numbers=blocks)(backbone)
+            yield from in_blocks("ssf", tuner, f"{op}:output", numbers=blocks)(backbone)
 
     return plant
 

@@ -126,7 +126,7 @@ class Bottleneck(Tuner):
             raise CannotFold("the branch has a layer norm of its own")
         if self.activation != "identity":
             raise CannotFold(f"the branch has a {self.activation} between down and up")
-        if not isinstance(op, nn.Linear) and not (place == "beside" and reads_patches(op)):
+        if not is_linear(op, place):
             raise CannotFold(
                 f"the branch is added to a {type(op).__name__}, which is not one linear layer"
             )
@@ -149,13 +149,18 @@ class Bottleneck(Tuner):
         return folded if constant is None else folded | {"bias": op_bias(op) + constant}
 
 
+def is_linear(op: nn.Module, place: Place) -> bool:
+    """At this place the op is one linear layer of what a branch reads, its weight flat."""
+    return isinstance(op, nn.Linear) if place != "over" else reads_patches(op)
+
+
 def reads_patches(op: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
     """Each position of a convolution is one linear layer on what it reads."""
     if not isinstance(op, nn.Conv2d | nn.Conv3d) or type(op).forward not in FORWARDS:
         return False  # timm's "same" convolutions pad in their own forward
     if op.groups != 1 or isinstance(op.padding, str):
         return False
-    apart = op.kernel_size == op.stride and not any(op.padding)
+    apart = op.kernel_size == op.stride and not any(op.padding) and set(op.dilation) == {1}
     return apart or (isinstance(op, nn.Conv2d) and op.padding_mode == "zeros")
 
 

@@ -58,6 +58,11 @@ class Bypass(Tuner):
         return {f"{rung}_{name}": axes for rung in RUNGS for name, axes in one.items()}
 
     @property
+    def taps(self) -> int:
+        """What the first block reads, and what each block gives."""
+        return self.depth + 1
+
+    @property
     def served(self) -> Shapes:
         """A number `present []` besides: 1 here, 0 for a task that has no bypass."""
         return {**self.shapes, "present": ()}

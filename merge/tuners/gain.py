@@ -40,12 +40,12 @@ class Gain(Tuner):
 
     @property
     def shapes(self) -> Shapes:
-        """`gain [in]`, and with a shift `shift [out]`; `in` and `out` are the same channels."""
-        return {"gain": ("in",), **({"shift": ("out",)} if self.shift else {})}
+        """`gain [out]`, and with a shift `shift [out]`."""
+        return {"gain": ("out",), **({"shift": ("out",)} if self.shift else {})}
 
     def channels(self, sizes: Mapping[str, int]) -> tuple[int | None, int | None]:
         """The gain's channels at both ends."""
-        return sizes["in"], sizes["in"]
+        return sizes["out"], sizes["out"]
 
     def branch(self, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
         """`gain * x + shift`, `[B, N, C]`."""
@@ -55,7 +55,7 @@ class Gain(Tuner):
     def init(self, sizes: Mapping[str, int], generator: Generator) -> Weights:
         """Zero: training starts at the backbone."""
         names = ("gain", "shift") if self.shift else ("gain",)
-        return {name: torch.zeros(sizes["in"]) for name in names}
+        return {name: torch.zeros(sizes["out"]) for name in names}
 
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """Behind an op the rows of its weight and its bias are scaled, before it the columns."""

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights, wider
-from .bottleneck import reads_patches
+from .bottleneck import is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,7 +92,8 @@ class Kronecker(Tuner):
 
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """`W + scale * left (x) up down`."""
-        if place != "beside" or not (isinstance(op, nn.Linear) or reads_patches(op)):
+        if place not in ("beside", "over") or not is_linear(op, place):
             raise CannotFold("it does not stand beside one linear layer")
+        weight = cast("Tensor", op.weight)
         product = w["scale"] * torch.kron(w["left"], w["up"] @ w["down"])
-        return {"weight": op.weight + product.reshape(op.weight.shape)}
+        return {"weight": weight + product.reshape(weight.shape)}

@@ -297,34 +297,6 @@ SENTENCES = {
 }
 
 
-DEFECTS: dict[str, tuple[str, str]] = {
-    "bottleneck: lora": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
-    "bottleneck: beside linear": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
-    "kronecker: beside linear": ("resnet", "folding ends in a RuntimeError instead of a refusal"),
-    "bottleneck: behind linear, no bias": ("dinov3", "a layer that is called is taken for read"),
-    "gain: behind linear, no shift": ("dinov3", "a layer that is called is taken for read"),
-    "prompt: deep": ("dinov3 eva beit", "a bare RuntimeError of torch instead of a sentence"),
-    "prompt: deep, apart": (
-        "dinov3 eva beit",
-        "a bare RuntimeError of torch instead of a sentence",
-    ),
-    "prompt: shallow": ("dinov3 eva beit", "a bare RuntimeError of torch instead of a sentence"),
-    "prompt: shallow, apart": (
-        "dinov3 eva beit",
-        "a bare RuntimeError of torch instead of a sentence",
-    ),
-    "prompt: at attention": (
-        "dinov3 eva beit swin swinv2",
-        "a bare RuntimeError of torch instead of a sentence",
-    ),
-    "bypass: into its last stem": (
-        "vit dinov3 eva beit deit swin swinv2",
-        "a KeyError: a branch cannot read what it is added to beside other taps",
-    ),
-}
-"""Rows in which the product does not do what `OUTCOMES` says: in which families, and what it does."""
-
-
 class Case(NamedTuple):
     """One row of `POINTS` in one family."""
 
@@ -332,7 +304,6 @@ class Case(NamedTuple):
     row: Row
     family: str
     outcome: str
-    defect: str = ""
 
 
 def settings_of(kind: str, listed: dict[str, dict[str, Row]]) -> dict[str, Row]:
@@ -361,12 +332,9 @@ def all_cases() -> list[Any]:
     for kind in TUNERS:
         for name, row in POINTS.get(kind, {}).items():
             for family in MODULES:
-                families, reason = DEFECTS.get(f"{kind}: {name}", ("", ""))
-                defect = reason if family in families.split() else ""
                 outcome = listed.get((f"{kind}: {name}", family), "?")
-                case = Case(kind, row, family, outcome, defect)
-                marks = pytest.mark.xfail(reason=defect, strict=True) if defect else ()
-                cases.append(pytest.param(case, id=f"{kind}-{name}-{family}", marks=marks))
+                case = Case(kind, row, family, outcome)
+                cases.append(pytest.param(case, id=f"{kind}-{name}-{family}"))
     for activation in ACTIVATIONS:
         row = Row(Bottleneck(activation, bias=True), *["{block}.{ffn}:output"] * 2)
         case = Case("bottleneck", row, "vit", "+")
@@ -387,7 +355,7 @@ def mixes(case: Case) -> bool:
 
 
 def fully(case: Case) -> bool:
-    return works(case) and case.family in FULL and not case.defect
+    return works(case) and case.family in FULL
 
 
 full = chosen(fully)

@@ -14,7 +14,7 @@ from ...attention import Seam
 from ...backbone import read_tensors
 from ...errors import IncompatibleArtefact, UsageError
 from ...parallel import read_inside
-from ..foreign import Foreign, read_pickle, refuse
+from ..foreign import Foreign, named_module, read_pickle, refuse
 from .layer import Layer
 
 if TYPE_CHECKING:
@@ -172,21 +172,8 @@ class Adapter:
         return [Layer(self, path, self.module(path), own) for path, own in grouped.items()]
 
     def module(self, path: str) -> nn.Module:
-        """A module of the backbone.
-
-        Raises:
-            IncompatibleArtefact: There is none.
-        """
-        try:
-            return self.backbone.model.get_submodule(path)
-        except AttributeError as cause:
-            raise IncompatibleArtefact(
-                "the backbone has no such module",
-                where=self.path,
-                wanted=f"a module of {self.backbone.identity.architecture}",
-                found=path,
-                do="load the backbone that it was trained on",
-            ) from cause
+        """A module of the backbone; see `named_module`."""
+        return named_module(self.path, self.backbone, path)
 
     def given_bias(self, path: str) -> Tensor | None:
         """The bias that a layer adds: its own, or what the module around it reads it with.

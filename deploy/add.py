@@ -14,7 +14,7 @@ from ..merge.bank import Slot, fill_row
 from ..merge.delta import require_backbone
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
-from ..merge.lower import lower
+from ..merge.lower import in_double, lower
 from ..merge.sites import measure
 from .build import manifest_tasks
 from .check import Evidence, check_engine, require_same_backbone
@@ -73,7 +73,8 @@ def add_tasks(
         require_backbone(delta, backbone, sites)
     manifest = bundle.path / bundles.MANIFEST
     slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
-    rows = [fill_row(slots, lower(backbone, d, sites), torch.float32) for d in deltas]
+    double = in_double(backbone)
+    rows = [fill_row(slots, lower(backbone, d, sites, double), torch.float32) for d in deltas]
     new = {f"bank/{key}": np.stack([row[key].numpy() for row in rows]) for key in rows[0]}
     engine, old = bundle.read_engine(), bundle.read_bank()
     verdict = check_engine(

@@ -17,7 +17,7 @@ from ..merge.delta import Delta, require_backbone
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.fold import fold
-from ..merge.lower import lower
+from ..merge.lower import in_double, lower
 from ..merge.mixed import Mixed, Single
 from ..merge.sites import Sites, measure
 from .check import Evidence, check_engine
@@ -193,7 +193,8 @@ def _graph(
         plain = create(backbone.identity.architecture, arguments).model
         plain.load_state_dict(dict(merged.tensors))
         return trace(plain, Inputs(images)), None, []
-    constant = [lower(backbone, delta, sites) for delta in deltas]
+    double = in_double(backbone)
+    constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
     stacked = stack(constant, torch.float32)
     if plan.mode == "parallel":

@@ -18,6 +18,7 @@ from .errors import IncompatibleArtefact, UsageError
 from .methods import Planted, head_branch
 from .parallel import joined
 from .sites import Sites, measure
+from .tuner import Point
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -186,6 +187,8 @@ def attach(
     tensors: dict[str, dict[str, Tensor]] = {}
     dtype = next(backbone.model.parameters()).dtype
 
+    heads = [head_branch(path)[0] for path in backbone.classifiers]
+
     def plant(planted: Planted) -> None:
         name, branch = planted.name, planted.branch
         if name in branches:
@@ -198,14 +201,24 @@ def attach(
         sizes = dict.fromkeys(branch.tuner.padded, planted.rank)
         if branch.tuner.join != "weights":
             sizes |= {"in": sites.require(branch.tap), "out": sites.require(branch.add)}
+        if (
+            branch.add in [Point(path, "output") for path in backbone.classifiers]
+            and name not in heads
+        ):
+            raise UsageError("a tuner here would be replaced by the task's head", where=name)
         branches[name] = branch
-        tensors[name] = branch.tuner.init(sizes, generator)
+        try:
+            tensors[name] = branch.tuner.init(sizes, generator)
+        except ValueError as cause:
+            raise UsageError(
+                "a tuner does not fit its place", where=name, found=str(cause)
+            ) from cause
         if "scale" in branch.tuner.shapes:
             tensors[name]["scale"] = torch.tensor(float(planted.scale))
         tensors[name] = {k: v.to(dtype) for k, v in tensors[name].items()}
         sites.check(branch, tensors[name], where=name)
 
-    planting = [planted for method in methods for planted in method(backbone)]
+    planting = [planted for method in methods for planted in method(backbone, sites)]
     for planted in planting:
         plant(planted)
     for classifier in backbone.classifiers:
@@ -219,7 +232,10 @@ def attach(
 
 
 def restore(backbone: Backbone, delta: Delta, sites: Sites | None = None) -> Tuned:
-    """The tuned model of a delta.
+    """The tuned model of a delta, to run it, or to train all of its tensors but scales.
+
+    A delta does not say what its method held still (the rows that PATT does not tune) or let learn (a
+    scale): to go on with a training, `attach` the method and copy the tensors.
 
     Raises:
         IncompatibleArtefact: The delta belongs to another backbone, or does not fit it.

@@ -165,6 +165,24 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
     Raises:
         UsageError: The model has no classifier, or one that is not a linear layer.
     """
+    classifiers = _classifiers(model, architecture)
+    model.eval().requires_grad_(requires_grad=False)
+    for module in model.modules():
+        if hasattr(
+            module, "fused_attn"
+        ):  # one attention call: where prefixes join, and one ONNX node
+            module.fused_attn = True  # type: ignore[assignment]
+    arguments = {k: v for k, v in arguments.items() if k != "num_classes"}
+    print_ = fingerprint(dict(model.state_dict()), *classifiers)
+    return Backbone(model, Identity(architecture, arguments, print_), classifiers)
+
+
+def _classifiers(model: nn.Module, architecture: str) -> tuple[str, ...]:
+    """Paths of the modules that turn features into logits.
+
+    Raises:
+        UsageError: There is none, or one that is not a linear layer.
+    """
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     classifiers = (named,) if isinstance(named, str) else tuple(named or ())
     if not classifiers:
@@ -181,15 +199,7 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
                 where=f"{architecture}: {classifier}",
                 found=type(model.get_submodule(classifier)).__name__,
             )
-    model.eval().requires_grad_(requires_grad=False)
-    for module in model.modules():
-        if hasattr(
-            module, "fused_attn"
-        ):  # one attention call: where prefixes join, and one ONNX node
-            module.fused_attn = True  # type: ignore[assignment]
-    arguments = {k: v for k, v in arguments.items() if k != "num_classes"}
-    print_ = fingerprint(dict(model.state_dict()), *classifiers)
-    return Backbone(model, Identity(architecture, arguments, print_), classifiers)
+    return classifiers
 
 
 def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Backbone:
@@ -202,6 +212,11 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
         UsageError: There is no such architecture, or it refuses the arguments.
     """
     arguments = dict(arguments or {})
+    return wrap(_make(architecture, arguments), architecture, arguments)
+
+
+def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model itself; see `create`."""
     own = ARCHITECTURES.get(architecture)
     if own is None and not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=5)
@@ -214,9 +229,8 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
         )
     try:
         if own is not None:
-            model = own(**arguments)
-        else:
-            model = timm.create_model(architecture, pretrained=False, **arguments)
+            return own(**arguments)
+        return timm.create_model(architecture, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError) as cause:
         raise UsageError(
             f"{'timm' if own is None else own.__name__} cannot create the backbone with these arguments",
@@ -224,7 +238,6 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
             found=f"{arguments}: {cause}",
             do="check the --backbone-arg values",
         ) from cause
-    return wrap(model, architecture, arguments)
 
 
 def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights: Path) -> Backbone:
@@ -251,13 +264,13 @@ def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights:
         )
     tensors = read_tensors(weights)
     arguments = {**(arguments or {}), "num_classes": 0}
-    trunk = create(architecture, arguments)
-    head = tensors.get(f"{trunk.classifiers[0]}.weight")
+    model = _make(architecture, arguments)
+    head = tensors.get(f"{_classifiers(model, architecture)[0]}.weight")
     if head is not None:
-        trunk = create(architecture, {**arguments, "num_classes": head.shape[0]})
-    _require_same(weights, trunk.model.state_dict(), tensors)
-    trunk.model.load_state_dict(tensors, assign=True)
-    return wrap(trunk.model, architecture, arguments)
+        model = _make(architecture, {**arguments, "num_classes": head.shape[0]})
+    _require_same(weights, model.state_dict(), tensors)
+    model.load_state_dict(tensors, assign=True)
+    return wrap(model, architecture, arguments)
 
 
 def save(folder: Path, backbone: Backbone) -> None:

@@ -197,8 +197,18 @@ def validate(delta: Delta, *, where: object) -> None:
             wanted=", ".join(delta.branches),
             found=", ".join(surplus),
         )
+    listed = list(delta.branches)
     for name, branch in delta.branches.items():
         _require_side(branch, where=f"{where}: {name}")
+        for head in heads:
+            at = delta.branches[head].add
+            early = branch.add == at and listed.index(name) < listed.index(head)
+            if early or (branch.tuner.join == "weights" and branch.add.module == at.module):
+                raise IncompatibleArtefact(
+                    "a branch stands at what the head replaces, so it would never act",
+                    where=f"{where}: {name}",
+                    found=f"{branch.add} in front of {head}",
+                )
         bind(branch.tuner.shapes, delta.tensors.get(name, {}), where=f"{where}: {name}")
         for key, tensor in delta.tensors[name].items():
             if tensor.dtype not in DTYPES:
@@ -284,11 +294,11 @@ def _require_side(branch: Branch, *, where: object) -> None:
         taps = ("input", "output") if branch.tuner.reads_map else ("input", "output", "patches")
     else:
         taps = (branch.add.side,)
-    if len(branch.taps) != branch.tuner.taps:
+    if len(branch.taps) != branch.tuner.reads:
         raise IncompatibleArtefact(
             f"a {branch.tuner.kind} branch reads another number of places",
             where=where,
-            wanted=branch.tuner.taps,
+            wanted=branch.tuner.reads,
             found=len(branch.taps),
         )
     sides = {point.side for point in branch.taps}

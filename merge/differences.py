@@ -17,10 +17,11 @@ from timm.layers.norm import LayerNorm, LayerNorm2d
 from torch import Tensor, nn
 
 from .errors import IncompatibleArtefact, UsageError
+from .ops import adds_bias_last, reads_patches
 from .sites import measure
 from .tuner import Branch, Point
-from .tuners.bias import Bias, adds_bias_last
-from .tuners.bottleneck import Bottleneck, reads_patches
+from .tuners.bias import Bias
+from .tuners.bottleneck import Bottleneck
 from .tuners.difference import Difference
 from .tuners.gain import Gain
 from .tuners.norm import Norm

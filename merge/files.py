@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 def canonical_json(value: Any) -> str:
@@ -40,12 +40,20 @@ OURS = (  # marks of the folders that we write
 )
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
+def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Stop before work begins when the output is already there; an empty folder is no output.
 
+    Args:
+        path: The output.
+        force: Replace it, unless it is an input or a folder that is not ours.
+        inputs: What the command reads.
+
     Raises:
-        UsageError: `path` exists and `force` is not set, or it is a folder that is not ours.
+        UsageError: `path` exists and may not be replaced.
     """
+    own = path.resolve()
+    if any(own == given.resolve() or own in given.resolve().parents for given in inputs):
+        raise UsageError("the output is one of the inputs", where=path, do="name another one")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not force:

@@ -140,7 +140,7 @@ def fold(
         if backbone.is_classifier(name) and name not in folded:
             continue
         tensors[name] = exact.to(dtype) if exact.is_floating_point() else exact
-        if name in frozen and not backbone.is_classifier(name):
+        if name in folded and name in frozen and not backbone.is_classifier(name):
             before = frozen[name].double()
             if not torch.equal(before, exact.double()):
                 losses.append(_loss(name, before, exact, dtype))

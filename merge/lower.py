@@ -8,11 +8,13 @@ biases, LoRA, key norms) is accounted for. Two different images must give the sa
 from __future__ import annotations
 
 import copy
+import functools
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import Attention, Seam
 from .errors import IncompatibleArtefact
@@ -22,7 +24,7 @@ from .tuner import Branch, Point
 from .tuners.prefix import Prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from .backbone import Backbone
     from .delta import Delta
@@ -30,29 +32,36 @@ if TYPE_CHECKING:
 CONSTANT = 1e-9  # relative, float64: rounding of one GEMM at two batch positions
 
 
-def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
+def lower(
+    backbone: Backbone, delta: Delta, sites: Sites, double: Callable[[], nn.Module] | None = None
+) -> Delta:
     """A delta whose deep prompts are prefixes; the delta itself when it has none.
 
-    Prompts that stay for several blocks depend on the image from the second block on: they stay tokens.
+    What stays tokens: prompts that live for several blocks, which depend on the image from the second
+    block on, and several prompts at one attention.
+
+    Args:
+        backbone: The frozen backbone.
+        delta: The task.
+        sites: Of the backbone.
+        double: Gives the backbone's model in float64; see `in_double`.
 
     Raises:
-        IncompatibleArtefact: A prompt's keys depend on the image, or its block has no single
-            attention.
+        IncompatibleArtefact: A prompt's keys depend on the image, its block has no single attention, or
+            the backbone does not run with the prompts.
     """
-    prompts = {n: b for n, b in delta.branches.items() if b.tuner.join == "tokens" and b.serial}
+    deep = {n: b for n, b in delta.branches.items() if b.tuner.join == "tokens" and b.serial}
+    points = {name: attention_inside(sites, branch.add.module) for name, branch in deep.items()}
+    taken = Counter(points.values())
+    keys = {name: point for name, point in points.items() if taken[point] == 1}
+    prompts = {name: deep[name] for name in keys}
     if not prompts:
         return delta
-    blocks = [branch.add.module for branch in prompts.values()]
-    if len(set(blocks)) != len(blocks):
-        raise IncompatibleArtefact(
-            "a block has two prompts", where=f"task {delta.task}", found=", ".join(blocks)
-        )
-    model = copy.deepcopy(backbone.model).double()
+    model = (double or in_double(backbone))()
     weighted = [
         (branch, {k: v.double() for k, v in delta.tensors[name].items()})
         for name, branch in delta.branches.items()
     ]
-    keys = {name: attention_inside(sites, branch.add.module) for name, branch in prompts.items()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles: list[Any] = []
     images = backbone.example(batch=2).double()
@@ -92,6 +101,11 @@ def lower(backbone: Backbone, delta: Delta, sites: Sites) -> Delta:
         branches[name] = Branch(Prefix(joint_softmax=joint), point, point)
         tensors[name] = {"key": key, "value": value}
     return replace(delta, branches=branches, tensors=tensors)
+
+
+def in_double(backbone: Backbone) -> Callable[[], nn.Module]:
+    """The backbone's model in float64, copied when it is first asked for and then shared."""
+    return functools.cache(lambda: copy.deepcopy(backbone.model).double())
 
 
 def _constant(t: Tensor, name: str) -> Tensor:

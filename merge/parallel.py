@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .attention import Crowd, LongerKeys, ReadLinears, Tokens
+from .attention import ReadLinears
 from .errors import UsageError
+from .ops import channels_first, patches
+from .tokens import Crowd, LongerKeys, Tokens
 from .tuner import Branch, Point
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class _Run:
             value = self.at(Point(path, "input"), value, channel_axis)
             if (patched := (Point(path, "patches"), False)) in self.taps:
                 self.taken[patched] = _Taken(patches(value, module), ())
-            value = self._arrive([a for a in arrivals if a not in staying], value)
+            value = self._arrive([arrival for arrival in arrivals if arrival[0].serial], value)
             if extends:
                 self.open.append(LongerKeys(extends, self.rows, self.crowd))
                 self.open[-1].__enter__()
@@ -311,27 +311,3 @@ class _Run:
             tokens = value.numel() // layout[-1] // given.shape[0]
             given = given.expand(given.shape[0], tokens, layout[-1]).reshape(layout)
         return given if channel_axis == -1 else given.movedim(-1, channel_axis)
-
-
-def patches(value: Tensor, module: nn.Module) -> Tensor:
-    """What each position of a convolution reads, `[B, N, C * kernel]`, ordered as its weight is."""
-    kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
-    stride: tuple[int, ...] = module.stride  # type: ignore[assignment]
-    padding: tuple[int, ...] = module.padding  # type: ignore[assignment]
-    dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
-    if (
-        kernel == stride and not any(padding) and set(dilation) == {1}
-    ):  # windows side by side, of any number of axes
-        for axis, size in enumerate(kernel):  # [B, C, n, k, n, k, ...]
-            whole = value.shape[2 + 2 * axis] // size * size
-            value = value.narrow(2 + 2 * axis, 0, whole).unflatten(2 + 2 * axis, (-1, size))
-        counts = range(2, 2 + 2 * len(kernel), 2)
-        value = value.permute(0, *counts, 1, *(c + 1 for c in counts))
-        return value.flatten(1 + len(kernel)).flatten(1, len(kernel))
-    return F.unfold(value, kernel, dilation, padding, stride).mT
-
-
-def channels_first(module: nn.Module) -> bool:
-    """The module works on `[B, C, ...]`."""
-    kinds = nn.Conv2d | nn.Conv3d | nn.BatchNorm2d | nn.GroupNorm | LayerNorm2d
-    return isinstance(module, kinds)

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from .attention import Attention, Seam
 from .errors import IncompatibleArtefact, UsageError
-from .parallel import channels_first, read_inside
+from .ops import channels_first, reads_patches
+from .parallel import read_inside
 from .tuner import Branch, Point, bind
-from .tuners.bottleneck import reads_patches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .backbone import Backbone
+
+
+DROPS = {"attn": "drop_path1", "mlp": "drop_path2"}  # of timm's blocks, by the op in front
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Sites:
         dims: Number of axes of the value at every point.
         calls: How often every point was entered.
         modules: All module paths.
+        leads: First axis of the value at every point, for one image: more than 1 where windows are.
+        fleeting: Points whose value the backbone overwrites in place later on.
+        residual: By op, such as `blocks.0.attn`, where the residual sum takes its output: behind a
+            LayerScale, a gamma or a norm that stands there.
+        shared: Names of the tensors that several modules hold.
         read: Linear layers whose weight the module around them reads instead of calling them.
         tensors: Shapes of all parameters and buffers, by name.
         unclear: Points whose value could have its channels first or last.
@@ -46,6 +54,10 @@ class Sites:
     dims: Mapping[Point, int]
     calls: Mapping[Point, int]
     modules: frozenset[str]
+    leads: Mapping[Point, int] = field(default_factory=dict)
+    fleeting: frozenset[Point] = frozenset()
+    residual: Mapping[str, Point] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     unclear: frozenset[Point] = frozenset()
@@ -125,6 +137,7 @@ class Sites:
                     )
         if branch.serial:
             return
+        self._check_values(branch, where=where)
         order = list(self.channels)  # as the image passed them
         late = max(order.index(_passed(point)) for point in branch.taps)
         if late > order.index(_passed(branch.add)):
@@ -135,11 +148,38 @@ class Sites:
                 found=f"from {order[late]} to {branch.add}",
             )
 
+    def _check_values(self, branch: Branch, *, where: object) -> None:
+        """What is tapped must still be there, and in the order of tokens in which it is added."""
+        if branch.tuner.join != "add":
+            return
+        for point in branch.taps:
+            if point in self.fleeting and point != branch.add:
+                raise IncompatibleArtefact(
+                    "the backbone overwrites a tapped value before the branch reads it",
+                    where=where,
+                    found=point,
+                    do="tap at another module",
+                )
+            windows = self.leads.get(point, 1), self.leads.get(branch.add, 1)
+            if windows[0] != windows[1] and not branch.tuner.reads_map:
+                raise IncompatibleArtefact(
+                    "a branch is added in another order of tokens than it reads",
+                    where=where,
+                    wanted="both ends inside the windows, or both outside",
+                    found=f"{point} in {windows[0]} windows, {branch.add} in {windows[1]}",
+                )
+
     def _check_parameter(self, branch: Branch, *, where: object) -> None:
         """Hold a difference to the parameter that it is added to."""
         parameter: str = branch.tuner.parameter  # type: ignore[attr-defined]
         name = f"{branch.add.module}.{parameter}".lstrip(".")
         (wanted,) = branch.tuner.shapes.values()
+        if name in self.shared:
+            raise IncompatibleArtefact(
+                "several modules share the parameter, and the difference would change one of them",
+                where=where,
+                found=name,
+            )
         if self.tensors.get(name) != wanted:
             raise IncompatibleArtefact(
                 "the backbone has no such parameter",
@@ -183,10 +223,53 @@ def measure(backbone: Backbone) -> Sites:
         seen.dims,
         seen.calls,
         frozenset(names),
-        frozenset(seen.met),
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        frozenset(seen.unclear),
+        leads=seen.leads,
+        fleeting=seen.overwritten(),
+        residual=_residual(seen),
+        shared=_shared(model),
+        read=frozenset(seen.met),
+        tensors={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        unclear=frozenset(seen.unclear),
     )
+
+
+def _residual(seen: _Seen) -> dict[str, Point]:
+    """By op of a block where the residual sum takes its output.
+
+    In timm's blocks that is what a DropPath is given: the op's own output, or that of a LayerScale or norm
+    behind it, or something that no module gives.
+    """
+    found: dict[str, Point] = {}
+    for own, value in seen.values.items():
+        block, _, op = own.module.rpartition(".")
+        if own.side != "output" or op not in DROPS:
+            continue
+        last = Point(f"{block}.{DROPS[op]}", "input")
+        summed = seen.values.get(last, value)
+        given = [
+            point
+            for point, other in seen.values.items()
+            if other is summed and point.side == "output" and point.module.startswith(f"{block}.")
+        ]
+        clear = [
+            point
+            for point in [own] * (summed is value) + given + [last]
+            if point not in seen.unclear
+        ]
+        found[own.module] = clear[0] if clear else own
+    return found
+
+
+def _shared(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that several modules hold."""
+    holders: dict[int, set[int]] = {}
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                holders.setdefault(id(tensor), set()).add(id(module))
+                names.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
+    return frozenset(n for key, found in names.items() if len(holders[key]) > 1 for n in found)
 
 
 def _passed(point: Point) -> Point:
@@ -212,13 +295,6 @@ def blocks(model: nn.Module) -> list[str]:
             wanted="modules named blocks.0, blocks.1, ...",
         )
     return found
-
-
-def behind(model: nn.Module, block: str, op: str) -> str:
-    """The op of a block whose output the residual sum takes: `attn` or `mlp`, or the LayerScale behind."""
-    name = {"attn": "ls1", "mlp": "ls2"}.get(op)
-    scale = getattr(model.get_submodule(block), name, None) if name else None
-    return op if scale is None or isinstance(scale, nn.Identity) else str(name)
 
 
 def attention_inside(sites: Sites, block: str) -> Point:
@@ -258,6 +334,9 @@ class _Seen(Seam):
         self.calls: Counter[Point] = Counter()
         self.inside: list[str] = []
         self.unclear: set[Point] = set()
+        self.leads: dict[Point, int] = {}
+        self.values: dict[Point, Tensor] = {}
+        self.versions: dict[Point, int] = {}
         self.read: dict[str, nn.Module] = {}
         self.met: set[str] = set()
 
@@ -268,8 +347,14 @@ class _Seen(Seam):
         self.calls[point] += 1
         self.channels[point] = value.shape[1 if first else -1]
         self.dims[point] = value.dim()
+        self.leads[point] = value.shape[0]
+        self.values[point], self.versions[point] = value, value._version
         if value.dim() > 3 and module is not None and not _has_clear_layout(module):
             self.unclear.add(point)
+
+    def overwritten(self) -> frozenset[Point]:
+        """The points whose value was changed in place after it was noted."""
+        return frozenset(p for p, v in self.values.items() if v._version != self.versions[p])
 
     def enter(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

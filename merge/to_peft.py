@@ -20,14 +20,15 @@ from torch import nn
 from .delta import Delta, require_backbone
 from .errors import UsageError
 from .files import atomic_folder
+from .ops import adds_bias_last, is_linear, reads_patches
 from .parallel import submodule
 from .sites import Sites, measure
-from .tuners.bias import Bias, adds_bias_last
-from .tuners.bottleneck import Bottleneck, reads_patches
+from .tuners.bias import Bias
+from .tuners.bottleneck import Bottleneck
 from .tuners.head import Head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -79,8 +80,8 @@ def to_peft(delta: Delta, backbone: Backbone, sites: Sites | None = None) -> Pef
         IncompatibleArtefact: The delta does not belong to the backbone.
         UsageError: A branch has no form in PEFT's LoRA; every reason is named.
     """
-    require_backbone(delta, backbone, sites or measure(backbone))
-    called = _called(backbone)
+    sites = sites or measure(backbone)
+    require_backbone(delta, backbone, sites)
     loras: dict[str, _Lora] = {}
     shifts: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
@@ -94,7 +95,7 @@ def to_peft(delta: Delta, backbone: Backbone, sites: Sites | None = None) -> Pef
                 continue
             if path in backbone.classifiers:
                 raise _NoForm("it stands at the classifier, which PEFT saves whole")
-            if path not in called:
+            if path in sites.read:
                 raise _NoForm("the layer is read and not called, and PEFT would pass it by")
             if isinstance(branch.tuner, Bias):
                 if path in shifts:
@@ -137,24 +138,6 @@ def write_peft(folder: Path, adapter: PeftAdapter) -> None:
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
 
 
-def _called(backbone: Backbone) -> set[str]:
-    """The modules that one image enters."""
-    entered: set[str] = set()
-
-    def note(path: str) -> Callable[..., None]:
-        return lambda *_: entered.add(path)
-
-    named = backbone.model.named_modules()
-    handles = [module.register_forward_pre_hook(note(path)) for path, module in named]
-    try:
-        with torch.no_grad():
-            backbone.model(backbone.example())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return entered
-
-
 def _lora(op: nn.Module, branch: Branch, w: Mapping[str, Tensor]) -> _Lora:
     """A bottleneck as PEFT's LoRA.
 
@@ -168,10 +151,11 @@ def _lora(op: nn.Module, branch: Branch, w: Mapping[str, Tensor]) -> _Lora:
         raise _NoForm(f"it has a {tuner.activation} between down and up")
     if tuner.norm != "none":
         raise _NoForm("it has a layer norm of its own")
-    if branch.place != "beside":
+    if branch.place not in ("beside", "over"):
         raise _NoForm(f"it reads {branch.tap} and not what {branch.add.module} reads")
-    if not isinstance(op, nn.Linear) and not reads_patches(op):
-        raise _NoForm(f"it stands beside a {type(op).__name__}")
+    if not is_linear(op, branch.place):
+        patches = " and does not read its patches" if reads_patches(op) else ""
+        raise _NoForm(f"it stands beside a {type(op).__name__}{patches}")
     if any(step != 1 for step in getattr(op, "dilation", ())):
         raise _NoForm("the convolution is dilated, and PEFT's LoRA is not")
     alpha, rank = _alpha(float(w["scale"]), w["down"].shape[0])

@@ -115,7 +115,7 @@ class Tuner(ABC):
         return self.shapes
 
     @property
-    def taps(self) -> int:
+    def reads(self) -> int:
         """How many places a branch reads."""
         return 1
 

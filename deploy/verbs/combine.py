@@ -88,10 +88,8 @@ def command(
     from ...merge.errors import UsageError
     from ...merge.files import refuse_existing
 
-    if output.resolve() in {path.resolve() for path in (*deltas, choice.weights)}:
-        raise UsageError("the output is one of the inputs", where=output, do="name another one")
     if not dry_run:
-        refuse_existing(output, force=force)
+        refuse_existing(output, force=force, inputs=(*deltas, choice.weights))
     ranks = None if rank is None and energy is None else Ranks(rank, energy)
     recipe = Recipe(method, density, seed, ranks)
     names = None

@@ -82,7 +82,7 @@ def command(
     from ..plan import make_plan
 
     if not dry_run:
-        refuse_existing(output, force=force)
+        refuse_existing(output, force=force, inputs=(*deltas, choice.weights))
     tasks = [Task(load_delta(path), digest(path)) for path in deltas]
     backbone = choice.load()
     if dry_run:

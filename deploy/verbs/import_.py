@@ -63,7 +63,7 @@ def command(
 
     Settings that some files lack: vpetl att_prefix_mode, att_prefix_scale, ffn_option,
     ffn_adapter_scalar, ffn_adapter_layernorm_option; swift order, lora_alpha, enable_lora, head; timm rank
-    or energy (the best low-rank LoRA instead of the full difference) and ema.
+    or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file).
     """
     from ...merge.delta import require_backbone, save_delta
     from ...merge.errors import UsageError
@@ -71,7 +71,7 @@ def command(
     from ...merge.importers import read
     from ...merge.sites import measure
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=(file, choice.weights))
     names = None
     if labels is not None:
         if not labels.is_file():

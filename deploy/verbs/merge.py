@@ -60,17 +60,15 @@ def command(
     from safetensors.torch import save_file
 
     from ...merge.delta import load_delta
-    from ...merge.errors import UsageError
     from ...merge.files import atomic_file, refuse_existing
     from ...merge.fold import fold
     from ...merge.fold import report as loss_report
 
-    if output.resolve() in (delta.resolve(), choice.weights.resolve()):
-        raise UsageError("the output is one of the inputs", where=output, do="name another one")
     if not dry_run:
-        refuse_existing(output, force=force)
+        inputs = (delta, choice.weights)
+        refuse_existing(output, force=force, inputs=inputs)
         if report is not None:
-            refuse_existing(report, force=force)
+            refuse_existing(report, force=force, inputs=inputs)
     task = load_delta(delta)
     merged = fold(task, choice.load(), dtype=getattr(torch, DTYPES[dtype]))
     found = {

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..backbone import Backbone
+    from ..sites import Sites
 
 THIRDS = {"kv": (1, 2), "qv": (0, 2), "qkv": (0, 1, 2)}  # of the rows of qkv
 
@@ -124,10 +125,9 @@ def patt(
         "patt", tuner, "attn.qkv:input", "attn.qkv:output", rank=rank, scale=scale, numbers=blocks
     )
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
-        for planted in everywhere(backbone):
-            qkv = backbone.model.get_submodule(planted.branch.add.module)
-            third = qkv.out_features // 3  # type: ignore[operator]
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
+        for planted in everywhere(backbone, sites):
+            third = sites.require(planted.branch.add) // 3
             rows = tuple(range(i * third, (i + 1) * third) for i in THIRDS[mode])
             yield replace(planted, rows=rows)
 
@@ -152,8 +152,8 @@ def bapat(
 def together(*methods: Method) -> Method:
     """Several methods as one."""
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for method in methods:
-            yield from method(backbone)
+            yield from method(backbone, sites)
 
     return plant

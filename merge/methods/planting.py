@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..sites import behind, blocks
+from ..sites import blocks
 from ..tuner import Branch, Point, Tuner
 from ..tuners.head import Head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
     from ..backbone import Backbone
+    from ..sites import Sites
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Planted:
     rows: tuple[range, ...] | None = None
 
 
-Method = Callable[["Backbone"], Iterator[Planted]]
+Method = Callable[["Backbone", "Sites"], Iterator[Planted]]
 
 
 def in_blocks(
@@ -60,7 +59,8 @@ def in_blocks(
         label: Ends the branch's name.
         tuner: What is computed.
         tap: Where it reads, `OP:SIDE` inside a block, such as `attn.qkv:input`; `:input` is the block's own.
-        add: Where it joins; at the tap if None.
+        add: Where it joins; at the tap if None. What is added to an op's output joins where the residual
+            sum takes it: behind a LayerScale, a gamma or a norm that stands there.
         rank: See `Planted`.
         scale: See `Planted`.
         learn_scale: See `Planted`.
@@ -70,11 +70,19 @@ def in_blocks(
         UsageError: A block that is not there.
     """
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for block in chosen_blocks(backbone, numbers):
-            read, joined = (_inside(backbone.model, block, text) for text in (tap, add or tap))
+            joined = _point(block, add or tap)
+            read = _point(block, tap)
+            behind = sites.residual.get(joined.module) if joined.side == "output" else None
+            if behind is not None and add in (None, tap):
+                read = joined = behind
+            elif behind is not None and sites.leads.get(behind) == sites.leads.get(read):
+                joined = behind  # windows stay among themselves
             branch = Branch(tuner, read, joined)
-            yield Planted(f"{joined.module}/{label}", branch, rank, scale, learn_scale)
+            yield Planted(
+                f"{_point(block, add or tap).module}/{label}", branch, rank, scale, learn_scale
+            )
 
     return plant
 
@@ -94,11 +102,9 @@ def chosen_blocks(backbone: Backbone, numbers: Sequence[int] | None) -> list[str
     return [found[number] for number in (range(len(found)) if numbers is None else numbers)]
 
 
-def _inside(model: nn.Module, block: str, text: str) -> Point:
-    """A point of a block; an op's output is taken behind its LayerScale, where the residual sum is."""
+def _point(block: str, text: str) -> Point:
+    """A point of a block."""
     op, _, side = text.rpartition(":")
-    if side == "output":
-        op = behind(model, block, op)
     return Point(f"{block}.{op}".rstrip("."), side)  # type: ignore[arg-type]
 
 

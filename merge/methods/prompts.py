@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..backbone import Backbone
+    from ..sites import Sites
 
 
 def prefix(
@@ -42,7 +43,7 @@ def deep_prompt(
 def shallow_prompt(length: int, *, joint_softmax: bool = True) -> Method:
     """Learned tokens behind the embedded image, through all blocks (VPT-shallow, arXiv 2203.12119)."""
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         found = chosen_blocks(backbone, None)
         tuner = Prompt(joint_softmax=joint_softmax)
         branch = Branch(tuner, Point(found[0], "tokens"), Point(found[-1], "tokens"))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..backbone import Backbone
+    from ..sites import Sites
     from ..tuner import Tuner
 
 KINDS = ("adapter", "lora", "prefix", "prompt")
@@ -99,7 +100,7 @@ def _attended(
 def _at_embedding(kind: str, tuner: Tuner, rank: int, scale: float, *, serial: bool) -> Method:
     """A tuner that reads the patches themselves, or the embedded ones."""
 
-    def plant(_: Backbone) -> Iterator[Planted]:
+    def plant(_: Backbone, __: Sites) -> Iterator[Planted]:
         add = Point("patch_embed.proj", "output")
         tap = add if serial else Point("patch_embed.proj", "patches")
         yield Planted(f"patch_embed.proj/{kind}", Branch(tuner, tap, add), rank, scale)

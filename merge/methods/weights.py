@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import UsageError
+from ..ops import adds_bias_last
 from ..tuner import Branch, Point
-from ..tuners.bias import Bias, adds_bias_last
+from ..tuners.bias import Bias
 from ..tuners.difference import Difference
 from ..tuners.gain import Gain
 from ..tuners.kronecker import Kronecker
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ..backbone import Backbone
+    from ..sites import Sites
 
 
 def bitfit() -> Method:
@@ -29,7 +31,7 @@ def bitfit() -> Method:
         UsageError: The trunk has biases that no module adds to its output.
     """
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         model = backbone.model
         hidden = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("_bias")]
         hidden += [
@@ -60,7 +62,7 @@ def norm_tuning() -> Method:
         UsageError: The trunk has no layer norm with a gain and a bias.
     """
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         found = 0
         for path, module in backbone.model.named_modules():
             if isinstance(module, nn.LayerNorm) and module.bias is not None:
@@ -85,9 +87,9 @@ def ia3(
     places = [("ia3", f"{op}:output") for op in outputs]
     places += [("ia3_before", f"{op}:input") for op in inputs]
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for label, place in places:
-            yield from in_blocks(label, Gain(shift=False), place, numbers=blocks)(backbone)
+            yield from in_blocks(label, Gain(shift=False), place, numbers=blocks)(backbone, sites)
 
     return plant
 
@@ -99,10 +101,10 @@ def ssf(
 ) -> Method:
     """A factor and a shift per channel behind every op of a block (arXiv 2210.08823)."""
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for op in at:
             tuner = Gain(shift=True)
-            yield from in_blocks("ssf", tuner, f"{op}:output", numbers=blocks)(backbone)
+            yield from in_blocks("ssf", tuner, f"{op}:output", numbers=blocks)(backbone, sites)
 
     return plant
 
@@ -116,10 +118,9 @@ def oft(block: int, *, at: str = "attn.qkv", blocks: Sequence[int] | None = None
         UsageError: The channels do not divide by `block`.
     """
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for place in chosen_blocks(backbone, blocks):
-            op = backbone.model.get_submodule(f"{place}.{at}")
-            width = int(op.in_features)  # type: ignore[arg-type]
+            width = sites.require(Point(f"{place}.{at}", "input"))
             if block < 1 or width % block:
                 raise UsageError(
                     "the channels do not divide into blocks", where=f"{place}.{at}",
@@ -150,7 +151,7 @@ def lokr(
 def full() -> Method:
     """Every parameter of the trunk, as a difference: it folds, and cannot share a batch."""
 
-    def plant(backbone: Backbone) -> Iterator[Planted]:
+    def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
         for name, parameter in backbone.model.named_parameters():
             if backbone.is_classifier(name):
                 continue

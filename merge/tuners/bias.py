@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
+from ..ops import adds_bias_last, op_bias
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
-from .bottleneck import op_bias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +43,3 @@ class Bias(Tuner):
         if place == "before" or not adds_bias_last(op):
             raise CannotFold(f"a {type(op).__name__} does more to its bias than add it last")
         return {"bias": op_bias(op) + w["shift"]}
-
-
-def adds_bias_last(op: nn.Module) -> bool:
-    """The op's output is something plus its bias; timm's norms with an activation are not like that."""
-    plain = isinstance(
-        op, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm
-    )
-    return plain and isinstance(getattr(op, "act", None), nn.Identity | type(None))

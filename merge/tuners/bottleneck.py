@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import is_linear, op_bias
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights, wider
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 NORMS = ("none", "in", "out")
-FORWARDS = (nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 @dataclass(frozen=True)
@@ -147,30 +147,3 @@ class Bottleneck(Tuner):
             changed = weight + product
         folded: Weights = {"weight": changed.reshape(cast("Tensor", op.weight).shape)}
         return folded if constant is None else folded | {"bias": op_bias(op) + constant}
-
-
-def is_linear(op: nn.Module, place: Place) -> bool:
-    """At this place the op is one linear layer of what a branch reads, its weight flat."""
-    return isinstance(op, nn.Linear) if place != "over" else reads_patches(op)
-
-
-def reads_patches(op: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
-    """Each position of a convolution is one linear layer on what it reads."""
-    if not isinstance(op, nn.Conv2d | nn.Conv3d) or type(op).forward not in FORWARDS:
-        return False  # timm's "same" convolutions pad in their own forward
-    if op.groups != 1 or isinstance(op.padding, str):
-        return False
-    apart = op.kernel_size == op.stride and not any(op.padding) and set(op.dilation) == {1}
-    return apart or (isinstance(op, nn.Conv2d) and op.padding_mode == "zeros")
-
-
-def op_bias(op: nn.Module) -> Tensor:
-    """The op's bias.
-
-    Raises:
-        CannotFold: The op was built without one, so a plain checkpoint has no room for it.
-    """
-    bias = getattr(op, "bias", None)
-    if bias is None:
-        raise CannotFold("the branch has a constant part and the frozen layer has no bias")
-    return bias

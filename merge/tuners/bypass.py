@@ -58,7 +58,7 @@ class Bypass(Tuner):
         return {f"{rung}_{name}": axes for rung in RUNGS for name, axes in one.items()}
 
     @property
-    def taps(self) -> int:
+    def reads(self) -> int:
         """What the first block reads, and what each block gives."""
         return self.depth + 1
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from ..ops import adds_bias_last, op_bias, reads_patches
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
-from .bias import adds_bias_last
-from .bottleneck import op_bias, reads_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +59,8 @@ class Gain(Tuner):
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """Behind an op the rows of its weight and its bias are scaled, before it the columns."""
         gain, shift = w["gain"], w.get("shift")
+        if place == "over":
+            raise CannotFold("it reads patches, and no weight is their diagonal")
         if place == "beside":
             return self._beside(gain, shift, op)
         if place == "behind":

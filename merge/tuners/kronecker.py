@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from ..ops import is_linear
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights, wider
-from .bottleneck import is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

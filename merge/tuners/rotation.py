@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from ..ops import reads_patches
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
-from .bottleneck import reads_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -246,7 +246,7 @@ bottleneck: before linear          | F        +        +        +        F      
 bottleneck: beside attention       | +        +        +        +        +        +        +        -        -
 bottleneck: behind ffn             | +        +        +        +        +        +        +        +        -
 bottleneck: beside ffn             | +        +        +        +        +        +        +        +        -
-bottleneck: from attention to ffn  | +        +        +        +        +        +        +        -        -
+bottleneck: from attention to ffn  | +        +        +        +        +        o        o        -        -
 bottleneck: behind block           | +        +        +        +        +        +        +        u        u
 bottleneck: patches                | F        F        F        F        F        F        F        F        +
 bottleneck: patches, no bias       | F        F        F        F        F        F        F        F        F
@@ -291,6 +291,7 @@ head: classifier                   | F        F        F        F        F      
 
 SENTENCES = {
     "k": "no scaled dot product attention runs inside this module",
+    "o": "another order of tokens",
     "r": "the backbone does not run with these branches",
     "s": "tokens can join a sequence",
     "u": "not clear which axis",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from utune_deploy.merge.backbone import wrap
+from utune_deploy.merge.bank import stack
 from utune_deploy.merge.errors import IncompatibleArtefact
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.methods import (
@@ -21,6 +22,7 @@ from utune_deploy.merge.methods import (
     serial_adapter,
     shallow_prompt,
 )
+from utune_deploy.merge.mixed import Mixed
 from utune_deploy.merge.parallel import joined
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.prefix import Prefix
@@ -172,13 +174,20 @@ def test_a_key_norm_is_accounted_for(vit64, random_delta, sites_of, run, error):
     assert error(run(backbone, lowered, images), run(backbone, delta, images)) < 1e-10
 
 
-def test_two_prompts_in_one_block_are_refused(vit, random_delta, sites_of):
-    delta = random_delta(vit, deep_prompt(2))
-    branches = {"second": delta.branches["blocks.1/prompt"], **delta.branches}
-    tensors = {"second": delta.tensors["blocks.1/prompt"], **delta.tensors}
-    with pytest.raises(IncompatibleArtefact, match="two prompts") as caught:
-        lower(vit, replace(delta, branches=branches, tensors=tensors), sites_of(vit))
-    assert caught.value.exit_code == 4
+def test_several_prompts_at_one_attention_stay_tokens(vit64, random_delta, sites_of, run, error):
+    """Which keys are whose cannot be told from the end of the sequence."""
+    delta = random_delta(vit64, deep_prompt(2), deep_prompt(3, at="attn", blocks=(1,)))
+    lowered = lower(vit64, delta, sites_of(vit64))
+    kinds = {name: branch.tuner.kind for name, branch in lowered.branches.items()}
+    assert [n for n, kind in kinds.items() if kind == "prompt"] == [
+        "blocks.1/prompt",
+        "blocks.1.attn/prompt",
+    ]
+    assert kinds["blocks.0/prompt"] == "prefix"
+    images = vit64.example(2)
+    with torch.no_grad():
+        mixed = Mixed(vit64, stack([lowered]))(images, torch.zeros(2).long())
+    assert error(mixed, run(vit64, delta, images)) < 1e-12
 
 
 def test_prompts_that_depend_on_the_image_are_refused(vit, random_delta, sites_of):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from utune_deploy.merge.attach import restore
-from utune_deploy.merge.attention import Attention, Crowd, LongerKeys
+from utune_deploy.merge.attention import Attention
 from utune_deploy.merge.backbone import wrap
 from utune_deploy.merge.bank import Bank, fill_row, stack
 from utune_deploy.merge.errors import UsageError
@@ -37,6 +37,7 @@ from utune_deploy.merge.methods import (
 )
 from utune_deploy.merge.mixed import Mixed, Single
 from utune_deploy.merge.parallel import joined, submodule
+from utune_deploy.merge.tokens import Crowd, LongerKeys
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck

@@ -14,10 +14,11 @@ from utune_deploy.merge.bank import stack
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.methods import deep_prompt, lora, prefix
 from utune_deploy.merge.mixed import Mixed
-from utune_deploy.merge.parallel import joined, patches
+from utune_deploy.merge.ops import patches, reads_patches
+from utune_deploy.merge.parallel import joined
 from utune_deploy.merge.tuner import Branch, CannotFold, Point
 from utune_deploy.merge.tuners.bias import Bias
-from utune_deploy.merge.tuners.bottleneck import Bottleneck, reads_patches
+from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.gain import Gain
 from utune_deploy.merge.tuners.kronecker import Kronecker

@@ -82,7 +82,8 @@ def command(
     Sums run over what each task changes in the backbone's weights, in float64; a branch that does not
     fold is refused. The order of DELTAS does not matter.
     """
-    from ...merge.combine.tasks import Recipe, combine
+    from ...merge.combine.recipe import Recipe
+    from ...merge.combine.tasks import combine
     from ...merge.delta import load_delta, save_delta
     from ...merge.differences import Ranks
     from ...merge.errors import UsageError

@@ -100,7 +100,8 @@ def _require_linear(parts: Sequence[Part]) -> None:
     for part in parts:
         tuner, place = part.branch.tuner, part.branch.place
         if isinstance(tuner, Bottleneck):
-            linear = place == "beside" and tuner.activation == "identity" and tuner.norm == "none"
+            beside = place in ("beside", "over")
+            linear = beside and tuner.activation == "identity" and tuner.norm == "none"
             reason = "only a linear bottleneck beside its op has ranks that can stand side by side"
         elif isinstance(tuner, Bias):
             linear = place == "behind"

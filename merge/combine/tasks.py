@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..delta import Delta, branch_to_json, require_backbone, validate
-from ..differences import Carried, Ranks, Truncation, carry, say_truncation, subtract, total_error
+from ..differences import Carried, Truncation, carry, say_truncation, subtract, total_error
 from ..errors import CheckFailed, UsageError
 from ..files import canonical_json
 from ..fold import exact_weights
 from ..sites import measure
-from . import ELECTING, METHODS, RANDOM, SPARSE
-from .algebra import disjoint_mean, drop, trim, weighted_sum
 from .cat import concatenate
 
 if TYPE_CHECKING:
@@ -28,90 +26,12 @@ if TYPE_CHECKING:
     from ..backbone import Backbone
     from ..sites import Sites
     from ..tuner import Branch, Weights
+    from .recipe import Recipe
 
     Differences = Mapping[str, Tensor]
 
-DENSITY = 0.2
-RANK = 16
 AVERAGE = "average"
 SAME = 1e-10  # of |cat - linear| over |linear|: float64 sums of up to some hundred ranks
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How tasks are combined.
-
-    Attributes:
-        method: A key of `METHODS`.
-        density: Share of each tensor that the methods of `SPARSE` keep; `DENSITY` if None.
-        seed: Of the methods of `RANDOM`; 0 if None.
-        ranks: Cuts the result to a low rank; `RANK` for svd if None.
-    """
-
-    method: str
-    density: float | None = None
-    seed: int | None = None
-    ranks: Ranks | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(
-                "there is no such method", wanted=f"one of {', '.join(METHODS)}", found=self.method
-            )
-        for option, value, methods in (
-            ("a density", self.density, SPARSE),
-            ("a seed", self.seed, RANDOM),
-        ):
-            if value is not None and self.method not in methods:
-                raise UsageError(
-                    f"{option} means nothing here", wanted=", ".join(methods), found=self.method
-                )
-        if self.density is not None and not 0 < self.density <= 1:
-            raise UsageError(
-                "the density is out of range", wanted="above 0, at most 1", found=self.density
-            )
-        if self.method == "cat" and self.ranks is not None:
-            raise UsageError(
-                "method cat keeps every rank", found=str(self.ranks), do="use --method svd"
-            )
-
-    def settings(self) -> dict[str, str]:
-        """What was chosen, as text, defaults resolved."""
-        found = {"method": self.method}
-        if self.method in SPARSE:
-            found["density"] = repr(self.kept)
-        if self.method in RANDOM:
-            found["seed"] = str(self.seed or 0)
-        if self.cut is not None:
-            found |= {key: f"{value}" for key, value in vars(self.cut).items() if value is not None}
-        return found
-
-    @property
-    def kept(self) -> float:
-        """The density."""
-        return DENSITY if self.density is None else self.density
-
-    @property
-    def cut(self) -> Ranks | None:
-        """The ranks of the result."""
-        return self.ranks or (Ranks(RANK) if self.method == "svd" else None)
-
-    def weight(self, tasks: int) -> float:
-        """Of each task when none is given: the mean of a sum, the whole of what is a mean already."""
-        return 1.0 if self.method in ELECTING else 1 / tasks
-
-    def merge(
-        self, parts: Sequence[Tensor], weights: Sequence[float], seeds: Sequence[str]
-    ) -> Tensor:
-        """One tensor of the result from the tasks' differences there, float64."""
-        if self.method in ("ties", "magnitude"):
-            parts = [trim(part, self.kept) for part in parts]
-        elif self.method in RANDOM:
-            parts = [
-                drop(part, self.kept, self.seed or 0, seed)
-                for part, seed in zip(parts, seeds, strict=True)
-            ]
-        return (disjoint_mean if self.method in ELECTING else weighted_sum)(parts, weights)
 
 
 @dataclass(frozen=True)
@@ -201,12 +121,14 @@ def combine(
     """
     tasks = _in_order(deltas, _weights(deltas, weights, recipe))
     _require_one_preprocessing([delta for delta, _, _ in tasks])
-    heads, names = _head([(delta, weight) for delta, weight, _ in tasks], head)
     sites = measure(backbone)
-    differences = [_difference(delta, backbone, sites) for delta, _, _ in tasks]
+    folded = [_folded(delta, backbone, sites) for delta, _, _ in tasks]
+    differences = [difference for _, difference in folded]
+    weighted = [(own, weight) for (own, _), (_, weight, _) in zip(folded, tasks, strict=True)]
+    heads, names = _head(weighted, head)
     merged = _merge(tasks, differences, recipe)
     if recipe.method == "cat":
-        carried = Carried(*concatenate([(delta, weight) for delta, weight, _ in tasks]))
+        carried = Carried(*concatenate(weighted))
     else:
         carried = carry(backbone, merged, ranks=recipe.cut, sites=sites)
     delta = Delta(
@@ -225,7 +147,7 @@ def combine(
     )
     validate(delta, where=f"task {task}")
     if recipe.method == "cat":
-        _require_same(_difference(delta, backbone, sites), merged)
+        _require_same(_folded(delta, backbone, sites)[1], merged)
     shares = [
         Share(delta.task, weight, len(own), math.hypot(*(float(d.norm()) for d in own.values())))
         for (delta, weight, _), own in zip(tasks, differences, strict=True)
@@ -346,8 +268,10 @@ def _average(tasks: Sequence[tuple[Delta, float]]) -> list[tuple[str, Branch, We
     return found
 
 
-def _difference(delta: Delta, backbone: Backbone, sites: Sites) -> Differences:
-    """What a task changes in the trunk's weights, float64, exactly.
+def _folded(delta: Delta, backbone: Backbone, sites: Sites) -> tuple[Delta, Differences]:
+    """The task with a head that says all of its classifier, and what it changes in the trunk's weights.
+
+    Both exactly, in float64; a head where nothing else stands is left as it is stored.
 
     Raises:
         UsageError: A branch does not fold; its reason is given.
@@ -362,7 +286,24 @@ def _difference(delta: Delta, backbone: Backbone, sites: Sites) -> Differences:
             do="leave it out: export serves it beside the combined task, in one engine",
         ) from cause
     frozen = backbone.model.state_dict()
-    return subtract({n: t for n, t in frozen.items() if not backbone.is_classifier(n)}, tuned)
+    trunk = {name: frozen[name] for name in frozen if not backbone.is_classifier(name)}
+    return _settle(delta, tuned), subtract(trunk, tuned)
+
+
+def _settle(delta: Delta, tuned: Mapping[str, Tensor]) -> Delta:
+    """The task without the branches that stand at its classifiers: the folded heads hold them."""
+    heads = {delta.branches[name].add.module: name for name in delta.heads}
+    inside = {
+        name: heads[branch.add.module]
+        for name, branch in delta.branches.items()
+        if branch.add.module in heads and name not in delta.heads
+    }
+    tensors = {name: own for name, own in delta.tensors.items() if name not in inside}
+    for name in set(inside.values()):
+        path = delta.branches[name].add.module
+        tensors[name] = {key: tuned[f"{path}.{key}"] for key in tensors[name]}
+    branches = {name: branch for name, branch in delta.branches.items() if name not in inside}
+    return replace(delta, branches=branches, tensors=tensors)
 
 
 def _merge(

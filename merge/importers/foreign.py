@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..backbone import Backbone
+    from ..differences import Carried
     from ..preprocessing import Preprocessing
     from ..tuner import Branch, Weights
 
@@ -48,6 +49,16 @@ class Foreign:
         """Add a branch."""
         self.branches[name] = branch
         self.tensors[name] = tensors
+
+    def plant_changes(self, carried: Carried) -> None:
+        """Add the branches of tuned parameters, and a note of those that are alone in a batch."""
+        for name, branch in carried.branches.items():
+            self.plant(name, branch, carried.tensors[name])
+        if carried.whole:
+            self.notes["alone"] = (
+                f"{len(carried.whole)} branches cannot share a batch with other tasks: "
+                f"{', '.join(carried.whole[:3])}{', ...' if carried.whole[3:] else ''}"
+            )
 
     def plant_head(
         self, backbone: Backbone, weight: Tensor, bias: Tensor | None, classifier: int = 0
@@ -162,12 +173,13 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
             "the checkpoint holds objects that would run code when loaded",
             where=path,
             wanted="tensors and plain containers",
-            found=str(cause).splitlines()[0],
+            found=str(cause).partition("\n")[0],
             do="save it again as a plain state dict",
         ) from cause
-    except (RuntimeError, EOFError, ValueError, KeyError) as cause:
+    except Exception as cause:  # damaged bytes end anywhere in pickle, zipfile and torch
+        said = f"{type(cause).__name__}: {cause}".splitlines()[0]
         raise IncompatibleArtefact(
-            "the checkpoint is damaged", where=path, found=str(cause).splitlines()[0]
+            "the checkpoint is damaged", where=path, found=said.removesuffix(": ")
         ) from cause
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..preprocessing import Preprocessing
-from ..sites import behind, blocks
+from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
@@ -163,12 +163,19 @@ def _block(
         branch = Branch(Prefix(joint_softmax=True), point, point)
         found.plant(f"{block}.attn/prefix", branch, {"key": key[0], "value": value[0]})
     if tensors := take(ADAPTER):
-        point = Point(f"{block}.{behind(backbone.model, block, 'mlp')}", "output")
+        point = _behind_ffn(backbone.model, block)
         names = ("down", "down_bias", "up", "up_bias")
         weights = {**dict(zip(names, tensors, strict=True)), "scale": torch.ones(())}
         branch = Branch(Bottleneck("gelu", bias=True), point, point)
         found.plant(f"{point.module}/adapter", branch, weights)
     return known
+
+
+def _behind_ffn(model: nn.Module, block: str) -> Point:
+    """Behind the FFN and its LayerScale, in front of the residual sum."""
+    scale = getattr(model.get_submodule(block), "ls2", None)
+    scaled = scale is not None and not isinstance(scale, nn.Identity)
+    return Point(f"{block}.ls2" if scaled else f"{block}.mlp", "output")
 
 
 def _head(

@@ -112,7 +112,7 @@ def _require_places(
     for wrapper in WRAPPERS:
         names = [f"{wrapper}{name}" for name, _ in backbone.model.named_modules() if name]
         root, stems, target = (
-            _matching(config.get(f"{part}_modules"), names) for part in ("root", "stem", "target")
+            _matching(path, config, f"{part}_modules", names) for part in ("root", "stem", "target")
         )
         found = [[n.removeprefix(wrapper) for n in part] for part in (root[:1], stems, target)]
         if tuple(found) == wanted:
@@ -135,11 +135,23 @@ def _require_places(
         )
 
 
-def _matching(pattern: object, names: Sequence[str]) -> list[str]:
-    """Names in the order in which ms-swift meets them."""
+def _matching(
+    path: Path, config: Mapping[str, Any], setting: str, names: Sequence[str]
+) -> list[str]:
+    """Names in the order in which ms-swift meets them.
+
+    Raises:
+        IncompatibleArtefact: The pattern cannot be read.
+    """
+    pattern = config.get(setting)
     if isinstance(pattern, list):
         return [name for name in pattern if name in names]
-    return [name for name in names if re.fullmatch(str(pattern), name)]
+    try:
+        return [name for name in names if re.fullmatch(str(pattern), name)]
+    except re.error as cause:
+        raise refuse(
+            path, "a pattern of module names cannot be read", found=f"{setting}={pattern!r}: {cause}"
+        ) from cause  # fmt: skip
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def plant_side_network(
             classifier.
 
     Raises:
-        IncompatibleArtefact: The network is neither FCN4 nor AlexNet, or not whole.
+        IncompatibleArtefact: The network is neither FCN4 nor AlexNet, or not whole, or the backbone has
+            classifiers that read other features.
     """
     network = "alexnet" if any(name.startswith("side.features.") for name in side) else "fcn4"
     wanted = {ours: f"side.{theirs}" for ours, theirs in KEYS[network].items()}
@@ -70,6 +71,13 @@ def plant_side_network(
         )
     model = backbone.model
     pooled = pooled or ("fc_norm" if hasattr(model, "fc_norm") else backbone.classifiers[0])
+    if len(backbone.classifiers) > 1 and pooled in backbone.classifiers:
+        raise refuse(
+            path,
+            "the side network would be mixed with what only one of the classifiers reads",
+            found=f"{backbone.identity.architecture} with {', '.join(backbone.classifiers)}",
+            do="wanted: a backbone of one classifier",
+        )
     add = Point(pooled, "input")
     width = int(model.num_features)  # type: ignore[arg-type]
     share = torch.sigmoid(side["alpha"].double())

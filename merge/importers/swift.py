@@ -189,14 +189,8 @@ def _plant_changes(reading: Reading, changes: Mapping[str, Tensor]) -> None:
     """Branches of tuned parameters, in front of all others, so that a tuner on the same op reads them."""
     if not changes:
         return
-    carried = carry(reading.backbone, changes)
-    for name, branch in carried.branches.items():
-        reading.found.plant(name, branch, carried.tensors[name])
+    reading.found.plant_changes(carry(reading.backbone, changes))
     reading.found.notes["tuned besides"] = few(list(changes))
-    if carried.whole:
-        reading.found.notes["alone"] = (
-            f"{len(carried.whole)} branches cannot share a batch with other tasks: {few(carried.whole)}"
-        )
 
 
 def _read_adapter(reading: Reading, adapter: Adapter) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..ops import reads_patches
 from ..tuner import Branch, Point
-from ..tuners.bottleneck import Bottleneck, reads_patches
+from ..tuners.bottleneck import Bottleneck
 from .foreign import refuse
 from .swift_files import Adapter, Reading, require, require_whole
 
@@ -90,20 +91,27 @@ def _alpha(reading: Reading, adapter: Adapter, module: str, rank: int) -> float:
     table's own value. The order of a table is lost when it is saved.
 
     Raises:
-        IncompatibleArtefact: It is no number, the rank is not the layer's, or patterns disagree.
+        IncompatibleArtefact: It is no number, the rank is not the layer's, or patterns disagree or cannot be
+            read.
     """
     config = adapter.config
     ranks, alphas = (config.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
     names = [f"{wrapper}{module}" for wrapper in (".", "model.backbone.")]
-    keys = [
-        key
-        for key in dict.fromkeys((*ranks, *alphas))
-        if any(re.match(rf".*\.{key}$", name) for name in names) or key in (module, *names)
-    ]
-    said = {
-        (ranks.get(key, config.get("r")), alphas.get(key, config.get("lora_alpha")))
-        for key in keys or [None]
-    }
+    try:
+        keys = [
+            key
+            for key in dict.fromkeys((*ranks, *alphas))
+            if any(re.match(rf".*\.{key}$", name) for name in names) or key in (module, *names)
+        ]
+        said = {
+            (ranks.get(key, config.get("r")), alphas.get(key, config.get("lora_alpha")))
+            for key in keys or [None]
+        }
+    except (AttributeError, TypeError, re.error) as cause:
+        raise refuse(
+            reading.path, "rank_pattern or alpha_pattern of LoRA cannot be read",
+            found=repr(cause), do="wanted: numbers by patterns of names",
+        ) from cause  # fmt: skip
     if len(said) > 1:
         raise refuse(
             reading.path, "several patterns of LoRA match one layer, and their order is not in the files",

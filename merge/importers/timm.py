@@ -52,7 +52,8 @@ def read_timm(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     _require_same(path, backbone, frozen, tuned)
     changed = subtract(frozen, tuned)
     carried = carry(backbone, changed, ranks=ranks)
-    found = Foreign("a tuned timm checkpoint", carried.branches, carried.tensors)
+    found = Foreign("a tuned timm checkpoint")
+    found.plant_changes(carried)
     _heads(path, backbone, heads, found)
     found.notes |= {"changed": f"{len(changed)} of {len(frozen)} tensors"}
     dtypes = {str(tuned[n].dtype)[6:] for n in changed if tuned[n].dtype != frozen[n].dtype}
@@ -64,11 +65,6 @@ def read_timm(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     found.notes |= {name: str(value) for name, value in settings.found.items()}
     if ranks is not None:
         found.notes["truncation"] = say_truncation(carried.truncations)
-    if carried.whole:
-        found.notes["alone"] = (
-            f"{len(carried.whole)} branches cannot share a batch with other tasks: "
-            f"{', '.join(carried.whole[:3])}{', ...' if carried.whole[3:] else ''}"
-        )
     return found
 
 

@@ -107,7 +107,7 @@ def _in_folder(folder: Path) -> list[Case]:
             Case(folder.name, "vpetl", file, "video_swin_base", arguments, weights, settings, io)
         ]
     if folder.name.startswith("swift"):
-        options = config["backbone_config"] or config["original_config"]["model"]["backbone"]
+        options = config.get("backbone_config") or config["original_config"]["model"]["backbone"]
         arguments = {key: options[key] for key in GEOMETRY if options.get(key) is not None}
         return [Case(folder.name, "swift", folder / "swift", VIT, arguments, weights, {}, io)]
     if folder.name.startswith("peft"):

@@ -15,7 +15,8 @@ from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import wrap
 from utune_deploy.merge.combine import METHODS, RANDOM, SPARSE
 from utune_deploy.merge.combine.algebra import disjoint_mean, drop, kept, trim, weighted_sum
-from utune_deploy.merge.combine.tasks import AVERAGE, DENSITY, RANK, Recipe, combine
+from utune_deploy.merge.combine.recipe import DENSITY, RANK, Recipe
+from utune_deploy.merge.combine.tasks import AVERAGE, combine
 from utune_deploy.merge.delta import load_delta, save_delta
 from utune_deploy.merge.differences import Ranks
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
@@ -30,6 +31,7 @@ from utune_deploy.merge.methods import (
 )
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
+from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.gain import Gain
 from utune_deploy.merge.tuners.norm import Norm
@@ -332,6 +334,37 @@ def scaled(backbone, delta, **points):
     return replace(delta, branches=branches, tensors=tensors)
 
 
+def on_a_convolution(backbone, task, seed):
+    """A task with LoRA of a bias on the patch embedding's convolution."""
+    generator = torch.Generator().manual_seed(seed)
+    point = Point("patch_embed.proj", "output")
+    branch = Branch(Bottleneck("identity", bias=True), Point(point.module, "patches"), point)
+    sizes = {"in": 3 * 8 * 8, "out": 48, "r": seed}
+    tensors = {
+        name: torch.randn([sizes[axis] for axis in axes], generator=generator).double()
+        for name, axes in branch.tuner.shapes.items()
+    }
+    return replace(
+        task,
+        branches={**task.branches, "conv": branch},
+        tensors={**task.tensors, "conv": tensors},
+    )
+
+
+def test_cat_keeps_the_ranks_of_a_convolution(vit64, random_delta, error):
+    tasks = [
+        on_a_convolution(vit64, random_delta(vit64, task=name), seed)
+        for name, seed in (("a", 2), ("b", 3))
+    ]
+    cat = combine(tasks, vit64, Recipe("cat"), task="m", weights=[0.5, -2], head="a")
+    linear = combine(tasks, vit64, Recipe("linear"), task="m", weights=[0.5, -2], head="a")
+    tensors = cat.delta.tensors["patch_embed.proj/lora"]
+    assert tensors["down"].shape == (5, 192)
+    images = vit64.example(2)
+    wanted = logits(restore(vit64, linear.delta), images)
+    assert error(logits(restore(vit64, cat.delta), images), wanted) < 1e-9
+
+
 QKV = "blocks.1.attn.qkv"
 BEHIND, BEFORE = (Gain(shift=False), f"{QKV}:output"), (Gain(shift=False), f"{QKV}:input")
 
@@ -596,6 +629,64 @@ def test_two_classifiers(host, random_delta):
     for name in found.heads:
         wanted = sum(task.tensors[name]["weight"] for task in tasks) / 2
         assert torch.allclose(found.tensors[name]["weight"], wanted, rtol=0, atol=1e-15)
+
+
+def at_the_head(task, seed):
+    """The task with a gain on what its head reads, and a LoRA beside the head."""
+    generator = torch.Generator().manual_seed(seed)
+    into, out = Point("head", "input"), Point("head", "output")
+    gain, low = Gain(shift=True), Bottleneck("identity", bias=True)
+    sizes = {"in": 48, "r": 2}
+    added = {
+        "gain": (Branch(gain, into, into), {**sizes, "out": 48}),
+        "lora": (Branch(low, into, out), {**sizes, "out": len(task.labels)}),
+    }
+    tensors = {
+        name: {
+            key: torch.randn([own[axis] for axis in axes], generator=generator).double()
+            for key, axes in branch.tuner.shapes.items()
+        }
+        for name, (branch, own) in added.items()
+    }
+    return replace(
+        task,
+        branches={**task.branches, **{name: branch for name, (branch, _) in added.items()}},
+        tensors={**task.tensors, **tensors},
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_stands_at_the_classifier_is_in_the_head(method, vit64, random_delta, error):
+    task = at_the_head(random_delta(vit64, lora(2), task="a", classes=7), 1)
+    density = 1.0 if method in SPARSE else None
+    recipe = Recipe(method, density, ranks=Ranks(99) if method == "svd" else None)
+    found = combine([task], vit64, recipe, task="m", weights=[1.0]).delta
+    images = vit64.example(2)
+    wanted = logits(restore(vit64, task), images)
+    assert error(logits(restore(vit64, found), images), wanted) < 1e-9
+    bare = {name: task.branches[name] for name in task.branches if name not in ("gain", "lora")}
+    bare = replace(task, branches=bare, tensors={name: task.tensors[name] for name in bare})
+    assert error(logits(restore(vit64, bare), images), wanted) > 1e-3, "they act"
+
+
+def test_the_average_is_of_the_heads_as_they_answer(vit64, random_delta):
+    tasks = [
+        at_the_head(random_delta(vit64, task="a", classes=7, seed=1), 1),
+        random_delta(vit64, task="a", classes=7, seed=2),
+    ]
+    found = combine(tasks, vit64, Recipe("cat"), task="m", head=AVERAGE).delta
+    heads = [fold(task, vit64, dtype=torch.float64).tensors for task in tasks]
+    for key in ("weight", "bias"):
+        wanted = sum(head[f"head.{key}"] for head in heads) / 2
+        assert torch.allclose(found.tensors[found.head][key], wanted, rtol=0, atol=1e-14)
+    assert list(found.branches) == list(found.heads)
+
+
+def test_a_head_where_nothing_else_stands_keeps_its_bytes(vit, random_delta):
+    task = random_delta(vit, lora(2), task="a")
+    found = combine([task], vit, Recipe("linear"), task="m").delta
+    assert found.tensors[found.head]["weight"].dtype == torch.float32
+    assert torch.equal(found.tensors[found.head]["weight"], task.tensors[task.head]["weight"])
 
 
 # Refusals

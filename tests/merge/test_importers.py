@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
+from utune_deploy.merge.importers.foreign import read_pickle
 from utune_deploy.merge.tuner import Point
 
 
@@ -34,6 +36,32 @@ def test_code_in_a_checkpoint_is_never_run(vit, tmp_path, capsys):
     with pytest.raises(IncompatibleArtefact, match="would run code"):
         read("modelscope", tmp_path / "evil2.pth", vit)
     assert "never" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "plain"])
+def test_a_damaged_checkpoint_is_no_traceback(kind, tmp_path):
+    """Bytes changed and cut off anywhere: tensors, or an error that a user can act on."""
+    saved = {"model": {"a": torch.randn(3), "b": torch.ones(2, 2)}, "epoch": 3}
+    path, chance = tmp_path / "c.pth", random.Random(1)
+    if kind == "plain":
+        path.write_bytes(pickle.dumps({"args": argparse.Namespace(x=[1.0, "y"])}))
+    else:
+        saved["args"] = argparse.Namespace(x=1)
+        torch.save(saved, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, refused = path.read_bytes(), []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        if chance.random() < 0.1:
+            damaged = damaged[: chance.randrange(len(damaged))]
+        path.write_bytes(damaged)
+        try:
+            read_pickle(path, [argparse.Namespace])
+        except IncompatibleArtefact as answer:
+            refused.append(str(answer))
+    assert refused
+    assert all(str(path) in answer for answer in refused)
 
 
 def modelscope_file(path, vit, features=48, **changes):

@@ -453,6 +453,70 @@ def test_a_saved_module(module, peft, made, vit64, sites_of, error, tmp_path):
         assert error(plain(images), logits) <= FLOAT64
 
 
+def test_a_saved_norm_that_runs_twice_is_a_difference(vit64, error, tmp_path):
+    """No branch stands where an image passes twice; a parameter's difference does."""
+    model = copy.deepcopy(vit64.model)
+    model.blocks[1].norm1 = model.blocks[0].norm1  # type: ignore[index]
+    backbone = wrap(model, vit64.identity.architecture, vit64.identity.arguments)
+    weight = torch.linspace(0.5, 1.5, 48, dtype=torch.float64)
+    saved = {f"blocks.{block}.norm1.ln_tuning_layers.weight": weight for block in (0, 1)}
+    saved = {name: tensor.clone() for name, tensor in saved.items()}
+    delta = through_a_file(written(tmp_path / "adapter", saved, **LN), backbone, tmp_path)
+    assert {branch.tuner.kind for branch in delta.branches.values()} == {"difference", "head"}
+    images = backbone.example(2)
+    whole = copy.deepcopy(model)
+    whole.blocks[0].norm1.weight.data.copy_(weight)  # type: ignore[index,union-attr]
+    with torch.no_grad():
+        assert error(tuned(backbone, delta, images), whole(images)) <= FLOAT64
+
+
+def test_a_saved_batch_norm_of_negative_variance_is_refused(host, tmp_path):
+    backbone = host("resnet")
+    variance = backbone.model.bn1.running_var  # type: ignore[union-attr]
+    path = written(tmp_path / "adapter", {"bn1.running_var": -variance}, **LN)  # type: ignore[operator]
+    with pytest.raises(IncompatibleArtefact, match="negative variance") as caught:
+        read_peft(path, backbone)
+    assert "bn1.running_var" in str(caught.value)
+
+
+def test_a_bias_of_lora_at_a_classifier_without_one(vit64, error, tmp_path):
+    """The task's head may have a bias though the backbone's classifier has none."""
+    model = copy.deepcopy(vit64.model)
+    model.head = torch.nn.Linear(48, 3, bias=False, dtype=torch.float64)
+    backbone = wrap(model, vit64.identity.architecture, vit64.identity.arguments)
+    low = {"head.lora_A.weight": torch.randn(2, 48), "head.lora_B.weight": torch.randn(3, 2)}
+    low |= {"head.lora_B.bias": torch.randn(3)}
+    path = written(tmp_path / "adapter", low, lora_bias=True)
+    delta = through_a_file(path, backbone, tmp_path)
+    images = backbone.example(2)
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        a, b, bias = (tensor.double() for tensor in low.values())
+        wanted = model.head(features) + features @ a.mT @ b.mT + bias
+    assert error(tuned(backbone, delta, images), wanted) <= FLOAT64
+
+
+def test_a_saved_classifier_and_lora_of_other_classes_are_refused(vit, tmp_path):
+    tensors = {**low_rank("head", out=7), "head.weight": torch.ones(3, 48)}
+    with pytest.raises(IncompatibleArtefact, match="than what stands at it") as caught:
+        read_peft(written(tmp_path / "adapter", tensors), vit)
+    assert "head [3, 48] with head/lora [7, 48]" in str(caught.value)
+
+
+def test_the_biases_of_layers_that_are_read_are_noted_in_one_pass(host, tmp_path):
+    backbone = host("eva")
+    gains = {f"blocks.{block}.attn.qkv.ia3_l": torch.full((144, 1), 1.5) for block in range(3)}
+    path = written(tmp_path / "adapter", gains, peft_type="IA3", feedforward_modules=[])
+    passes = []
+    handle = backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        found = read_peft(path, backbone)
+    finally:
+        handle.remove()
+    assert len(found.branches) == 3 + 1
+    assert len(passes) == 1
+
+
 def test_what_peft_does_not_run_is_read_as_it_merges_it(peft, made, host, error, tmp_path):
     """EVA reads qkv's weight: PEFT's own answer is the backbone's until it is merged."""
     backbone = host("eva")

@@ -249,6 +249,31 @@ def test_a_method_without_a_form_is_refused(methods, reason, vit, random_delta, 
     assert reason in str(caught.value)
 
 
+def test_what_is_read_was_measured_already(host, random_delta, sites_of):
+    """The backbone is not run again to learn which layers it calls."""
+    backbone = host("vit")
+    sites = sites_of(backbone)
+    delta = random_delta(backbone, lora(2), classes=5)
+    passes = []
+    handle = backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        to_peft(delta, backbone, sites)
+    finally:
+        handle.remove()
+    assert not passes
+
+
+def test_beside_a_convolution_as_one_layer_is_refused(host, random_delta, sites_of):
+    """What reads a convolution's map and not its patches is no LoRA of it."""
+    backbone = host("resnet")
+    path = "layer1.0.conv2"
+    branch = Branch(PLAIN, Point(path, "input"), Point(path, "output"))
+    low = {"down": torch.ones(2, 8), "up": torch.ones(8, 2), "scale": torch.ones(())}
+    delta = with_branch(random_delta(backbone, classes=5), "low", branch, **low)
+    with pytest.raises(UsageError, match="it stands beside a Conv2d and does not read its patches"):
+        to_peft(delta, backbone, sites_of(backbone))
+
+
 def test_a_layer_that_peft_would_pass_by_is_refused(host, random_delta, sites_of):
     """EVA reads qkv's weight: PEFT's adapter would do nothing."""
     backbone = host("eva")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from utune_deploy.merge.attach import Tuned
-from utune_deploy.merge.backbone import wrap
+from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.delta import load_delta, require_backbone, save_delta
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
@@ -313,6 +313,23 @@ def test_patterns_that_disagree_are_refused(vit, tmp_path):
         read("swift", write(tmp_path / "s", tuners, named("head.", HEAD)), vit)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"qkv(": 2}},
+        {"rank_pattern": {"[": 2}},
+        {"rank_pattern": ["qkv"]},
+        {"alpha_pattern": {"qkv": [2]}},
+    ],
+    ids=str,
+)
+def test_patterns_that_cannot_be_read_are_refused(vit, tmp_path, patterns):
+    tuners = {"default": ({**LORA, **patterns}, in_24(lora(LAYERS)))}
+    folder = write(tmp_path / "s", tuners, named("head.", HEAD))
+    with pytest.raises(IncompatibleArtefact, match=next(iter(patterns))):
+        read("swift", folder, vit)
+
+
 def test_biases_and_modules_that_were_saved(vit, vit64, agrees, tmp_path, error, images):
     """`bias="all"` writes a wrapped layer's bias inside it, and the head's three times."""
     pairs = lora(LAYERS[:1])
@@ -544,6 +561,7 @@ def test_factors_of_res_tuning_are_folded(agrees, tmp_path):
         ({"root_modules": r".*blocks\.1$"}, "other places"),
         ({"stem_modules": r".*blocks\.[01]$"}, "other places"),
         ({"target_modules": r".*norm\d?$"}, "other places"),
+        ({"stem_modules": r".*blocks\.(\d+$"}, "cannot be read"),
     ],
 )
 def test_res_tuning_that_cannot_be_carried(vit, tmp_path, config, sentence):
@@ -586,7 +604,7 @@ def test_side_networks_stand_behind_the_backbone(agrees, headless, tmp_path):
     assert delta.preprocessing.interpolation == "bilinear", "the keys are of modelscope's model"
 
 
-def test_side_networks_that_cannot_be_carried(vit, headless, tmp_path):
+def test_side_networks_that_cannot_be_carried(vit, headless, host, tmp_path):
     own, _ = side_network()
     tuners = {"default": (SIDE, named("side_default.", own))}
     on_logits = write(tmp_path / "logits", tuners, named("head.", HEAD))
@@ -595,6 +613,18 @@ def test_side_networks_that_cannot_be_carried(vit, headless, tmp_path):
     inside = {"default": (SIDE, named("norm.side_default.", own))}
     with pytest.raises(IncompatibleArtefact, match="something else than the backbone's features"):
         read("swift", write(tmp_path / "inside", inside, named("head.", HEAD)), headless)
+    deit = host("deit", double=False)
+    arguments = {**deit.identity.arguments, "num_classes": 0}
+    two = create(deit.identity.architecture, arguments)
+    assert two.classifiers == ("head", "head_dist")
+    folder = write(
+        tmp_path / "two",
+        {"default": (SIDE, named("model.backbone.side_default.", own))},
+        named("model.head.fc.", HEAD),
+    )
+    with pytest.raises(IncompatibleArtefact, match="only one of the classifiers") as caught:
+        read("swift", folder, two)
+    assert "head, head_dist" in str(caught.value)
     mlp = {"default": ({**SIDE, "side_module_name": "mlp"}, {"side_default.alpha": torch.ones(())})}
     with pytest.raises(IncompatibleArtefact, match="this side network"):
         read("swift", write(tmp_path / "mlp", mlp, named("head.", HEAD)), headless)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from ..foreign import Foreign, named_module, read_pickle, refuse
 from .layer import Layer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ...backbone import Backbone
@@ -51,7 +53,6 @@ class Adapter:
         tensors: Tensors that nobody has read yet, by their names without PEFT's prefix.
         backbone: The frozen backbone.
         found: The branches so far.
-        given: Biases that layers of the backbone are given, by path; see `given_bias`.
     """
 
     path: Path
@@ -59,7 +60,6 @@ class Adapter:
     tensors: dict[str, Tensor]
     backbone: Backbone
     found: Foreign
-    given: dict[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, backbone: Backbone) -> Adapter:
@@ -181,26 +181,30 @@ class Adapter:
         EVA, BEiT and Swin V2 of timm keep the bias of `qkv` outside the layer, which they read instead
         of calling it.
         """
-        layer = self.backbone.model.get_submodule(path)
-        if path not in self.given:
-            self.given[path] = getattr(layer, "bias", None)
-            if read_inside(self.backbone.model, {path}):
-                seen = _Biases(layer)
-                with torch.no_grad(), seen:
-                    self.backbone.model(self.backbone.example())
-                self.given[path] = seen.bias
-        return self.given[path]
+        if read_inside(self.backbone.model, {path}) and path in self._read:
+            return self._read[path]
+        return getattr(self.backbone.model.get_submodule(path), "bias", None)
+
+    @cached_property
+    def _read(self) -> dict[str, Tensor | None]:
+        """The biases with which one image's linear layers run, of those that may be read."""
+        model = self.backbone.model
+        paths = {path for path, _ in model.named_modules() if path}
+        layers = [path for read in read_inside(model, paths).values() for path in read]
+        seen = _Biases({path: model.get_submodule(path) for path in layers})
+        with torch.no_grad(), seen:
+            model(self.backbone.example())
+        return seen.biases
 
 
 class _Biases(Seam):
-    """Notes the bias with which one linear layer's weight is read."""
+    """Notes the biases with which the weights of linear layers are read."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.weight = layer.weight
-        self.bias: Tensor | None = None
+        self.layers = layers
+        self.biases: dict[str, Tensor | None] = {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if weight is self.weight:
-            self.bias = bias
+        self.biases |= {p: bias for p, layer in self.layers.items() if weight is layer.weight}
         return super().linear(x, weight, bias)

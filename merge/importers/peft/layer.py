@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import IncompatibleArtefact
+from ...ops import reads_patches
 from ...tuner import Branch, Point
-from ...tuners.bottleneck import Bottleneck, reads_patches
+from ...tuners.bottleneck import Bottleneck
 from ...tuners.gain import Gain
 
 if TYPE_CHECKING:

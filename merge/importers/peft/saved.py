@@ -5,22 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from timm.layers.norm import LayerNorm, LayerNorm2d
-from torch import Tensor, nn
+from torch import nn
 
+from ...differences import carry, subtract
 from ...errors import IncompatibleArtefact
-from ...tuner import Branch, Point
-from ...tuners.bias import Bias, adds_bias_last
-from ...tuners.difference import Difference
-from ...tuners.gain import Gain
-from ...tuners.norm import Norm
 from ..foreign import refuse
 
 if TYPE_CHECKING:
-    from ...tuner import Weights
     from .adapter import Adapter
-
-NORMS = (nn.LayerNorm, LayerNorm, LayerNorm2d)  # and nothing that does more behind them
 
 
 def read_ln_tuning(adapter: Adapter) -> None:
@@ -36,13 +28,11 @@ def read_ln_tuning(adapter: Adapter) -> None:
 
 
 def read_saved(adapter: Adapter) -> None:
-    """Everything that is left: what differs from the frozen tensor, as the lightest branch that is exact.
-
-    A layer norm becomes a norm, a batch norm a gain, a bias that its layer adds last a bias; anything else
-    is a difference, which folds but cannot share a batch.
+    """Everything that is left: what differs from the frozen tensor; see `differences.carry`.
 
     Raises:
-        IncompatibleArtefact: A tensor of no known place, or of another shape than the frozen one.
+        IncompatibleArtefact: A tensor of no known place, or of another shape than the frozen one, or a
+            change that no branch can carry.
     """
     _drop_copies(adapter)
     frozen = adapter.backbone.model.state_dict()
@@ -54,9 +44,9 @@ def read_saved(adapter: Adapter) -> None:
             found=", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if strange[5:] else ""),
             do="load the backbone that it was trained on",
         )
-    changes: dict[str, dict[str, Tensor]] = {}
-    for name in inside:
-        own, kept = adapter.tensors.pop(name), frozen[name]
+    saved = {name: adapter.tensors.pop(name) for name in inside}
+    for name, own in saved.items():
+        kept = frozen[name]
         if own.shape != kept.shape:
             raise IncompatibleArtefact(
                 "a saved tensor has another shape than the backbone's",
@@ -65,11 +55,8 @@ def read_saved(adapter: Adapter) -> None:
                 found=list(own.shape),
                 do="load the backbone that it was trained on",
             )
-        if kept.is_floating_point() and not torch.equal(own.double(), kept.double()):
-            module, _, parameter = name.rpartition(".")
-            changes.setdefault(module, {})[parameter] = own.double() - kept.double()
-    for module, change in changes.items():
-        _plant(adapter, module, change)
+    if changes := subtract(frozen, saved):
+        adapter.found.plant_changes(carry(adapter.backbone, changes))
 
 
 def _drop_copies(adapter: Adapter) -> None:
@@ -95,44 +82,6 @@ def _drop_copies(adapter: Adapter) -> None:
     adapter.tensors = plain
 
 
-def _plant(adapter: Adapter, module: str, change: dict[str, Tensor]) -> None:
-    """The branches of one module's changed tensors, tuned minus frozen, float64."""
-    op, output = adapter.module(module), Point(module, "output")
-    if type(op) is nn.BatchNorm2d and op.affine and set(change) - {"bias"}:
-        branch = Branch(Gain(shift=True), Point(module, "input"), output)
-        adapter.found.plant(f"{module}/norm", branch, _batch_norm(op, change))
-        return
-    whole = type(op) in NORMS and op.weight is not None and op.bias is not None
-    if whole and "weight" in change:
-        gain = change.pop("weight")
-        shift = change.pop("bias", torch.zeros_like(gain))
-        norm = Norm(float(op.eps))  # type: ignore[arg-type]
-        branch = Branch(norm, Point(module, "input"), output)
-        adapter.found.plant(f"{module}/norm", branch, {"gain": gain, "shift": shift})
-    for parameter, difference in change.items():
-        if parameter == "bias" and adds_bias_last(op):
-            branch = Branch(Bias(), output, output)
-            adapter.found.plant(f"{module}/bias", branch, {"shift": difference})
-            continue
-        point = Point(module, "weights")
-        branch = Branch(Difference(parameter, tuple(difference.shape)), point, point)
-        adapter.found.plant(f"{module}/{parameter}", branch, {"shift": difference})
-
-
-def _batch_norm(op: nn.BatchNorm2d, change: dict[str, Tensor]) -> Weights:
-    """`x * slope + constant` in eval mode: what slope and constant change by, float64."""
-
-    def line(change: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        names = ("weight", "bias", "running_mean", "running_var")
-        kept = {name: getattr(op, name).detach().double() for name in names}
-        weight, bias, mean, var = (kept[name] + change.get(name, 0.0) for name in names)
-        slope = weight / (var + op.eps).sqrt()
-        return slope, bias - mean * slope
-
-    (slope, constant), (frozen_slope, frozen_constant) = line(change), line({})
-    return {"gain": slope - frozen_slope, "shift": constant - frozen_constant}
-
-
 def read_heads(adapter: Adapter) -> None:
     """The classifiers: saved, or else the backbone's own; branches that stand at one are folded into it.
 
@@ -143,6 +92,12 @@ def read_heads(adapter: Adapter) -> None:
     for number, path in enumerate(adapter.backbone.classifiers):
         head = _classifier(adapter, path)
         at = {name: branch for name, branch in found.branches.items() if branch.add.module == path}
+        layer = adapter.module(path)
+        if at and isinstance(layer, nn.Linear) and head.weight.shape != layer.weight.shape:
+            raise refuse(
+                adapter.path, "the saved classifier has another shape than what stands at it",
+                found=f"{path} {list(head.weight.shape)} with {', '.join(at)} {list(layer.weight.shape)}",
+            )  # fmt: skip
         if at:
             head = head.double()
         before = [name for name, branch in at.items() if branch.add.side == "input"]
@@ -158,7 +113,7 @@ def read_heads(adapter: Adapter) -> None:
 
 
 def _classifier(adapter: Adapter, path: str) -> nn.Linear:
-    """A classifier without what stands at it."""
+    """A classifier without what stands at it; it has a bias, of zeros where there was none."""
     own = {key: adapter.tensors.pop(f"{path}.{key}", None) for key in ("weight", "bias")}
     layer = adapter.module(path)
     weight, bias = own["weight"], own["bias"]
@@ -177,9 +132,8 @@ def _classifier(adapter: Adapter, path: str) -> nn.Linear:
             wanted="weight [classes, features] and bias [classes]",
             found={key: list(tensor.shape) for key, tensor in own.items() if tensor is not None},
         )
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    head = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
     head.requires_grad_(requires_grad=False)
     head.weight.copy_(weight)
-    if bias is not None:
-        head.bias.copy_(bias)
+    head.bias.copy_(weight.new_zeros(weight.shape[0]) if bias is None else bias)
     return head

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..merge.bank import require_mixable
 from ..merge.errors import UsageError
 from ..merge.fold import refusals
 
@@ -100,6 +101,9 @@ def make_plan(
         )
     if bank == "inputs":
         mode = "multi"
+    if mode == "multi" or len(deltas) > 1:
+        for delta in deltas:
+            require_mixable(delta)
     refused = {delta.task: refusals(delta, backbone, sites) for delta in deltas}
     if mode == "auto":
         alone = deltas[0].task

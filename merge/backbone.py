@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,9 @@ def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"{'timm' if own is None else own.__name__} cannot create the backbone with these arguments",
             where=architecture,
             found=f"{arguments}: {cause}",
-            do="check the --backbone-arg values",
+            do="check the --backbone-arg values"
+            if own is None
+            else f"it takes {', '.join(inspect.signature(own).parameters)}",
         ) from cause
 
 

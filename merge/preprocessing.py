@@ -190,9 +190,14 @@ class Preprocessing:
         return np.stack([np.stack([frames[n] for n in view], axis=1) for view in views])
 
     def _picture(self, image: Image) -> NDArray[np.float32]:
-        """One picture or frame as `[C, H, W]` float32."""
+        """One picture or frame as `[C, H, W]` float32.
+
+        Raises:
+            UsageError: It has 32-bit values, whose range nobody knows.
+        """
         height, width = self.size
         scaled = (math.floor(height / self.crop), math.floor(width / self.crop))
+        image = _eight_bits(image)
         image = image.convert("L" if len(self.mean) == 1 else "RGB")
         image = _resize(image, _resized(image.size, scaled), self.interpolation)
         top = round((image.height - height) / 2)
@@ -202,6 +207,27 @@ class Preprocessing:
         mean = np.asarray(self.mean, dtype=np.float32)
         std = np.asarray(self.std, dtype=np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def _eight_bits(image: Image) -> Image:
+    """A picture of 16-bit grey levels as one of 8 bits; Pillow's own conversion would clip it to white.
+
+    Raises:
+        UsageError: It has 32-bit values.
+    """
+    if image.mode.startswith("I;16"):
+        from PIL.Image import fromarray
+
+        levels = np.asarray(image).astype(np.float64)
+        return fromarray(np.rint(levels / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UsageError(
+            "a picture has 32-bit values, whose range is not known",
+            wanted="8 or 16 bits per channel",
+            found=f"mode {image.mode}",
+            do="save it again with 8 bits",
+        )
+    return image
 
 
 def _clip(values: Mapping[str, Any]) -> Clip:

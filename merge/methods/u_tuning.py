@@ -64,6 +64,14 @@ def u_tuner(
             wanted=f"kind one of {', '.join(KINDS)}; op one of {', '.join(OPS)}, embedding",
             found=f"{kind} at {op}",
         )
+    if (before_norm and (op not in ("attention", "ffn") or serial)) or (
+        (before_norm or serial) and kind in ("prefix", "prompt")
+    ):
+        raise UsageError(
+            "this U-Tuner has no such place",
+            wanted="before_norm of a parallel adapter or LoRA at attention or ffn; serial of an adapter or LoRA",
+            found=f"{kind} at {op}, before_norm={before_norm}, serial={serial}",
+        )
     if kind in ("prefix", "prompt"):
         return _attended(kind, rank, op, joint_softmax=joint_softmax, blocks=blocks)
     tuner = Bottleneck("identity" if kind == "lora" else activation, bias=bias and kind != "lora")

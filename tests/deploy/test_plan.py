@@ -156,3 +156,13 @@ def test_an_unknown_mode_or_bank_is_refused(
     assert caught.value.exit_code == 2
     assert str(MODES) in caught.value.details["wanted"]
     assert str(BANKS) in caught.value.details["wanted"]
+
+
+def test_a_full_difference_has_no_place_in_a_bank(vit, random_delta):
+    from utune_deploy.merge.methods import full
+
+    delta = random_delta(vit, full())
+    assert make_plan([delta], vit).mode == "merged"
+    for options in ({"mode": "multi"}, {"bank": "inputs"}):
+        with pytest.raises(UsageError, match="cannot share a batch"):
+            make_plan([delta], vit, **options)

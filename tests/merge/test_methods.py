@@ -138,6 +138,20 @@ def test_a_u_tuner_that_means_nothing(kind, op, sentence):
         u_tuner(kind, 2, op=op)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "prompt", "op": "embedding", "serial": True},
+        {"kind": "lora", "op": "block", "before_norm": True},
+        {"kind": "adapter", "op": "ffn", "before_norm": True, "serial": True},
+    ],
+    ids=str,
+)
+def test_a_u_tuner_without_such_a_place(options):
+    with pytest.raises(UsageError, match="no such place"):
+        u_tuner(rank=2, **options)
+
+
 @pytest.mark.parametrize("family", ["beit", "swinv2", "vit"])
 def test_what_is_added_to_an_op_joins_the_residual_whole(family, host):
     """Behind BEiT's gamma and Swin V2's norm, so that neither scales the tuner."""

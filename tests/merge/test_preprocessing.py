@@ -216,3 +216,13 @@ def test_clips_as_json():
             Preprocessing.from_json({**values, **change}, where="here")
     with pytest.raises(IncompatibleArtefact, match="out of range"):
         Preprocessing.from_json({**pictures.to_json(), "interpolation": LINEAR}, where="here")
+
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused():
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    plain = Preprocessing((8, 8))
+    eight = plain.apply(Image.fromarray(levels))
+    sixteen = plain.apply(Image.fromarray(levels.astype(np.uint16) * 257))
+    assert np.array_equal(eight, sixteen)
+    with pytest.raises(UsageError, match="32-bit values"):
+        plain.apply(Image.fromarray(levels.astype(np.float32)))

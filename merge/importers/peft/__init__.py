@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
+from ...parallel import read_inside
+from ...sites import measure
 from .adapter import Adapter
 from .ia3 import read_ia3
 from .lora import read_adalora, read_lora, read_vera
@@ -75,4 +77,19 @@ def read_peft(path: Path, backbone: Backbone, settings: Settings | None = None) 
     KINDS[kind](adapter)
     read_saved(adapter)
     read_heads(adapter)
+    _note_read_layers(adapter)
     return adapter.found
+
+
+def _note_read_layers(adapter: Adapter) -> None:
+    """Say where the task is not what PEFT runs before a merge."""
+    places = {branch.add.module for branch in adapter.found.branches.values()}
+    if not read_inside(adapter.backbone.model, places):
+        return
+    read = sorted(places & measure(adapter.backbone).read)
+    if read:
+        more = f" and {len(read) - 1} more" if read[1:] else ""
+        adapter.found.notes["read as merged"] = (
+            f"{read[0]}{more}: the backbone reads these layers without calling them, so PEFT's adapter does "
+            "nothing there until it is merged; this task answers as the merged model does"
+        )

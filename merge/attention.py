@@ -74,6 +74,14 @@ class Attention:
 class Seam(TorchFunctionMode):
     """While it is entered, attentions go through `attend` and linear layers through `linear`."""
 
+    def begin(self, *_: Any) -> None:
+        """A hook before a module: from here on."""
+        self.__enter__()
+
+    def end(self, *_: Any) -> None:
+        """A hook behind a module: up to here."""
+        self.__exit__(None, None, None)
+
     def attend(self, call: Attention) -> Tensor:
         """What the attention gives instead."""
         return call.run()

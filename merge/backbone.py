@@ -174,8 +174,10 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
         ):  # one attention call: where prefixes join, and one ONNX node
             module.fused_attn = True  # type: ignore[assignment]
     arguments = {k: v for k, v in arguments.items() if k != "num_classes"}
-    print_ = fingerprint(dict(model.state_dict()), *classifiers)
-    return Backbone(model, Identity(architecture, arguments, print_), classifiers)
+    identity = Identity(
+        architecture, arguments, fingerprint(dict(model.state_dict()), *classifiers)
+    )
+    return Backbone(model, identity, classifiers)
 
 
 def _classifiers(model: nn.Module, architecture: str) -> tuple[str, ...]:

@@ -72,9 +72,9 @@ def lower(
             for name, point in keys.items():
                 watch = _Watch(name, delta.tensors[name]["token"].shape[0], seen)
                 module = model.get_submodule(point.module)
-                handles.append(module.register_forward_pre_hook(watch.enter))
+                handles.append(module.register_forward_pre_hook(watch.begin))
                 handles.append(
-                    module.register_forward_hook(watch.leave, prepend=True, always_call=True)
+                    module.register_forward_hook(watch.end, prepend=True, always_call=True)
                 )
             model(images)
     except RuntimeError as cause:
@@ -125,12 +125,6 @@ class _Watch(Seam):
     def __init__(self, name: str, length: int, seen: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.name, self.length, self.seen = name, length, seen
-
-    def enter(self, *_: Any) -> None:
-        self.__enter__()
-
-    def leave(self, *_: Any) -> None:
-        self.__exit__(None, None, None)
 
     def attend(self, call: Attention) -> Tensor:
         last = slice(-self.length, None)

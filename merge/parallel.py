@@ -24,8 +24,6 @@ from .tuner import Branch, Point
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch.overrides import TorchFunctionMode
-
     Weighted = tuple[Branch, Mapping[str, Tensor]]
 
 
@@ -54,10 +52,10 @@ def joined(
             handles.append(module.register_forward_pre_hook(run.enter(path, module)))
             handles.append(module.register_forward_hook(run.leave(path, module)))
         for parent, read in read_inside(model, paths).items():
-            watch = _Watch(ReadLinears({path: model.get_submodule(path) for path in read}, run))
-            handles.append(model.get_submodule(parent).register_forward_pre_hook(watch.enter))
+            seam = ReadLinears({path: model.get_submodule(path) for path in read}, run)
+            handles.append(model.get_submodule(parent).register_forward_pre_hook(seam.begin))
             handles.append(
-                model.get_submodule(parent).register_forward_hook(watch.leave, always_call=True)
+                model.get_submodule(parent).register_forward_hook(seam.end, always_call=True)
             )
         handles.append(model.register_forward_pre_hook(run.begin))
         handles.append(model.register_forward_hook(run.finish))
@@ -90,23 +88,10 @@ def read_inside(model: nn.Module, paths: set[str]) -> dict[str, list[str]]:
     for path in sorted(paths):
         parent = path.rpartition(".")[0]
         if path and isinstance(model.get_submodule(path), nn.Linear):
-            forward = type(model.get_submodule(parent)).forward
-            if "linear" in getattr(forward, "__code__", compile("", "", "exec")).co_names:
+            code = getattr(type(model.get_submodule(parent)).forward, "__code__", None)
+            if code is not None and "linear" in code.co_names:
                 found.setdefault(parent, []).append(path)
     return found
-
-
-class _Watch:
-    """A function mode while a module runs."""
-
-    def __init__(self, mode: TorchFunctionMode) -> None:
-        self.mode = mode
-
-    def enter(self, *_: Any) -> None:
-        self.mode.__enter__()
-
-    def leave(self, *_: Any) -> None:
-        self.mode.__exit__(None, None, None)
 
 
 class _Taken(NamedTuple):

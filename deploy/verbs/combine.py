@@ -14,6 +14,7 @@ from ..options import (
     dry_run_option,
     force_option,
     json_option,
+    read_labels,
 )
 
 if TYPE_CHECKING:
@@ -86,18 +87,13 @@ def command(
     from ...merge.combine.tasks import combine
     from ...merge.delta import load_delta, save_delta
     from ...merge.differences import Ranks
-    from ...merge.errors import UsageError
     from ...merge.files import refuse_existing
 
     if not dry_run:
         refuse_existing(output, force=force, inputs=(*deltas, choice.weights))
     ranks = None if rank is None and energy is None else Ranks(rank, energy)
     recipe = Recipe(method, density, seed, ranks)
-    names = None
-    if labels is not None:
-        if not labels.is_file():
-            raise UsageError("there is no such file of labels", where=labels)
-        names = [line for line in labels.read_text().splitlines() if line.strip()]
+    names = read_labels(labels)
     found = combine(
         [load_delta(path) for path in deltas], choice.load(), recipe,
         task=task, weights=shares or None, head=head, labels=names,

@@ -12,6 +12,7 @@ from ..options import (
     backbone_options,
     force_option,
     json_option,
+    read_labels,
     setting,
 )
 
@@ -66,17 +67,12 @@ def command(
     or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file).
     """
     from ...merge.delta import require_backbone, save_delta
-    from ...merge.errors import UsageError
     from ...merge.files import refuse_existing
     from ...merge.importers import read
     from ...merge.sites import measure
 
     refuse_existing(output, force=force, inputs=(file, choice.weights))
-    names = None
-    if labels is not None:
-        if not labels.is_file():
-            raise UsageError("there is no such file of labels", where=labels)
-        names = [line for line in labels.read_text().splitlines() if line.strip()]
+    names = read_labels(labels)
     backbone = choice.load()
     foreign = read(source, file, backbone, dict(map(setting, settings)))
     delta = foreign.delta(task, backbone, labels=names)

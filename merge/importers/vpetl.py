@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..methods import adapters
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..preprocessing import Preprocessing
     from .settings import Settings
 
-THIRDS = {"patt_kv": (1, 2), "patt_qv": (0, 2), "patt_qkv": (0, 1, 2)}  # of the rows of qkv
+THIRDS = {f"patt_{mode}": thirds for mode, thirds in adapters.THIRDS.items()}
 BROKEN = {
     "patt_qk": "its released code drops the softmax, the position bias and the shift mask in this mode",
     "prefix_kv": "its released code fails in this mode, so no such checkpoint can exist",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -19,6 +22,47 @@ if TYPE_CHECKING:
 
 CLASSES = {"lora": 5, "dual": 3, "serial": 7, "prefix": 2, "prompt": 4, "bias": 6}
 MAX_BATCH = 6
+
+
+class Said(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command line in this process: `(*arguments) -> Said`."""
+    from utune_deploy.deploy.cli import main
+
+    def cli(*arguments: object) -> Said:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        return Said(int(left.value.code or 0), *capfd.readouterr())
+
+    return cli
+
+
+@pytest.fixture
+def shell() -> Callable[..., Said]:
+    """The command line in a process of its own: `(*arguments, **of subprocess.run) -> Said`."""
+
+    def shell(*arguments: object, **settings: Any) -> Said:
+        script = "from utune_deploy.deploy.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            capture_output=True, text=True, check=False, timeout=120, **settings,
+        )  # fmt: skip
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    return shell
 
 
 @pytest.fixture(scope="session")

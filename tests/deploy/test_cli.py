@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +19,6 @@ from utune_deploy.deploy.verbs import GROUPS
 from utune_deploy.export.bundle import MANIFEST, open_bundle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from utune_deploy.merge.backbone import Backbone
@@ -30,41 +26,6 @@ if TYPE_CHECKING:
 
 VERBS = [verb for verbs in GROUPS.values() for verb in verbs]
 TASKS = ("lora", "dual")
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """The command line in this process: `(*arguments) -> Said`."""
-
-    def cli(*arguments: object) -> Said:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return Said(int(left.value.code or 0), out, err)
-
-    return cli
-
-
-def shell(*arguments: object, **settings: Any) -> Said:
-    """The command line in a process of its own."""
-    script = "from utune_deploy.deploy.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=120, **settings,
-    )  # fmt: skip
-    return Said(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -678,7 +639,9 @@ def test_two_v_show_where_an_error_came_from(files: Path) -> None:
         main(["-vv", "inspect", str(files / "nothing")])
 
 
-def test_the_exit_codes_reach_the_shell(files: Path, bundle: Path, tmp_path: Path) -> None:
+def test_the_exit_codes_reach_the_shell(
+    shell: Any, files: Path, bundle: Path, tmp_path: Path
+) -> None:
     helped = shell("--help")
     assert (helped.code, helped.err) == (0, "")
     shown = shell("inspect", bundle, "--json")
@@ -695,7 +658,9 @@ def test_the_exit_codes_reach_the_shell(files: Path, bundle: Path, tmp_path: Pat
     assert "not the one that was shipped" in refused.err
 
 
-def test_predict_in_a_shell_keeps_stdout_for_the_answer(files: Path, bundle: Path) -> None:
+def test_predict_in_a_shell_keeps_stdout_for_the_answer(
+    shell: Any, files: Path, bundle: Path
+) -> None:
     said = shell("predict", bundle, "--tensor", files / "batch.npy", "--task", "lora", "--json")
     assert (said.code, said.err) == (0, "")
     assert len(said.json) == 5

@@ -14,7 +14,6 @@ from PIL import Image
 from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.deploy.check import Evidence
-from utune_deploy.deploy.cli import main
 from utune_deploy.deploy.pictures import read_folder, read_rows
 from utune_deploy.merge.architectures.video_swin import VideoSwin
 from utune_deploy.merge.attach import restore
@@ -103,18 +102,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def noise(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 24, 30, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def cli(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return cli
 
 
 def alone(backbone: Backbone, delta: Delta, rows: np.ndarray) -> np.ndarray:

@@ -10,30 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from utune_deploy.deploy.cli import main
 from utune_deploy.merge.attach import Tuned
 from utune_deploy.merge.backbone import save
 from utune_deploy.merge.delta import save_delta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process: `(*arguments) -> code, stdout, stderr`."""
-
-    def cli(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        return int(left.value.code or 0), *capfd.readouterr()
-
-    return cli
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""What a backbone reads: named tensors, a row of each per example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+Values = Literal["normal", "ids", "mask"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that a backbone's `forward` takes; several come in the order of the backbone's `inputs`.
+
+    Attributes:
+        name: Its name in an engine.
+        shape: Of one row, without the batch axis.
+        values: What it holds: `normal`, real numbers of about unit size; `ids`, integers from 0 to
+            `high - 1`; `mask`, 1 at the first entries of the last axis and 0 at the others, at least one 1.
+        high: See `values`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Values = "normal"
+    high: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 of real numbers, int64 of ids and masks."""
+        return torch.float32 if self.values == "normal" else torch.int64
+
+    def draw(self, batch: int, generator: Generator) -> Tensor:
+        """Random values `[batch, *shape]` of the kind that it holds."""
+        if self.values == "normal":
+            return torch.randn(batch, *self.shape, generator=generator)
+        if self.values == "ids":
+            return torch.randint(self.high or 2, (batch, *self.shape), generator=generator)
+        length = self.shape[-1]
+        valid = torch.randint(1, length + 1, (batch, *self.shape[:-1], 1), generator=generator)
+        return (torch.arange(length) < valid).long()

@@ -55,7 +55,7 @@ class Tuned(nn.Module):
     ) -> None:
         super().__init__()
         own = widest([t.dtype for named in tensors.values() for t in named.values()])
-        dtype = next(backbone.model.parameters()).dtype
+        dtype = backbone.dtype
         if dtype in HALF and widest([own, dtype]) != dtype:
             raise IncompatibleArtefact(
                 "the backbone is in half precision and would round the tuner's tensors",
@@ -70,7 +70,8 @@ class Tuned(nn.Module):
             nn.ParameterDict(
                 {
                     k: nn.Parameter(
-                        v.to(dtype, copy=True), requires_grad=k != "scale" or name in learned
+                        v.to(dtype, copy=True),
+                        requires_grad=not branches[name].tuner.constant(k) or name in learned,
                     )
                     for k, v in tensors[name].items()
                 }
@@ -78,8 +79,11 @@ class Tuned(nn.Module):
             for name in branches
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]`.
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits `[B, K]`, or what else the heads answer.
+
+        Args:
+            inputs: As `Backbone.inputs` names them: `[B, C, H, W]` images for most.
 
         Raises:
             UsageError: Gradient checkpointing is on: it runs the backbone again without the branches.
@@ -91,7 +95,7 @@ class Tuned(nn.Module):
             )
         weighted = [(branch, dict(weights)) for _, branch, weights in self.parts()]
         with joined(self.trunk, weighted):
-            return self.trunk(images)
+            return self.trunk(*inputs)
 
     def train(self, mode: bool = True) -> Tuned:
         """Set the branches' mode; the backbone stays in eval mode."""
@@ -122,7 +126,7 @@ class Tuned(nn.Module):
     @property
     def head(self) -> nn.ParameterDict:
         """The first classifier's `weight [K, C]` and `bias [K]`, for a warm start."""
-        return next(w for _, branch, w in self.parts() if branch.tuner.join == "replace")
+        return next(w for _, branch, w in self.parts() if branch.tuner.answers)
 
     def delta(
         self,
@@ -185,7 +189,8 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     branches: dict[str, Branch] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    dtype = next(backbone.model.parameters()).dtype
+    dtype = backbone.dtype
+    replaced: dict[Point, int] = {}
 
     heads = [head_branch(path)[0] for path in backbone.classifiers]
 
@@ -200,7 +205,10 @@ def attach(
             )
         sizes = dict.fromkeys(branch.tuner.padded, planted.rank)
         if branch.tuner.join != "weights":
-            sizes |= {"in": sites.require(branch.tap), "out": sites.require(branch.add)}
+            named = {axis for axes in branch.tuner.shapes.values() for axis in axes}
+            for axis, point in (("in", branch.tap), ("out", branch.add)):
+                if axis in named:
+                    sizes[axis] = replaced.get(point) or sites.require(point)
         if (
             branch.add in [Point(path, "output") for path in backbone.classifiers]
             and name not in heads
@@ -216,7 +224,7 @@ def attach(
         if "scale" in branch.tuner.shapes:
             tensors[name]["scale"] = torch.tensor(float(planted.scale))
         tensors[name] = {k: v.to(dtype) for k, v in tensors[name].items()}
-        sites.check(branch, tensors[name], where=name)
+        sites.check(branch, tensors[name], where=name, replaced=replaced)
 
     planting = [planted for method in methods for planted in method(backbone, sites)]
     for planted in planting:
@@ -255,7 +263,7 @@ def _require_runs(tuned: Tuned) -> None:
     """
     try:
         with torch.no_grad():
-            tuned(tuned.backbone.example())
+            tuned(*tuned.backbone.draw())
     except (RuntimeError, ValueError) as cause:
         raise IncompatibleArtefact(
             "the backbone does not run with these branches",

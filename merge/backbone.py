@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, find
 from .errors import IncompatibleArtefact, UsageError
 from .files import atomic_folder, canonical_json
+from .inputs import IMAGES, Input
 from .preprocessing import INTERPOLATIONS, LINEAR, Clip, Preprocessing
 
 if TYPE_CHECKING:
@@ -84,8 +86,30 @@ class Backbone:
         return None if clip is None else int(clip[0])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters; of its buffers where it has none."""
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.float32
+
+    @property
+    def pictures(self) -> bool:
+        """It reads pictures or clips, and nothing else."""
+        return [entry.name for entry in self.inputs] == [IMAGES]
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What its `forward` takes, in order; `images` alone for most."""
+        own = getattr(self.model, "inputs", None)
+        return own if own is not None else (Input(IMAGES, self.input_size),)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
+        if own := getattr(self.model, "inputs", None):
+            height, width = own[0].shape[-2:]
+            return height, width
         if self.frames is not None:
             _, height, width = cast("tuple[int, int, int]", self.model.clip_size)
             return height, width
@@ -107,18 +131,25 @@ class Backbone:
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """One row of the input: `(C, H, W)`, or `(C, T, H, W)` of clips."""
+        """One row of pictures: `(C, H, W)`, or `(C, T, H, W)` of clips."""
         time = () if self.frames is None else (self.frames,)
         return (self.channels, *time, *self.image_size)
 
     def example(self, batch: int = 1) -> Tensor:
-        """Seeded normal noise `[B, *input_size]` in the model's dtype."""
-        noise = torch.Generator().manual_seed(0)
-        dtype = next(self.model.parameters()).dtype
-        return torch.randn(batch, *self.input_size, generator=noise).to(dtype)
+        """Seeded normal noise `[B, *input_size]` in the model's dtype, for a backbone that reads pictures."""
+        (images,) = self.draw(batch)
+        return images
 
-    def preprocessing(self) -> Preprocessing:
-        """The preprocessing that the architecture was released with, at this image size."""
+    def draw(self, batch: int = 1, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random examples of all `inputs`, `[B, ...]` each; real numbers in the model's dtype."""
+        noise = torch.Generator().manual_seed(seed)
+        drawn = (entry.draw(batch, noise) for entry in self.inputs)
+        return tuple(t.to(self.dtype) if t.is_floating_point() else t for t in drawn)
+
+    def preprocessing(self) -> Preprocessing | None:
+        """The preprocessing that the architecture was released with, at this image size; None without pictures."""
+        if not self.pictures:
+            return None
         cfg = self._cfg
         if cfg.get("crop_mode", "center") != "center":
             raise UsageError(
@@ -220,7 +251,7 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
 
 def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The model itself; see `create`."""
-    own = ARCHITECTURES.get(architecture)
+    own = find(architecture)
     if own is None and not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=5)
         raise UsageError(

@@ -36,7 +36,7 @@ KEY = "utune"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIDES_OF = {
     "add": ("input", "output"),
-    "replace": ("output",),
+    "replace": ("input", "output"),
     "extend": ("keys",),
     "tokens": ("tokens",),
     "weights": ("weights",),
@@ -49,8 +49,9 @@ class Delta:
 
     Attributes:
         task: The task's name.
-        labels: Class names in the order of the logits.
-        preprocessing: How its pictures become tensors.
+        labels: Class names in the order of the logits; none for a task that answers with a vector or with
+            several.
+        preprocessing: How its pictures become tensors; None for a backbone that reads none.
         backbone: The backbone it was trained on.
         branches: Its branches by name, in the order in which they join; one is the head, or one for
             each classifier of the backbone.
@@ -60,7 +61,7 @@ class Delta:
 
     task: str
     labels: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     backbone: Identity
     branches: Mapping[str, Branch]
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -69,7 +70,7 @@ class Delta:
     @property
     def heads(self) -> list[str]:
         """The names of the heads' branches."""
-        return [n for n, b in self.branches.items() if b.tuner.join == "replace"]
+        return [n for n, b in self.branches.items() if b.tuner.answers]
 
     @property
     def head(self) -> str:
@@ -79,7 +80,8 @@ class Delta:
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of its tensors."""
-        return widest([t.dtype for tensors in self.tensors.values() for t in tensors.values()])
+        own = [t.dtype for tensors in self.tensors.values() for t in tensors.values()]
+        return widest(own) if own else torch.float32
 
     @property
     def parameters(self) -> int:
@@ -202,7 +204,7 @@ def validate(delta: Delta, *, where: object) -> None:
         _require_side(branch, where=f"{where}: {name}")
         for head in heads:
             at = delta.branches[head].add
-            early = branch.add == at and listed.index(name) < listed.index(head)
+            early = branch.add == at and not branch.tuner.answers and listed.index(name) < listed.index(head)
             if early or (branch.tuner.join == "weights" and branch.add.module == at.module):
                 raise IncompatibleArtefact(
                     "a branch stands at what the head replaces, so it would never act",
@@ -225,7 +227,14 @@ def validate(delta: Delta, *, where: object) -> None:
                     found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
                     do="train again, or save an earlier step",
                 )
-    counts = {name: delta.tensors[name]["weight"].shape[0] for name in heads}
+    if not delta.labels and any(delta.branches[name].tuner.kind != "head" for name in heads):
+        return
+    counts = {
+        name: delta.branches[name].tuner.answer_width(
+            bind(delta.branches[name].tuner.shapes, delta.tensors[name], where=where)
+        )
+        for name in heads
+    }
     classes = counts[heads[0]]
     if classes < 1:
         raise IncompatibleArtefact("the head has no class", where=f"{where}: {heads[0]}")
@@ -276,20 +285,23 @@ def require_backbone(
             found=named[1],
             do="name the architecture and its arguments as in training",
         )
-    wanted, found = backbone.input_size, delta.preprocessing.input_size
+    wanted = backbone.input_size if backbone.pictures else None
+    found = delta.preprocessing.input_size if delta.preprocessing else None
     if found != wanted:
         raise IncompatibleArtefact(
             "the task's preprocessing does not make what the backbone reads",
             where=where,
-            wanted=f"{list(wanted)}, channels first",
-            found=list(found),
+            wanted=f"{list(wanted)}, channels first" if wanted else "none: it reads no pictures",
+            found=list(found) if found else "none",
         )
+    replaced: dict[Point, int] = {}
     for name, branch in delta.branches.items():
-        sites.check(branch, delta.tensors[name], where=f"{where}: {name}")
+        sites.check(branch, delta.tensors[name], where=f"{where}: {name}", replaced=replaced)
 
 
 def _require_side(branch: Branch, *, where: object) -> None:
     join = branch.tuner.join
+    sides_of = ("output",) if branch.tuner.answers else SIDES_OF[join]
     if join in ("add", "replace"):
         taps = ("input", "output") if branch.tuner.reads_map else ("input", "output", "patches")
     else:
@@ -303,11 +315,11 @@ def _require_side(branch: Branch, *, where: object) -> None:
         )
     sides = {point.side for point in branch.taps}
     beside = join in ("extend", "weights") and not branch.serial
-    if branch.add.side not in SIDES_OF[join] or not sides <= set(taps) or beside:
+    if branch.add.side not in sides_of or not sides <= set(taps) or beside:
         raise IncompatibleArtefact(
             f"a {branch.tuner.kind} branch cannot stand here",
             where=where,
-            wanted=f"added at MODULE:SIDE with SIDE one of {', '.join(SIDES_OF[join])}"
+            wanted=f"added at MODULE:SIDE with SIDE one of {', '.join(sides_of)}"
             + (", and tapped at the same point" if join in ("extend", "weights") else ""),
             found=f"from {', '.join(map(str, branch.taps))} to {branch.add}",
         )
@@ -319,7 +331,7 @@ def _header(delta: Delta) -> dict[str, Any]:
         "version": VERSION,
         "task": delta.task,
         "labels": list(delta.labels),
-        "preprocessing": delta.preprocessing.to_json(),
+        "preprocessing": delta.preprocessing.to_json() if delta.preprocessing else None,
         "backbone": delta.backbone.to_json(),
         "branches": [branch_to_json(name, branch) for name, branch in delta.branches.items()],
         "provenance": dict(delta.provenance),
@@ -347,14 +359,16 @@ def _parse(path: Path, header: Mapping[str, Any], flat: Mapping[str, Tensor]) ->
         delta = Delta(
             task=str(header["task"]),
             labels=tuple(str(label) for label in header["labels"]),
-            preprocessing=Preprocessing.from_json(header["preprocessing"], where=path),
+            preprocessing=Preprocessing.from_json(header["preprocessing"], where=path)
+            if header["preprocessing"] is not None
+            else None,
             backbone=Identity(
                 str(backbone["architecture"]),
                 dict(backbone["arguments"]),
                 str(backbone["fingerprint"]),
             ),
             branches=branches,
-            tensors=tensors,
+            tensors={**{name: {} for name in branches}, **tensors},
             provenance={str(k): str(v) for k, v in header["provenance"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as cause:

@@ -130,7 +130,7 @@ def fold(
             found=_few([str(refusal) for refusal in refused]),
             do="export it with --mode parallel: the same numbers, the branches fused beside the backbone",
         )
-    dtype = dtype or next(backbone.model.parameters()).dtype
+    dtype = dtype or backbone.dtype
     tensors: dict[str, Tensor] = {}
     losses: list[Loss] = []
     frozen = backbone.model.state_dict()

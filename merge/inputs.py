@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+IMAGES = "images"
+"""The name of pictures `[B, C, H, W]` and clips `[B, C, T, H, W]`."""
+
 Values = Literal["normal", "ids", "mask"]
 
 

@@ -64,7 +64,7 @@ def lower(
     ]
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles: list[Any] = []
-    images = backbone.example(batch=2).double()
+    inputs = [t.double() if t.is_floating_point() else t for t in backbone.draw(batch=2)]
     try:
         with torch.no_grad(), joined(model, weighted):
             # The watches stand inside what `joined` opens: they see the keys that end in the prompt,
@@ -76,7 +76,7 @@ def lower(
                 handles.append(
                     module.register_forward_hook(watch.end, prepend=True, always_call=True)
                 )
-            model(images)
+            model(*inputs)
     except RuntimeError as cause:
         raise IncompatibleArtefact(
             "the backbone does not run with the prompts",

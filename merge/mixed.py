@@ -1,4 +1,4 @@
-"""One backbone, T tasks, each row of a batch its own: (images, task) to logits.
+"""One backbone, T tasks, each row of a batch its own: (inputs, task) to logits.
 
 The gather form of `y = OP(x) + U_task(x)`: every branch's weights are taken from the bank by row, so
 the cost does not grow with the number of tasks.
@@ -29,19 +29,21 @@ class Mixed(nn.Module):
     def __init__(self, backbone: Backbone, bank: Bank) -> None:
         super().__init__()
         self.trunk = backbone.model
+        self.reads = len(backbone.inputs)
         self.bank = bank
         self.names = list(bank.tensors)
         for number, tensor in enumerate(bank.tensors.values()):
             self.register_buffer(f"bank_{number}", tensor)
 
-    def forward(self, images: Tensor, task: Tensor, *bank: Tensor) -> Tensor:
-        """Logits `[B, K]`, K the largest class count.
+    def forward(self, *args: Tensor) -> Tensor:
+        """Logits `[B, K]`, K the largest class count, or what else the heads answer.
 
         Args:
-            images: `[B, C, H, W]`.
-            task: `[B]` int64 rows of the bank. A row outside the bank yields NaN.
-            bank: Tensors in the order of `names` instead of the module's own.
+            args: The backbone's inputs, such as images `[B, C, H, W]`; `task [B]`, int64 rows of the bank,
+                where a row outside the bank yields NaN; and perhaps tensors in the order of `names` instead
+                of the module's own.
         """
+        inputs, task, bank = args[: self.reads], args[self.reads], args[self.reads + 1 :]
         tensors = bank or tuple(self.get_buffer(f"bank_{i}") for i in range(len(self.names)))
         count = tensors[0].shape[0]
         known = (task >= 0) & (task < count)
@@ -54,9 +56,10 @@ class Mixed(nn.Module):
             )
             for slot in self.bank.slots
         ]
-        with joined(self.trunk, weighted, rows=images.shape[0]):
-            logits = self.trunk(images)
-        return torch.where(known[:, None], logits, torch.full_like(logits, torch.nan))
+        with joined(self.trunk, weighted, rows=inputs[0].shape[0]):
+            logits = self.trunk(*inputs)
+        known = known.reshape(-1, *[1] * (logits.dim() - 1))
+        return torch.where(known, logits, torch.full_like(logits, torch.nan))
 
 
 class Single(nn.Module):
@@ -75,13 +78,14 @@ class Single(nn.Module):
         for number, tensor in enumerate(bank.tensors.values()):
             self.register_buffer(f"bank_{number}", tensor[0])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]` of images `[B, C, H, W]`."""
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits `[B, K]` of the backbone's inputs, such as images `[B, C, H, W]`."""
         tensors = {name: self.get_buffer(f"bank_{i}") for i, name in enumerate(self.names)}
         weighted = []
         for slot in self.bank.slots:
             weights = {n: tensors[f"{slot.name}/{n}"] for n in slot.branch.tuner.served}
-            weights.pop("mask", None)  # one task pads nothing
+            for name in ("mask", "present"):  # one task pads nothing and lacks nothing
+                weights.pop(name, None)
             weighted.append((slot.branch, weights))
         with joined(self.trunk, weighted):
-            return self.trunk(images)
+            return self.trunk(*inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,9 +28,26 @@ if TYPE_CHECKING:
     Weighted = tuple[Branch, Mapping[str, Tensor]]
 
 
+@dataclass(frozen=True)
+class Fork:
+    """Where one example becomes as many rows as there are tasks.
+
+    Attributes:
+        point: In front of it, an input, or behind it, an output, every row is repeated for each task, the
+            tasks of one example in turn. Nothing joins before it.
+        tasks: How many; the leading axis of all weights.
+    """
+
+    point: Point
+    tasks: int
+
+
 @contextmanager
 def joined(
-    model: nn.Module, branches: Sequence[Weighted], rows: int | None = None
+    model: nn.Module,
+    branches: Sequence[Weighted],
+    rows: int | None = None,
+    fork: Fork | None = None,
 ) -> Iterator[None]:
     """While the block runs, `model` computes with the branches.
 
@@ -38,11 +56,13 @@ def joined(
         branches: Each with its weights; weights with a leading batch axis differ from row to row.
         rows: The batch size when weights carry a batch axis. An op may see several windows or
             frames per image; they are taken to be ordered image by image.
+        fork: Every example is answered for every task: the model runs on the examples up to here, and on
+            examples times tasks from here on. Weights carry a task axis, and `rows` is not given.
 
     Raises:
         UsageError: A branch names a module that the model does not have.
     """
-    run = _Run(branches, rows)
+    run = _Run(branches, rows, fork)
     handles: list[Any] = []
     try:
         run.add_to_parameters(model)
@@ -95,17 +115,23 @@ def read_inside(model: nn.Module, paths: set[str]) -> dict[str, list[str]]:
 
 
 class _Taken(NamedTuple):
-    """A tapped value, and the prompts that were in it."""
+    """A tapped value, the prompts that were in it, and whether its rows are examples times tasks already."""
 
     value: Tensor
     prompts: tuple[tuple[int, int], ...]
+    forked: bool
 
 
 class _Run:
     """One forward pass: what was tapped, and what is to be joined where."""
 
-    def __init__(self, branches: Sequence[Weighted], rows: int | None) -> None:
+    def __init__(
+        self, branches: Sequence[Weighted], rows: int | None, fork: Fork | None = None
+    ) -> None:
         self.rows = rows
+        self.fork = fork
+        self.forked = False
+        self.examples: int | None = None
         self.taken: dict[tuple[Point, bool], _Taken] = {}
         self.open: list[LongerKeys] = []
         self.joins: dict[Point, list[Weighted]] = {}
@@ -127,6 +153,7 @@ class _Run:
             elif not branch.serial:
                 self.taps |= {(point, branch.tuner.reads_map) for point in branch.taps}
         self.points = {point for point, _ in self.taps} | set(self.joins) | set(self.arrivals)
+        self.points |= {fork.point} if fork else set()
 
     def add_to_parameters(self, model: nn.Module) -> None:
         """Put `parameter + difference` in the place of each tuned parameter, until `close`.
@@ -154,27 +181,34 @@ class _Run:
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self.inside.add(path)
+            if not args:
+                return args
+            args = (self._split(Point(path, "input"), args[0]), *args[1:])
             staying = [arrival for arrival in arrivals if not arrival[0].serial]
             value = self._arrive(staying, args[0])
             value = self.at(Point(path, "input"), value, channel_axis)
             if (patched := (Point(path, "patches"), False)) in self.taps:
-                self.taken[patched] = _Taken(patches(value, module), ())
+                self.taken[patched] = _Taken(patches(value, module), (), self.forked)
             value = self._arrive([arrival for arrival in arrivals if arrival[0].serial], value)
             if extends:
-                self.open.append(LongerKeys(extends, self.rows, self.crowd))
+                longer = [(branch, self._spread(weights)) for branch, weights in extends]
+                self.open.append(LongerKeys(longer, self.rows, self.crowd))
                 self.open[-1].__enter__()
             return (value, *args[1:])
 
         return hook
 
     def leave(self, path: str, module: nn.Module) -> Callable[..., Any]:
-        """The hook behind a module."""
+        """The hook behind a module. Of several values that it gives, the first counts."""
         extends = Point(path, "keys") in self.joins
         departures = self.joins.get(Point(path, "tokens"), [])
         channel_axis = 1 if channels_first(module) else -1
 
         def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
+            if isinstance(value, tuple):
+                return (hook(_, args, value[0]), *value[1:])
             self.inside.discard(path)
+            value = self._split(Point(path, "output"), value)
             if extends:
                 longer = self.open.pop()
                 longer.__exit__(None, None, None)
@@ -187,10 +221,47 @@ class _Run:
 
         return hook
 
-    def begin(self, *_: Any) -> None:
+    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The hook before the whole backbone: each pass joins anew."""
         self.joined.clear()
         self.taken.clear()
+        self.forked = False
+        if self.fork:
+            self.examples = self.rows = self.crowd.rows = args[0].shape[0]
+
+    def _split(self, point: Point, value: Any) -> Any:
+        """At the fork, every row once per task."""
+        if self.fork is None or point != self.fork.point:
+            return value
+        self.forked = True
+        value = value.repeat_interleave(self.fork.tasks, 0)
+        self.rows = self.crowd.rows = value.shape[0]
+        return value
+
+    def _spread(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights `[T, ...]` as `[B T, ...]`."""
+        if self.fork is None or self.examples is None:
+            return weights
+        count = self.examples
+        return {
+            name: tensor[None].expand(count, *tensor.shape).flatten(0, 1)
+            for name, tensor in weights.items()
+        }
+
+    def _given(self, branch: Branch, weights: Mapping[str, Tensor], read: Sequence[_Taken]) -> Any:
+        """What a branch gives to rows of the kind that there are now."""
+        tuner, values = branch.tuner, [taken.value for taken in read]
+        if self.fork is None:
+            return tuner.branch(tuple(values) if branch.others else values[0], weights)
+        tasks = self.fork.tasks
+        if tuner.broadcasts:  # no copy of a weight per example, and none of a value per task
+            values = [
+                t.value.unflatten(0, (-1, tasks)) if t.forked else t.value[:, None] for t in read
+            ]
+            given = tuner.branch(tuple(values) if branch.others else values[0], weights)
+            return given.expand(-1, tasks, *given.shape[2:]).flatten(0, 1)
+        values = [t.value if t.forked else t.value.repeat_interleave(tasks, 0) for t in read]
+        return tuner.branch(tuple(values) if branch.others else values[0], self._spread(weights))
 
     def finish(self, model: nn.Module, *_: Any) -> None:
         """The hook behind the whole backbone.
@@ -215,25 +286,58 @@ class _Run:
 
     def at(self, point: Point, value: Any, channel_axis: int) -> Any:
         """The value at a point with its branches joined, kept for those that tap it."""
+        axes = value.dim() if isinstance(value, Tensor) else 0
         for branch, weights in self.joins.get(point, []):
             if branch.tuner.join == "replace":
-                x = self.taken[branch.tap, False].value
-                given = branch.tuner.branch(x, weights)
-                value = given.reshape(*value.shape[:-1], given.shape[-1])
+                value = self._replace(branch, weights, value, channel_axis)
             else:
                 value = self._add(branch, weights, value, channel_axis)
             self.joined.add(point)
+        if axes == 2 and value.dim() == 3:  # one vector per row again
+            value = value.flatten(1)
         present = self.crowd.present()
         if (point, True) in self.taps:
-            self.taken[point, True] = _Taken(value, present)
+            self.taken[point, True] = _Taken(value, present, self.forked)
         if (point, False) in self.taps:
-            self.taken[point, False] = _Taken(self._rows(value, channel_axis), present)
+            self.taken[point, False] = _Taken(
+                self._rows(value, channel_axis), present, self.forked
+            )
         return value
+
+    def _replace(
+        self, branch: Branch, weights: Mapping[str, Tensor], value: Tensor, axis: int
+    ) -> Tensor:
+        """What a branch gives, in the place of a value; where it is not present, the value.
+
+        It reads the trunk's own tokens: the prompts of other tasks are in the sequence too.
+        """
+        here = _Taken(self._rows(value, axis), (), self.forked)
+        read = [
+            here if point == branch.add else self.taken[point, branch.tuner.reads_map]
+            for point in branch.taps
+        ]
+        read = [
+            t._replace(value=t.value[:, : t.value.shape[1] - sum(count for _, count in t.prompts)])
+            if t.prompts and not branch.tuner.reads_map
+            else t
+            for t in read
+        ]
+        given = self._given(branch, weights, read)
+        if value.dim() == 2 and given.shape[1] == 1:
+            given = given.flatten(1)
+        elif value.dim() > 3:
+            given = given.reshape(*value.shape[:-1], given.shape[-1])
+        if (present := weights.get("present")) is None or present.dim() == 0:
+            return given
+        present = self._spread({"": present})[""].reshape(-1, *[1] * (given.dim() - 1))
+        same = given.shape[1:] == value.shape[1:]
+        kept = value if same else torch.full_like(given, torch.nan)  # never something else's answer
+        return torch.where(present > 0, given, kept)
 
     def _arrive(self, arrivals: Sequence[Weighted], value: Tensor) -> Tensor:
         """The sequence with more tokens behind it."""
         for branch, weights in arrivals:
-            tokens, mask = branch.tuner.branch(value, weights)
+            tokens, mask = branch.tuner.branch(value, self._spread(weights))
             tokens = tokens.expand(value.shape[0], *tokens.shape[-2:])
             value = torch.cat([value, tokens], dim=1)
             joint = branch.tuner.joint_softmax  # type: ignore[attr-defined]
@@ -247,30 +351,30 @@ class _Run:
 
         Prompts come and go between a tap and the add point: the branch acts on the tokens of both.
         """
+        here = self.crowd.present()
         if branch.serial:
             x = value if branch.tuner.reads_map else self._rows(value, axis)
-            return value + self._like(branch.tuner.branch(x, weights), value, axis)
-        here = self.crowd.present()
+            given = self._given(branch, weights, [_Taken(x, here, self.forked)])
+            return value + self._like(given, value, axis)
         taken = [
-            _Taken(self._rows(value, axis), here)
+            _Taken(self._rows(value, axis), here, self.forked)
             if point == branch.add
             else self.taken[point, branch.tuner.reads_map]
             for point in branch.taps
         ]
-        read = [t.value for t in taken]
         if all(t.prompts == here for t in taken) or branch.tuner.reads_map:
-            given = branch.tuner.branch(tuple(read) if branch.others else read[0], weights)
-            return value + self._like(given, value, axis)
+            return value + self._like(self._given(branch, weights, taken), value, axis)
         groups = zip(here, *(t.prompts for t in taken), strict=False)
         same = (len(set(group)) == 1 for group in groups)
         shared = sum(itertools.takewhile(bool, same))
         own = value.shape[1] - sum(count for _, count in here[shared:])
-        read = [
-            t.value[:, : t.value.shape[1] - sum(c for _, c in t.prompts[shared:])] for t in taken
+        taken = [
+            t._replace(value=t.value[:, : t.value.shape[1] - sum(c for _, c in t.prompts[shared:])])
+            for t in taken
         ]
-        given = branch.tuner.branch(tuple(read) if branch.others else read[0], weights)
         left = value[:, :own]
-        return torch.cat([left + self._like(given, left, axis), value[:, own:]], dim=1)
+        given = self._like(self._given(branch, weights, taken), left, axis)
+        return torch.cat([left + given, value[:, own:]], dim=1)
 
     def _rows(self, value: Tensor, channel_axis: int) -> Tensor:
         """`[B, N, C]`, whatever layout, windows or frames the op works in."""

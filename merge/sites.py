@@ -37,6 +37,7 @@ class Sites:
         model: The backbone's class, for messages.
         channels: Channels at every point that was entered.
         dims: Number of axes of the value at every point.
+        shapes: Of the value at every point, for one example.
         calls: How often every point was entered.
         modules: All module paths.
         leads: First axis of the value at every point, for one image: more than 1 where windows are.
@@ -46,7 +47,7 @@ class Sites:
         shared: Names of the tensors that several modules hold.
         read: Linear layers whose weight the module around them reads instead of calling them.
         tensors: Shapes of all parameters and buffers, by name.
-        unclear: Points whose value could have its channels first or last.
+        unclear: Points whose value could have its channels first or last, with both numbers.
     """
 
     model: str
@@ -55,12 +56,13 @@ class Sites:
     calls: Mapping[Point, int]
     modules: frozenset[str]
     leads: Mapping[Point, int] = field(default_factory=dict)
+    shapes: Mapping[Point, tuple[int, ...]] = field(default_factory=dict)
     fleeting: frozenset[Point] = frozenset()
     residual: Mapping[str, Point] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    unclear: frozenset[Point] = frozenset()
+    unclear: Mapping[Point, tuple[int, ...]] = field(default_factory=dict)
 
     def require(self, point: Point) -> int:
         """The channels at a point that can carry a branch.
@@ -113,8 +115,21 @@ class Sites:
             )
         return self.channels[measured]
 
-    def check(self, branch: Branch, tensors: Mapping[str, Tensor], *, where: object) -> None:
+    def check(
+        self,
+        branch: Branch,
+        tensors: Mapping[str, Tensor],
+        *,
+        where: object,
+        replaced: dict[Point, int] | None = None,
+    ) -> None:
         """Hold a branch and its tensors to the backbone.
+
+        Args:
+            branch: Tuner and place.
+            tensors: Its stored tensors.
+            where: For messages.
+            replaced: Channels at points whose value branches before this one replaced; this one's are added.
 
         Raises:
             IncompatibleArtefact: The place cannot carry it, or a tensor has the wrong shape.
@@ -123,18 +138,29 @@ class Sites:
         if branch.tuner.join == "weights":
             self._check_parameter(branch, where=where)
             return
+        replaced = {} if replaced is None else replaced
         given, taken = branch.tuner.channels(sizes)
-        for axis, wanted, points in (("in", given, branch.taps), ("out", taken, (branch.add,))):
-            for point in points:
-                channels = self.require(point)
-                if wanted not in (None, channels):
-                    raise IncompatibleArtefact(
-                        "a branch does not have the channels of its place",
-                        where=where,
-                        wanted=f"{axis}={channels} at {point}",
-                        found=f"{axis}={wanted}",
-                        do="check that the delta was trained on this backbone",
-                    )
+        each = given if isinstance(given, tuple) else (given,) * len(branch.taps)
+        places = [("in", wanted, point) for wanted, point in zip(each, branch.taps, strict=True)]
+        if branch.tuner.join == "replace":
+            self.require(branch.add)
+            if taken is not None:
+                replaced[branch.add] = taken
+        else:
+            places.append(("out", taken, branch.add))
+        for axis, wanted, point in places:
+            either = self.unclear.get(point, ()) if branch.tuner.reads_map else ()
+            if wanted in either and self.calls[point] == 1:
+                continue  # the tuner says which axis it means
+            channels = replaced.get(point, self.require(point))
+            if wanted not in (None, channels):
+                raise IncompatibleArtefact(
+                    "a branch does not have the channels of its place",
+                    where=where,
+                    wanted=f"{axis}={channels} at {point}",
+                    found=f"{axis}={wanted}",
+                    do="check that the delta was trained on this backbone",
+                )
         if branch.serial:
             return
         self._check_values(branch, where=where)
@@ -150,7 +176,7 @@ class Sites:
 
     def _check_values(self, branch: Branch, *, where: object) -> None:
         """What is tapped must still be there, and in the order of tokens in which it is added."""
-        if branch.tuner.join != "add":
+        if branch.tuner.join not in ("add", "replace"):
             return
         for point in branch.taps:
             if point in self.fleeting and point != branch.add:
@@ -161,6 +187,8 @@ class Sites:
                     do="tap at another module",
                 )
             windows = self.leads.get(point, 1), self.leads.get(branch.add, 1)
+            if branch.tuner.join == "replace":
+                continue
             if windows[0] != windows[1] and not branch.tuner.reads_map:
                 raise IncompatibleArtefact(
                     "a branch is added in another order of tokens than it reads",
@@ -207,10 +235,10 @@ def measure(backbone: Backbone) -> Sites:
         seen.read |= {path: names[path] for path in paths if parent in names}
     try:
         with torch.no_grad(), seen:
-            model(backbone.example())
+            model(*backbone.draw())
     except (RuntimeError, AssertionError, ValueError) as cause:
         raise UsageError(
-            "the backbone does not run on an image of its own size",
+            "the backbone does not run on an example of its own size",
             where=backbone.identity.architecture,
             found=str(cause).splitlines()[0],
         ) from cause
@@ -224,12 +252,13 @@ def measure(backbone: Backbone) -> Sites:
         seen.calls,
         frozenset(names),
         leads=seen.leads,
+        shapes={point: tuple(value.shape) for point, value in seen.values.items()},
         fleeting=seen.overwritten(),
         residual=_residual(seen),
         shared=_shared(model),
         read=frozenset(seen.met),
         tensors={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        unclear=frozenset(seen.unclear),
+        unclear=seen.unclear,
     )
 
 
@@ -333,7 +362,7 @@ class _Seen(Seam):
         self.dims: dict[Point, int] = {}
         self.calls: Counter[Point] = Counter()
         self.inside: list[str] = []
-        self.unclear: set[Point] = set()
+        self.unclear: dict[Point, tuple[int, ...]] = {}
         self.leads: dict[Point, int] = {}
         self.values: dict[Point, Tensor] = {}
         self.versions: dict[Point, int] = {}
@@ -350,7 +379,7 @@ class _Seen(Seam):
         self.leads[point] = value.shape[0]
         self.values[point], self.versions[point] = value, value._version
         if value.dim() > 3 and module is not None and not _has_clear_layout(module):
-            self.unclear.add(point)
+            self.unclear[point] = (value.shape[1], value.shape[-1])
 
     def overwritten(self) -> frozenset[Point]:
         """The points whose value was changed in place after it was noted."""
@@ -372,7 +401,8 @@ class _Seen(Seam):
     def leave(self, path: str, module: nn.Module) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], value: Any) -> None:
             self.inside.pop()
-            self.note(Point(path, "output"), value, module)
+            first = value[0] if isinstance(value, tuple) and value else value
+            self.note(Point(path, "output"), first, module)
 
         return hook
 

@@ -103,6 +103,10 @@ class Tuner(ABC):
     """The symbols on which tasks may differ."""
     reads_map: ClassVar[bool] = False
     """`branch` wants the tap as the op sees it, such as `[B, C, H, W]`, not as tokens."""
+    broadcasts: ClassVar[bool] = False
+    """`branch` takes more leading axes, `x [B, 1, N, C]` with `w [T, ...]`, and gives `[B, T, ...]`."""
+    answers: ClassVar[bool] = False
+    """It stands in the place of the backbone's classifier: a head."""
 
     @property
     @abstractmethod
@@ -142,9 +146,19 @@ class Tuner(ABC):
         """Stored tensors to served ones: what is constant at inference, computed once."""
         return dict(w)
 
-    def channels(self, sizes: Mapping[str, int]) -> tuple[int | None, int | None]:
-        """Channels at the tap and at the add point, where the tensors' sizes say them."""
+    def channels(
+        self, sizes: Mapping[str, int]
+    ) -> tuple[int | tuple[int | None, ...] | None, int | None]:
+        """Channels at the tap, or one number per tap, and at the add point, where the sizes say them."""
         return sizes.get("in"), sizes.get("out")
+
+    def constant(self, tensor: str) -> bool:
+        """The tensor of this name does not train, unless a method says so."""
+        return tensor == "scale"
+
+    def answer_width(self, sizes: Mapping[str, int]) -> int:
+        """How many numbers a head answers with."""
+        raise NotImplementedError(f"a {self.kind} is no head")
 
     def fold(self, w: Mapping[str, Tensor], op: nn.Module, place: Place) -> Weights:
         """The op's parameters after taking the branch in, exactly.

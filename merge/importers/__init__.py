@@ -15,6 +15,7 @@ from .peft import read_peft
 from .settings import Settings
 from .swift import read_swift
 from .timm import read_timm
+from .unipt import read_unipt
 from .vpetl import read_vpetl
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ IMPORTERS: dict[str, Callable[[Path, Backbone, Settings], Foreign]] = {
     "peft": read_peft,
     "swift": read_swift,
     "timm": read_timm,
+    "unipt": read_unipt,
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from ..delta import Delta
 from ..errors import IncompatibleArtefact, UsageError
 from ..methods import head_branch
+from ..tuner import bind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ class Foreign:
         source: Who wrote it.
         branches: Places by name, in the order in which they join.
         tensors: Stored tensors by name.
-        labels: Class names, if the file has them.
+        labels: Class names, if the file has them; an empty tuple for a task without classes.
         preprocessing: The source's own, where it differs from timm's for the backbone.
         notes: What a person should know of the reading: settings that were used, truncation errors.
     """
@@ -78,12 +79,11 @@ class Foreign:
         provenance: Mapping[str, str] | None = None,
     ) -> Delta:
         """The task's delta; classes without names are numbered."""
-        classes = next(
-            len(self.tensors[n]["bias"])
-            for n, b in self.branches.items()
-            if b.tuner.join == "replace"
-        )
-        names = labels or self.labels or [f"class_{index}" for index in range(classes)]
+        first = next(n for n, b in self.branches.items() if b.tuner.answers)
+        tuner = self.branches[first].tuner
+        classes = tuner.answer_width(bind(tuner.shapes, self.tensors[first], where=first))
+        numbered = [f"class_{index}" for index in range(classes)]
+        names = labels or (numbered if self.labels is None else self.labels)
         return Delta(
             task=task,
             labels=tuple(names),

@@ -19,6 +19,7 @@ from .adapters import (
 from .networks import bypass, side_tuning
 from .planting import Method, Planted, head_branch, in_blocks
 from .prompts import deep_prompt, prefix, shallow_prompt
+from .side_networks import ladder, unipt
 from .u_tuning import u_tuner
 from .weights import bitfit, full, ia3, lokr, norm_tuning, oft, ssf
 
@@ -35,6 +36,7 @@ __all__ = [
     "head_branch",
     "ia3",
     "in_blocks",
+    "ladder",
     "lokr",
     "lora",
     "norm_tuning",
@@ -48,4 +50,5 @@ __all__ = [
     "ssf",
     "together",
     "u_tuner",
+    "unipt",
 ]

@@ -8,14 +8,20 @@ from .bias import Bias
 from .bottleneck import Bottleneck
 from .bypass import Bypass
 from .difference import Difference
+from .embedding import Embedding
 from .gain import Gain
+from .gpo import Gpo
 from .head import Head
 from .kronecker import Kronecker
+from .ladder import Ladder
 from .norm import Norm
+from .perceptron import Perceptron
 from .prefix import Prefix
 from .prompt import Prompt
 from .rotation import Rotation
 from .side_network import SideNetwork
+from .unipt import UniPT
+from .unipt_pyramid import UniPTPyramid
 
 if TYPE_CHECKING:
     from ..tuner import Tuner
@@ -33,7 +39,13 @@ TUNERS: dict[str, type[Tuner]] = {
         Prompt,
         SideNetwork,
         Bypass,
+        UniPT,
+        UniPTPyramid,
+        Ladder,
+        Gpo,
         Difference,
         Head,
+        Perceptron,
+        Embedding,
     )
 }

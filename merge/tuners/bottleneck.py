@@ -53,6 +53,7 @@ class Bottleneck(Tuner):
     kind = "bottleneck"
     source = "arXiv 2106.09685 (LoRA), 1902.00751 (adapter), 2205.13535 (AdaptFormer)"
     join = "add"
+    broadcasts = True
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

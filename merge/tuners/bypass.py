@@ -38,6 +38,7 @@ class Bypass(Tuner):
     kind = "bypass"
     source = "arXiv 2310.19859 (Res-Tuning)"
     join = "add"
+    broadcasts = True
     no_fold = "a network of its own runs beside the blocks, and no weight of the backbone holds it"
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class Gain(Tuner):
     kind = "gain"
     source = "arXiv 2205.05638 (IA3), 2210.08823 (SSF)"
     join = "add"
+    broadcasts = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.shift, bool):

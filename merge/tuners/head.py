@@ -26,12 +26,18 @@ class Head(Tuner):
     kind = "head"
     source = "linear probe"
     join = "replace"
+    broadcasts = True
+    answers = True
     fill = {"bias": NO_CLASS}  # noqa: RUF012 - a ClassVar in the base
 
     @property
     def shapes(self) -> Shapes:
         """`weight [r, in]` and `bias [r]`."""
         return {"weight": ("r", "in"), "bias": ("r",)}
+
+    def answer_width(self, sizes: Mapping[str, int]) -> int:
+        """The number of classes."""
+        return sizes["r"]
 
     def branch(self, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
         """Logits `[B, 1, r]` of features `[B, 1, in]`."""

@@ -33,6 +33,7 @@ class Norm(Tuner):
     kind = "norm"
     source = "arXiv 2312.11420 (LN tuning)"
     join = "add"
+    broadcasts = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.eps, float) or not self.eps > 0:

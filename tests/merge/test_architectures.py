@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utune_deploy.merge.architectures import ARCHITECTURES
+from utune_deploy.merge.architectures import ARCHITECTURES, find
 from utune_deploy.merge.backbone import create
 from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.merge.sites import measure
@@ -32,7 +32,7 @@ def test_every_architecture_is_tested():
 @every
 def test_it_is_a_backbone(name):
     backbone = create(name, {**SMALL[name], "num_classes": 6})
-    assert type(backbone.model) is ARCHITECTURES[name]
+    assert type(backbone.model) is find(name)
     assert backbone.identity.architecture == name
     assert backbone.identity.arguments == json.loads(json.dumps(SMALL[name]))
     assert backbone.input_size == backbone.model.pretrained_cfg["input_size"]

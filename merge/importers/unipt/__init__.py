@@ -1,0 +1,47 @@
+"""The checkpoints of UniPT's release (arXiv 2308.14316): a reader per model that it was published with.
+
+Which one is seen by the keys. A file of two sides (pictures and text) is read for the side that the backbone
+is. Frozen tensors in the file must be the backbone's; where the file has none, or the backbone is `states`,
+there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..foreign import Foreign, read_pickle, refuse
+from .clip4clip import read_clip4clip
+from .clip_vil import read_clip_vil
+from .mdetr import read_mdetr
+from .parts import weights_of
+from .vse import read_vse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ...backbone import Backbone
+    from ..settings import Settings
+
+
+def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
+    """Branches of a UniPT checkpoint.
+
+    Raises:
+        IncompatibleArtefact: The file is none of UniPT's, or of another backbone.
+    """
+    saved = weights_of(path, read_pickle(path))
+    merged = {key: tensor for state in saved for key, tensor in state.items()}
+    if any(key.startswith(("image_adapter.", "text_adapter.")) for key in merged):
+        return read_clip4clip(path, backbone, merged)
+    if any("encoder.side_" in key for key in merged):
+        return read_clip_vil(path, backbone, merged)
+    if any(key.startswith("transformer.side_") for key in merged):
+        return read_mdetr(path, backbone, merged)
+    if any(key.startswith(("side_tuning_module.", "gpool.", "image_encoder.")) for key in merged):
+        return read_vse(path, backbone, saved, settings)
+    raise refuse(
+        path,
+        "the file is no checkpoint of UniPT",
+        found=", ".join(list(merged)[:3]) or "no tensors",
+        do="wanted: keys such as side_tuning_module., image_adapter., encoder.side_ or transformer.side_",
+    )

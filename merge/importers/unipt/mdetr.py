@@ -1,0 +1,131 @@
+"""MDETR with UniPT: boxes and their classes from a picture's map and a text's tokens.
+
+Two side networks: one on the encoder, whose answer is the memory of the other, on the decoder. The release
+reads the states in front of layers 1, 3 and 5, and its evaluation uses the averaged weights. The three
+other outputs of its decoder side are for training only and are not computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...tuner import Branch, Point
+from ...tuners.perceptron import Perceptron
+from ...tuners.unipt import UniPT
+from ..foreign import Foreign, refuse
+from .parts import linear, outputs, require_known, require_trunk, take
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ...backbone import Backbone
+    from ...tuner import Weights
+
+SIDE = "transformer.side_"
+LAYERS = (1, 3, 5)  # the states in front of these are targets
+EPS = 1e-7
+HEADS = ("class_embed.", "bbox_embed.")
+TRUNK = ("transformer.", "query_embed.", "input_proj.", "backbone.")
+TRAINING = ("contrastive_",)  # projections that only its losses read
+
+
+def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> Foreign:
+    """Branches of an MDETR checkpoint with its side networks.
+
+    Raises:
+        IncompatibleArtefact: The file lacks a part, answers questions, or is of another backbone.
+    """
+    model = backbone.model
+    if not hasattr(model, "decoder_hidden_states"):
+        raise refuse(
+            path,
+            "the file belongs to an encoder and a decoder, and the backbone has none",
+            found=backbone.identity.architecture,
+            do="load the backbone that it was trained on: mdetr",
+        )
+    found = Foreign("UniPT MDETR", labels=())
+    mask, memory = Point("encoder_mask", "output"), Point("side_memory", "output")
+    encoder = outputs(model.hidden_states)  # type: ignore[arg-type]
+    decoder = outputs(model.decoder_hidden_states)  # type: ignore[arg-type]
+    w = _network(path, state, "encoder")
+    targets = [encoder[layer] for layer in LAYERS if layer < len(encoder) - 1]
+    tuner = _tuner(w, len(targets), masked=True)
+    found.plant(
+        "side_memory/unipt",
+        Branch(tuner, targets[0], memory, (*targets[1:], encoder[-1], mask)),
+        {name: w[name] for name in tuner.shapes},
+    )
+    w = _network(path, state, "decoder")
+    for number in range(len(LAYERS)):
+        crosser = f"{SIDE}projection_crosser.{number}"
+        w |= linear(path, state, f"{crosser}.0", f"cross{number}", norm=f"{crosser}.1")
+    final = f"{SIDE}final_upsample"
+    w |= linear(path, state, f"{final}.1", "up", norm=f"{final}.2")
+    targets = [decoder[layer] for layer in LAYERS if layer < len(decoder) - 1]
+    tuner = _tuner(w, len(targets), crossed=True)
+    found.plant(
+        "features/unipt",
+        Branch(
+            tuner,
+            targets[0],
+            Point("features", "output"),
+            (*targets[1:], decoder[-1], memory, mask),
+        ),
+        {name: w[name] for name in tuner.shapes},
+    )
+    _heads(path, backbone, state, found)
+    trunk = {
+        key: tensor
+        for key, tensor in state.items()
+        if not key.startswith((SIDE, *HEADS, *TRAINING, "backbone."))
+    }
+    require_trunk(path, backbone, trunk, found)
+    require_known(path, state, (*TRUNK, *HEADS, *TRAINING))
+    return found
+
+
+def _network(path: Path, state: Mapping[str, Tensor], half: str) -> Weights:
+    """Down, projection and gate of one half."""
+    w: Weights = {"gate": take(path, state, f"{SIDE}gate_layer_{half}.weight")[0]}
+    anchor = f"{SIDE}downsample0_{half}"
+    w |= linear(path, state, f"{anchor}.0", "anchor", norm=f"{anchor}.1")
+    for number in range(len(LAYERS)):
+        down = f"{SIDE}downsamples_{half}.{number}"
+        w |= linear(path, state, f"{down}.0", f"target{number}", norm=f"{down}.1")
+    project = f"{SIDE}projection_{half}"
+    w |= linear(path, state, f"{project}.0", "project_in")
+    return w | linear(path, state, f"{project}.2", "project", norm=f"{project}.3")
+
+
+def _tuner(w: Weights, depth: int, *, masked: bool = False, crossed: bool = False) -> UniPT:
+    width, hidden = w["anchor_weight"].shape
+    up = w.get("up_weight")
+    return UniPT(
+        widths=(hidden,) * depth,
+        anchor=hidden,
+        width=width,
+        out=width if up is None else up.shape[0],
+        eps=EPS,
+        project="mlp",
+        inner=w["project_in_weight"].shape[0],
+        up="none" if up is None else "relu",
+        up_norm=up is not None,
+        masked=masked,
+        crossed=crossed,
+    )
+
+
+def _heads(path: Path, backbone: Backbone, state: Mapping[str, Tensor], found: Foreign) -> None:
+    """Classes, one linear layer, and boxes, several with a ReLU between them."""
+    weight = take(path, state, "class_embed.weight")
+    found.plant_head(backbone, weight, take(path, state, "class_embed.bias"))
+    depth = len({key.split(".")[2] for key in state if key.startswith("bbox_embed.layers.")})
+    layers: Weights = {}
+    for number in range(depth):
+        layers |= linear(path, state, f"bbox_embed.layers.{number}", f"layer{number}")
+    hidden = tuple(layers[f"layer{n}_weight"].shape[0] for n in range(depth - 1))
+    boxes = Point("bbox_embed", "input"), Point("bbox_embed", "output")
+    found.plant("bbox_embed/head", Branch(Perceptron(hidden), *boxes), layers)

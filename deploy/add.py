@@ -63,6 +63,12 @@ def add_tasks(
             found=f"mode {bundle.mode}, bank {bundle.bank}",
             do="export it again with all tasks, or with --bank inputs",
         )
+    if bundle.fan_out is not None:
+        raise UsageError(
+            "the engine that answers every task at once holds its tasks, so none can be added",
+            where=bundle.path / bundle.fan_out.file,
+            do="export it again with all tasks, or without --fan-out",
+        )
     names = [*(task.name for task in bundle.tasks), *(task.delta.task for task in tasks)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError("a task of that name is there already", found=", ".join(twice))
@@ -93,7 +99,7 @@ def add_tasks(
             where=bundle.path,
             found=", ".join(c.name for c in verdict.failures),
         )
-    added = manifest_tasks(tasks, first=len(bundle.tasks))
+    added = manifest_tasks(tasks, backbone, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
         (folder / bundle.engine.file).write_bytes(engine)

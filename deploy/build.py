@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..export import bundle as bundles
+from ..export.bundle import FAN_OUT
+from ..export.engine import Tensor
 from ..export.graph import OPSET, Inputs, clean, serialise, specs, trace
+from ..export.macs import macs
 from ..export.passes import rewrite
 from ..merge.backbone import create
 from ..merge.bank import Bank, stack
 from ..merge.delta import Delta, require_backbone
 from ..merge.errors import CheckFailed, UsageError
+from ..merge.fan_out import FanOut, Group, share
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
 from ..merge.mixed import Mixed, Single
 from ..merge.sites import Sites, measure
+from ..merge.attach import restore
 from .check import Evidence, check_engine
 from .plan import Plan, make_plan
 from .versions import versions
@@ -52,6 +58,7 @@ def export_bundle(
     name: str | None = None,
     mode: str = "auto",
     bank: str = "constants",
+    fan_out: bool = False,
     max_batch: int = 16,
     evidence: Evidence | None = None,
     threads: int | None = None,
@@ -67,6 +74,7 @@ def export_bundle(
         name: Served name; the folder's name if None.
         mode: See `make_plan`.
         bank: See `make_plan`.
+        fan_out: Add a second engine, which answers every task for every row.
         max_batch: Largest batch that is checked and may be asked for.
         evidence: Pictures for the check.
         threads: Of the engine during the check; None lets the runtime choose.
@@ -89,7 +97,7 @@ def export_bundle(
             do="choose another --name",
         )
     deltas = [task.delta for task in tasks]
-    dtype = next(backbone.model.parameters()).dtype
+    dtype = backbone.dtype
     if dtype != torch.float32:
         raise UsageError(
             "an engine is built from a float32 backbone",
@@ -100,46 +108,73 @@ def export_bundle(
     sites = measure(backbone)
     for delta in deltas:
         require_backbone(delta, backbone, sites)
-    plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank)
+    every = fan_out or mode == FAN_OUT
+    groups = fan_out_groups(backbone, deltas, sites) if every else ()
+    plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank, groups=groups)
+    entries = manifest_tasks(tasks, backbone)
     progress("trace")
-    model, stacked, lowered = _graph(plan, backbone, deltas, sites)
+    if plan.mode == FAN_OUT:
+        made = [_Made(_traced(FanOut(backbone, groups), backbone), None, [])]
+    else:
+        made = [_graph(plan, backbone, deltas, sites)]
+        made += [_Made(_traced(FanOut(backbone, groups), backbone), None, [])] if fan_out else []
     progress("rewrite")
-    rewritten = rewrite(model)
-    clean(model)
-    entries = manifest_tasks(tasks)
+    rewritten = [rewrite(graph.model) for graph in made]
+    for graph in made:
+        clean(graph.model)
+    descriptions = [
+        bundles.Engine(
+            target="onnxruntime",
+            file=file,
+            precision="fp32",
+            opset=OPSET,
+            max_batch=max_batch,
+            inputs=_inputs(backbone, graph.model),
+            outputs=specs(graph.model.graph.outputs),
+        )
+        for file, graph in zip((ENGINE_FILE, bundles.FAN_OUT_FILE), made, strict=False)
+    ]
+    engine, second = descriptions[0], descriptions[1] if len(descriptions) > 1 else None
     identity = bundles.identity_of(
         backbone.identity.to_json(),
         plan.mode,
         plan.bank,
         entries,
         "fp32",
-        specs(model.graph.inputs),
+        engine.inputs,
+        second,
     )
     progress("serialise")
-    engine = serialise(model, {bundles.IDENTITY: identity})
+    counted = _counted(made[-1].model, backbone, deltas, sites) if every else {}
+    files = [serialise(graph.model, {bundles.IDENTITY: identity}) for graph in made]
+    stacked = made[0].bank
     bank_tensors = (
         {f"bank/{key}": tensor.float().numpy() for key, tensor in stacked.tensors.items()}
         if plan.bank == "inputs" and stacked is not None
         else {}
     )
     progress("check")
-    verdict = check_engine(
-        engine,
-        backbone,
-        deltas,
-        sites,
-        mixes=plan.mode == "multi",
-        bank=bank_tensors,
-        max_batch=max_batch,
-        evidence=evidence or Evidence(),
-        threads=threads,
-    )
-    if not verdict.passed:
+    verdicts = [
+        check_engine(
+            file,
+            backbone,
+            deltas,
+            sites,
+            mixes=plan.mode == "multi" and number == 0,
+            fans=plan.mode == FAN_OUT or number == 1,
+            bank=bank_tensors if number == 0 else {},
+            max_batch=max_batch,
+            evidence=evidence or Evidence(),
+            threads=threads,
+        )
+        for number, file in enumerate(files)
+    ]
+    if failures := [c for verdict in verdicts for c in verdict.failures]:
         raise CheckFailed(
             "the engine does not agree with torch, so no bundle was written",
             where=output,
             found="; ".join(
-                f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in verdict.failures[:3]
+                f"{c.name}: {c.error:.2g} > {c.budget:.2g} {c.note}" for c in failures[:3]
             ),
             do="if a branch has no effect, train or drop it; otherwise report this with the deltas",
         )
@@ -149,29 +184,25 @@ def export_bundle(
         name=name,
         mode=plan.mode,
         bank=plan.bank,
-        engine=bundles.Engine(
-            target="onnxruntime",
-            file=ENGINE_FILE,
-            precision="fp32",
-            opset=OPSET,
-            max_batch=max_batch,
-            inputs=specs(model.graph.inputs),
-            outputs=specs(model.graph.outputs),
-        ),
+        engine=engine,
         tasks=entries,
         backbone=backbone.identity.to_json(),
         plan={
             **plan.to_json(),
-            "rewritten": rewritten,
-            "lowered": lowered,
+            **counted,
+            "rewritten": rewritten[0],
+            "lowered": made[0].lowered,
             "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
         },
-        check=verdict.to_json(),
+        check=verdicts[0].to_json()
+        | ({"fan_out": verdicts[1].to_json()} if len(verdicts) > 1 else {}),
         versions=versions(),
         identity=identity,
+        fan_out=second,
     )
     with atomic_folder(output) as folder:
-        (folder / ENGINE_FILE).write_bytes(engine)
+        for description, content in zip(descriptions, files, strict=True):
+            (folder / description.file).write_bytes(content)
         if bank_tensors:
             from safetensors.numpy import save_file
 
@@ -182,42 +213,102 @@ def export_bundle(
     return bundles.open_bundle(output)
 
 
-def _graph(
-    plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
-) -> tuple[ir.Model, Bank | None, list[str]]:
-    """The traced model, its bank, and the tasks whose prompts became prefixes."""
-    images = backbone.example(batch=2)
+class _Made(NamedTuple):
+    """A traced model, its bank, and the tasks whose prompts became prefixes."""
+
+    model: ir.Model
+    bank: Bank | None
+    lowered: list[str]
+
+
+def fan_out_groups(
+    backbone: Backbone, deltas: Sequence[Delta], sites: Sites
+) -> tuple[Group, ...]:
+    """What tasks share when every row is answered for all of them."""
+    double = in_double(backbone)
+    return share(
+        backbone, [lower(backbone, delta, sites, double) for delta in deltas], sites, torch.float32
+    )
+
+
+def _counted(
+    model: ir.Model, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
+) -> dict[str, dict[str, int]]:
+    """Multiply-accumulates for one example: of the engine for all tasks, and of the tasks one by one."""
+    inputs = backbone.draw()
+    alone = 0
+    for delta in deltas:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            restore(backbone, delta, sites).eval()(*inputs)
+        alone += counter.get_total_flops() // 2
+    return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
+
+
+def _traced(module: torch.nn.Module, backbone: Backbone) -> ir.Model:
+    """A module that takes the backbone's inputs alone."""
+    return trace(module.eval(), Inputs(_rows(backbone)))
+
+
+def _rows(backbone: Backbone) -> dict[str, torch.Tensor]:
+    names = [entry.name for entry in backbone.inputs]
+    return dict(zip(names, backbone.draw(batch=2), strict=True))
+
+
+def _inputs(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
+    """The graph's inputs, with what their integers are below."""
+    below = {entry.name: entry.high for entry in backbone.inputs if entry.values == "ids"}
+    return tuple(replace(t, high=below.get(t.name)) for t in specs(model.graph.inputs))
+
+
+def _graph(plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites) -> _Made:
+    """The traced model of the engine that takes a task per row, or has one task."""
+    rows = _rows(backbone)
     if plan.mode == "merged":
         merged = fold(deltas[0], backbone, sites=sites)
         arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
         plain = create(backbone.identity.architecture, arguments).model
         plain.load_state_dict(dict(merged.tensors))
-        return trace(plain, Inputs(images)), None, []
+        return _Made(trace(plain, Inputs(rows)), None, [])
     double = in_double(backbone)
     constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
     stacked = stack(constant, torch.float32)
     if plan.mode == "parallel":
-        return trace(Single(backbone, stacked).eval(), Inputs(images)), stacked, lowered
+        return _Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
     module = Mixed(backbone, stacked).eval()
     task = torch.tensor([0, min(1, len(deltas) - 1)])
     if plan.bank == "inputs":
         bank = {f"bank/{key}": tensor for key, tensor in stacked.tensors.items()}
-        return trace(module, Inputs(images, task, bank)), stacked, lowered
+        return _Made(trace(module, Inputs(rows, task, bank)), stacked, lowered)
     rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
-    return trace(module, Inputs(images, task), rename=rename), stacked, lowered
+    return _Made(trace(module, Inputs(rows, task), rename=rename), stacked, lowered)
 
 
-def manifest_tasks(tasks: Sequence[Task], first: int = 0) -> tuple[bundles.Task, ...]:
+def manifest_tasks(
+    tasks: Sequence[Task], backbone: Backbone, first: int = 0
+) -> tuple[bundles.Task, ...]:
     """What a manifest says of tasks whose rows begin at `first`."""
     return tuple(
-        bundles.Task(t.delta.task, row, t.delta.labels, t.delta.preprocessing, t.digest)
+        bundles.Task(
+            t.delta.task,
+            row,
+            t.delta.labels,
+            t.delta.preprocessing,
+            t.digest,
+            None if t.delta.labels else _width(t.delta, backbone),
+        )
         for row, t in enumerate(tasks, start=first)
     )
 
 
+def _width(delta: Delta, backbone: Backbone) -> int:
+    """How many values a task answers with."""
+    with torch.no_grad():
+        return restore(backbone, delta).eval()(*backbone.draw()).shape[-1]
+
+
 def backbone_engine(backbone: Backbone) -> bytes:
     """The backbone alone, through the same passes: the baseline of every benchmark."""
-    model = trace(backbone.model, Inputs(backbone.example(batch=2)))
+    model = _traced(backbone.model, backbone)
     rewrite(model)
     return serialise(clean(model), {})

@@ -19,13 +19,15 @@ import torch
 from ..export.parity import FLOOR, UNIT, Comparison, Verdict, budget, compare, relative_error
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.attach import restore
+from ..merge.backbone import dtype_of
 from ..merge.errors import IncompatibleArtefact
+from ..merge.inputs import IMAGES
+from .liveness import SAMPLE, Liveness, steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
     from ..export.bundle import Bundle
     from ..export.engine import Session
@@ -33,12 +35,12 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
     from ..merge.sites import Sites
+    from .liveness import Live
 
-    _Live = tuple[str, nn.Parameter, Tensor]  # name, tensor, a step that moves the answer
+    Rows = dict[str, NDArray]  # a batch of the backbone's inputs by name
 
 ODD = 3
 LOOKS = 4  # images that liveness looks at: a ReLU may be silent on one of them
-SAMPLE = 24  # tensors that liveness really changes, besides measuring the slope of all
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 
@@ -70,6 +72,7 @@ def check_engine(
     evidence: Evidence,
     threads: int | None = None,
     provider: str = "cpu",
+    fans: bool = False,
 ) -> Verdict:
     """Run every comparison.
 
@@ -84,9 +87,10 @@ def check_engine(
         evidence: Pictures and noise.
         threads: Of the engine.
         provider: Of the engine.
+        fans: The engine answers every task for every row, `[B, T, ...]`, and takes no task rows.
     """
     return _Check(
-        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, threads, provider
+        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, threads, provider, fans
     ).run()
 
 
@@ -148,7 +152,9 @@ class _Check:
         evidence: Evidence,
         threads: int | None,
         provider: str,
+        fans: bool,
     ) -> None:
+        self.fans = fans
         self.engine, self.backbone, self.deltas, self.sites = engine, backbone, deltas, sites
         self.mixes, self.bank, self.max_batch = mixes, bank, max_batch
         self.evidence, self.threads, self.provider = evidence, threads, provider
@@ -157,7 +163,15 @@ class _Check:
         double = copy.deepcopy(backbone.model).double()
         self.exact = [_in_double(model, double) for model in self.models]
         self.cases: dict[tuple[int, bool], _Case] = {}
-        self.classes = [len(delta.labels) for delta in deltas]
+        self.inner: tuple[int, ...] = ()  # axes of an answer between the row and its values
+        self.classes = [self.width(model) for model in self.models]
+
+    def width(self, model: Tuned) -> int:
+        """How many values a task answers with."""
+        with torch.no_grad():
+            answer = model(*self.backbone.draw(1))
+        self.inner = tuple(answer.shape[1:-1])
+        return answer.shape[-1]
 
     def open(self, engine: bytes, bank: Mapping[str, NDArray[np.float32]]) -> Session:
         return OnnxRuntimeSession(engine, provider=self.provider, threads=self.threads, bank=bank)
@@ -171,8 +185,9 @@ class _Check:
             found.append(self.every_task())
         if self.max_batch > 1:
             found.append(self.row_isolation())
-        if self.mixes:
+        if self.mixes or self.fans:
             found.append(self.permutation())
+        if self.mixes:
             found.append(self.outside_rows())
             if len(self.deltas) > 1:
                 found.append(self.task_isolation())
@@ -181,15 +196,17 @@ class _Check:
 
     # what is fed
 
-    def batch(
-        self, size: int, *, real: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Images and task rows; tasks take turns."""
+    def batch(self, size: int, *, real: bool = False) -> tuple[Rows, NDArray[np.int64]]:
+        """Inputs and task rows; tasks take turns."""
         task = np.arange(size, dtype=np.int64) % len(self.deltas)
-        return self.images(task, real=real), task
+        return self.inputs(task, real=real), task
 
-    def images(self, task: NDArray[np.int64], *, real: bool) -> NDArray[np.float32]:
+    def inputs(self, task: NDArray[np.int64], *, real: bool) -> Rows:
         """Seeded noise, or each task's own pictures in turn where there are any."""
+        if not self.backbone.pictures:
+            drawn = self.backbone.draw(len(task), seed=self.evidence.seed + len(task))
+            names = [entry.name for entry in self.backbone.inputs]
+            return {name: t.numpy() for name, t in zip(names, drawn, strict=True)}
         noise = np.random.default_rng(self.evidence.seed + len(task))
         images = noise.standard_normal((len(task), *self.backbone.input_size)).astype(np.float32)
         used = [0] * len(self.deltas)
@@ -198,91 +215,91 @@ class _Check:
             if real and pictures is not None and len(pictures):
                 images[row] = pictures[used[number] % len(pictures)]
                 used[number] += 1
-        return images
+        return {IMAGES: images}
 
     def reference(
-        self, images: NDArray[np.float32], task: NDArray[np.int64], models: Sequence[Tuned]
+        self, inputs: Rows, task: NDArray[np.int64], models: Sequence[Tuned]
     ) -> NDArray:
-        """Torch's logits `[B, K]`, task by task; absent classes hold 0."""
-        dtype = next(models[0].trunk.parameters()).dtype
-        logits = np.zeros((len(images), max(self.classes)), dtype=np.float64)
+        """Torch's logits `[B, ..., K]`, task by task; absent classes hold 0."""
+        logits = np.zeros((len(task), *self.inner, max(self.classes)), dtype=np.float64)
         with torch.no_grad():
             for number in np.unique(task):
                 rows = np.flatnonzero(task == number)
-                given = models[number](torch.from_numpy(images[rows]).to(dtype))
-                logits[rows, : self.classes[number]] = given.double().numpy()
+                given = models[number](*in_torch(chosen(inputs, rows), models[number]))
+                logits[rows, ..., : self.classes[number]] = given.double().numpy()
         return logits
 
     def answer(
-        self, images: NDArray[np.float32], task: NDArray[np.int64], session: Session | None = None
+        self, inputs: Rows, task: NDArray[np.int64], session: Session | None = None
     ) -> NDArray:
-        """The engine's logits `[B, K]`; absent classes hold 0 after making sure that they cannot win."""
-        logits = (
-            (session or self.session).run(images, task if self.mixes else None).astype(np.float64)
-        )
+        """The engine's logits `[B, ..., K]`; absent classes hold 0 after making sure that they cannot win."""
+        session = session or self.session
+        if self.fans:
+            logits = session.run(inputs)[np.arange(len(task)), task].astype(np.float64)
+        else:
+            logits = session.run(inputs, task if self.mixes else None).astype(np.float64)
         for row, number in enumerate(task):
-            absent = logits[row, self.classes[number] :]
-            if absent.size and not (absent < logits[row, : self.classes[number]].min()).all():
+            own, absent = np.split(logits[row], [self.classes[number]], axis=-1)
+            if absent.size and not (absent < own.min(axis=-1, keepdims=True)).all():
                 return np.full_like(logits, np.nan)
-            logits[row, self.classes[number] :] = 0.0
-        return logits[:, : max(self.classes)]
+            absent[...] = 0.0
+        return logits[..., : max(self.classes)]
 
     # what is compared
 
     def case(self, size: int, *, real: bool) -> _Case:
         """A batch with its reference and budget; made once."""
         if (size, real) not in self.cases:
-            images, task = self.batch(size, real=real)
-            exact = self.reference(images, task, self.exact)
-            plain = self.reference(images, task, self.models)
-            self.cases[size, real] = _Case(images, task, exact, plain)
+            inputs, task = self.batch(size, real=real)
+            exact = self.reference(inputs, task, self.exact)
+            plain = self.reference(inputs, task, self.models)
+            self.cases[size, real] = _Case(inputs, task, exact, plain)
         return self.cases[size, real]
 
     def parity(self, size: int, *, real: bool) -> Comparison:
         case = self.case(size, real=real)
         name = f"parity, batch {size}, {'real images' if real else 'seeded noise'}"
-        return case.compare(name, self.answer(case.images, case.task), case.exact)
+        return case.compare(name, self.answer(case.inputs, case.task), case.exact)
 
     def every_task(self) -> Comparison:
         """Parity of the tasks that no batch above has room for."""
         task = np.arange(len(self.deltas), dtype=np.int64)
-        images = self.images(task, real=bool(self.evidence.images))
-        exact, plain = (self.reference(images, task, m) for m in (self.exact, self.models))
-        found = np.concatenate(
-            [
-                self.answer(images[at : at + self.max_batch], task[at : at + self.max_batch])
-                for at in range(0, len(task), self.max_batch)
-            ]
-        )
-        return _Case(images, task, exact, plain).compare("parity of every task", found, exact)
+        inputs = self.inputs(task, real=bool(self.evidence.images))
+        exact, plain = (self.reference(inputs, task, m) for m in (self.exact, self.models))
+        parts = [
+            np.arange(at, min(at + self.max_batch, len(task)))
+            for at in range(0, len(task), self.max_batch)
+        ]
+        found = np.concatenate([self.answer(chosen(inputs, p), task[p]) for p in parts])
+        return _Case(inputs, task, exact, plain).compare("parity of every task", found, exact)
 
     def row_isolation(self) -> Comparison:
         case = self.case(self.max_batch, real=bool(self.evidence.images))
         alone = np.concatenate(
             [
-                self.answer(case.images[row : row + 1], case.task[row : row + 1])
+                self.answer(chosen(case.inputs, [row]), case.task[row : row + 1])
                 for row in range(len(case.task))
             ]
         )
-        together = self.answer(case.images, case.task)
+        together = self.answer(case.inputs, case.task)
         return case.compare("row isolation: mixed batch == one by one", together, alone)
 
     def permutation(self) -> Comparison:
         case = self.case(self.max_batch, real=False)
         order = np.random.default_rng(self.evidence.seed).permutation(len(case.task))
         shuffled = np.empty_like(case.exact)
-        shuffled[order] = self.answer(case.images[order], case.task[order])
-        straight = self.answer(case.images, case.task)
+        shuffled[order] = self.answer(chosen(case.inputs, order), case.task[order])
+        straight = self.answer(case.inputs, case.task)
         return case.compare("permutation of rows and tasks", shuffled, straight)
 
     def outside_rows(self) -> Comparison:
         """A task row that the bank does not have answers NaN, and its neighbours do not notice."""
-        images, _ = self.batch(min(self.max_batch, 3))
-        tasks = np.array([len(self.deltas), 0, -1], dtype=np.int64)[: len(images)]
-        logits = self.session.run(images, tasks)
+        inputs, task = self.batch(min(self.max_batch, 3))
+        tasks = np.array([len(self.deltas), 0, -1], dtype=np.int64)[: len(task)]
+        logits = self.session.run(inputs, tasks)
         outside = (tasks < 0) | (tasks >= len(self.deltas))
         quiet = np.isnan(logits[outside]).all() and np.isfinite(logits[~outside]).all()
-        return _yes_or_no("task rows outside the bank answer NaN", len(images), bool(quiet))
+        return _yes_or_no("task rows outside the bank answer NaN", len(tasks), bool(quiet))
 
     def task_isolation(self) -> Comparison:
         """Other tasks' tensors replaced by garbage: bit for bit the same answers.
@@ -290,10 +307,10 @@ class _Check:
         Tasks are halved by each bit of their number, so that every pair is separated once.
         """
         count = len(self.deltas)
-        images, task = self.batch(count)
+        inputs, task = self.batch(count)
         session, bank = self.with_bank_as_input()
-        before = session.run(images, task)
-        probe, engine = self.answer(images, task, session), self.answer(images, task)
+        before = session.run(inputs, task)
+        probe, engine = self.answer(inputs, task, session), self.answer(inputs, task)
         same = relative_error(probe, engine) <= FLOOR * UNIT["fp32"]
         noise = np.random.default_rng(self.evidence.seed)
         for bit in range(max(1, (count - 1).bit_length())):
@@ -305,7 +322,7 @@ class _Check:
                 for values in spoiled.values():
                     values[~keep] = GARBAGE * noise.standard_normal(values[~keep].shape)
                 session.replace_bank(spoiled)
-                after = session.run(images, task)
+                after = session.run(inputs, task)
                 same &= np.array_equal(before[keep], after[keep])
                 same &= all(  # the garbage did arrive
                     not np.array_equal(b, a)
@@ -335,27 +352,27 @@ class _Check:
         engine must no longer agree with torch. A tensor without slope is inert in the task itself
         (a bias of the keys, say) and is named; a branch of such tensors only fails the check.
         """
-        found = _Liveness()
+        found = Liveness()
         for number, (delta, model) in enumerate(zip(self.deltas, self.models, strict=True)):
             task = np.full(min(LOOKS, self.max_batch), number)
-            images = self.images(task, real=bool(self.evidence.images))
-            plain = self.reference(images, task, self.models)
-            allowed = budget(plain, self.reference(images, task, self.exact), "fp32")
-            steps = _steps(model, torch.from_numpy(images), plain)
-            live: list[tuple[str, nn.Parameter, Tensor]] = []
-            for (branch, _, weights), slopes in zip(model.parts(), steps, strict=True):
-                moves = [name for name, (moved, _) in slopes.items() if moved > 2 * allowed]
+            inputs = self.inputs(task, real=bool(self.evidence.images))
+            plain = self.reference(inputs, task, self.models)
+            allowed = budget(plain, self.reference(inputs, task, self.exact), "fp32")
+            moved = steps(model, in_torch(inputs, model), plain)
+            live: list[Live] = []
+            for (branch, _, weights), slopes in zip(model.parts(), moved, strict=True):
+                moves = [name for name, (far, _) in slopes.items() if far > 2 * allowed]
                 found.tensors += len(slopes)
                 found.inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
-                if not moves and delta.branches[branch].tuner.kind != "bias":
+                if slopes and not moves and delta.branches[branch].tuner.kind != "bias":
                     found.dead.append(f"{delta.task}: {branch}")  # a shift of keys does nothing
                 live += [(f"{branch}/{n}", weights[n], slopes[n][1]) for n in moves]
-            images, task, plain = images[:1], task[:1], plain[:1]  # one is enough to disagree about
-            engine = self.answer(images, task)
+            inputs, task, plain = chosen(inputs, [0]), task[:1], plain[:1]  # one is enough
+            engine = self.answer(inputs, task)
             for name, parameter, step in self.sample(live):
                 before = parameter.data
                 parameter.data = before + step
-                changed = self.reference(images, task, self.models)
+                changed = self.reference(inputs, task, self.models)
                 parameter.data = before
                 found.changed += 1
                 if relative_error(changed, plain) > 2 * allowed >= relative_error(engine, changed):
@@ -367,7 +384,7 @@ class _Check:
             str(found),
         )
 
-    def sample(self, live: Sequence[_Live]) -> Sequence[_Live]:
+    def sample(self, live: Sequence[Live]) -> Sequence[Live]:
         """The tensors of one task to change: all, or an even choice."""
         share = max(2, SAMPLE // len(self.deltas))
         if self.evidence.every_tensor or len(live) <= share:
@@ -378,7 +395,7 @@ class _Check:
 
 @dataclass(frozen=True)
 class _Case:
-    images: NDArray[np.float32]
+    inputs: Rows
     task: NDArray[np.int64]
     exact: NDArray
     plain: NDArray
@@ -403,54 +420,16 @@ class _Case:
         )
 
 
-@dataclass
-class _Liveness:
-    tensors: int = 0
-    changed: int = 0
-    inert: list[str] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        parts = [f"slope of {self.tensors} tensors, {self.changed} changed one by one"]
-        for what, names in (
-            ("without visible effect in torch either", self.inert),
-            ("branches without any effect in torch either: train or drop them", self.dead),
-            ("not in the engine", self.absent),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{what}: {', '.join(names[:3])}{more}")
-        return "; ".join(parts)
+def chosen(inputs: Rows, rows: Sequence[int] | NDArray[np.int64]) -> Rows:
+    """Some rows of a batch."""
+    return {name: values[rows] for name, values in inputs.items()}
 
 
-def _steps(model: Tuned, images: Tensor, plain: NDArray) -> list[dict[str, tuple[float, Tensor]]]:
-    """Per branch and tensor: how far a step of the tensor's own size moves the logits, and the step.
-
-    The first number is a lower bound to first order, over the largest logit: the slope of a sum of
-    logits with random weights, divided by the sum of their sizes (signs alone could cancel exactly
-    between rows).
-    """
-    named = [dict(weights) for _, _, weights in model.parts()]
-    flat = [p.requires_grad_() for weights in named for p in weights.values()]
-    logits = model(images)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
-    slopes = torch.autograd.grad((weights * logits).sum(), flat, allow_unused=True)
-    total = float(weights.abs().sum())
-    scale = float(np.abs(plain).max()) or 1.0
-    found, at = [], iter(zip(flat, slopes, strict=True))
-    for names in named:
-        steps = {}
-        for name in names:
-            parameter, slope = next(at)
-            size = float(parameter.detach().double().pow(2).mean().sqrt()) or 0.1
-            if slope is None:
-                steps[name] = (0.0, torch.zeros_like(parameter))
-                continue
-            moved = size * float(slope.double().abs().sum()) / total / scale
-            steps[name] = (moved, size * slope.sign())
-        found.append(steps)
-    return found
+def in_torch(inputs: Rows, model: Tuned) -> list[torch.Tensor]:
+    """A batch as tensors, real numbers in the model's dtype."""
+    tensors = (torch.from_numpy(values) for values in inputs.values())
+    dtype = dtype_of(model.trunk)
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
 
 
 def _in_double(model: Tuned, trunk: torch.nn.Module) -> Tuned:

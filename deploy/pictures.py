@@ -23,7 +23,7 @@ ANIMATED = (".gif", ".webp", ".tif", ".tiff")  # videos in one file
 ENOUGH = 64  # rows per task
 
 
-def read_rows(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
+def read_rows(path: Path, preprocessing: Preprocessing | None) -> NDArray[np.float32]:
     """What a task wants of a file or folder, as rows of an engine's input.
 
     Args:
@@ -35,8 +35,13 @@ def read_rows(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
         `[1, C, H, W]` of a picture, `[views, C, T, H, W]` of a video.
 
     Raises:
-        UsageError: There is no such file, it cannot be read, it is of the other kind, or it is too short.
+        UsageError: There is no such file, it cannot be read, it is of the other kind, or it is too short;
+            or the task reads no pictures.
     """
+    if preprocessing is None:
+        raise UsageError(
+            "the task reads no pictures", where=path, do="give its inputs by name: --tensor FILE"
+        )
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -97,7 +102,7 @@ def read_folder(
     found = {}
     for task, preprocessing in tasks:
         place = folder / task if (folder / task).is_dir() else folder
-        if preprocessing.clip is None:
+        if preprocessing is None or preprocessing.clip is None:
             paths, wanted = (
                 sorted(_files(place, SUFFIXES)),
                 f"files ending in {', '.join(SUFFIXES)}",

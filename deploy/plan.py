@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
+    from ..merge.fan_out import Group
     from ..merge.sites import Sites
 
-MODES = ("auto", "merged", "parallel", "multi")
+MODES = ("auto", "merged", "parallel", "multi", "fan-out")
 BANKS = ("constants", "inputs")
 
 
@@ -39,20 +40,37 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Tasks that part from the trunk at one place.
+
+    Attributes:
+        tasks: Their names.
+        until: Where they part, as MODULE:SIDE; empty for tasks that share nothing.
+        why: One sentence.
+    """
+
+    tasks: list[str]
+    until: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `export` will build.
 
     Attributes:
-        mode: `merged`, `parallel` or `multi`.
+        mode: `merged`, `parallel`, `multi` or `fan-out`.
         bank: `none`, `constants` or `inputs`.
         why: One sentence for the mode and the bank.
         tasks: In row order.
+        shared: With an engine that answers every task for every row, what its tasks share.
     """
 
     mode: str
     bank: str
     why: str
     tasks: tuple[TaskPlan, ...]
+    shared: tuple[Shared, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -61,6 +79,7 @@ class Plan:
             "bank": self.bank,
             "why": self.why,
             "tasks": [vars(task) for task in self.tasks],
+            **({"shared": [vars(part) for part in self.shared]} if self.shared else {}),
         }
 
 
@@ -71,6 +90,7 @@ def make_plan(
     *,
     mode: str = "auto",
     bank: str = "constants",
+    groups: Sequence[Group] = (),
 ) -> Plan:
     """Choose the form of a bundle.
 
@@ -81,6 +101,7 @@ def make_plan(
         mode: `auto` takes `merged` for one task that folds, `parallel` for one that does not,
             `multi` for several, or when the bank is an input.
         bank: For `multi`: constants of the engine, or inputs of it.
+        groups: Of an engine that answers every task for every row; see `merge.fan_out.share`.
 
     Raises:
         UsageError: The mode does not fit the tasks; a branch cannot fold and its reason.
@@ -95,13 +116,13 @@ def make_plan(
         raise UsageError(
             f"mode {mode} holds one task", found=f"{len(deltas)} deltas", do="use --mode multi"
         )
-    if bank == "inputs" and mode in ("merged", "parallel"):
+    if bank == "inputs" and mode in ("merged", "parallel", "fan-out"):
         raise UsageError(
             f"mode {mode} has no bank that could be an input", do="use --mode multi, or no --bank"
         )
     if bank == "inputs":
         mode = "multi"
-    if mode == "multi" or len(deltas) > 1:
+    if mode == "multi" or (len(deltas) > 1 and mode != "fan-out"):
         for delta in deltas:
             require_mixable(delta)
     refused = {delta.task: refusals(delta, backbone, sites) for delta in deltas}
@@ -119,7 +140,19 @@ def make_plan(
         bank=bank if mode == "multi" else "none",
         why=_why(mode, bank),
         tasks=tuple(_task(delta, mode, refused[delta.task]) for delta in deltas),
+        shared=tuple(_shared(group) for group in groups),
     )
+
+
+def _shared(group: Group) -> Shared:
+    tasks = list(group.bank.tasks)
+    if len(tasks) == 1 and group.fork is None:
+        why = "it shares the trunk with the others as far as their values are the same"
+    elif group.fork is None:
+        why = "they change the trunk from its first layer on, so each runs all of it"
+    else:
+        why = f"the trunk runs once per example until {group.fork}, and once per task from there on"
+    return Shared(tasks, str(group.fork or ""), why)
 
 
 def _why(mode: str, bank: str) -> str:
@@ -127,6 +160,8 @@ def _why(mode: str, bank: str) -> str:
         return "every branch folds exactly: the engine is the bare backbone with other weights"
     if mode == "parallel":
         return "one task: its branches are constants, fused into the backbone's own GEMMs"
+    if mode == "fan-out":
+        return "fan-out: every task is answered for every row, and what tasks share runs once"
     form = (
         "gather form: every row takes its branches' weights from the bank, so the cost does not grow "
         "with the number of tasks"
@@ -147,7 +182,7 @@ def _task(delta: Delta, mode: str, refused: Sequence[Any]) -> TaskPlan:
         why = f"{first.branch}: {first.reason}"
         if len(refused) > 1:
             why += f" (and {len(refused) - 1} more branches)"
-    elif mode == "multi":
+    elif mode in ("multi", "fan-out"):
         why = "it would fold alone, but folded weights serve one task per engine"
     else:
         why = "asked for; it would fold exactly"

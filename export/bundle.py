@@ -3,6 +3,7 @@
     bundle/
       manifest.json      what everything is, with the SHA-256 of every other file
       model.onnx         the engine; its metadata carries the bundle's identity
+      fan_out.onnx       a second engine that answers every task for every row, where there is one
       bank.safetensors   the tasks' tensors, when the bank is an input of the engine
 
 The manifest is the only file that a reader needs to know; `docs/bundle.md` specifies it. Opening
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.files import canonical_json, digest
 from ..merge.preprocessing import Preprocessing
-from .engine import Tensor
+from .engine import BANK_PREFIX, Tensor
 from .targets import target
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ FORMAT = "utune-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 BANK = "bank.safetensors"
+FAN_OUT = "fan-out"  # the mode of a bundle whose only engine answers every task for every row
+FAN_OUT_FILE = "fan_out.onnx"
 IDENTITY = "utune.identity"  # metadata key inside the engine file
 TASKS = (
     "utune.tasks"  # metadata key inside the bank: SHA-256 of what the manifest says of the tasks
@@ -45,16 +48,18 @@ class Task:
     Attributes:
         name: The name that requests use.
         row: Its row in the bank, the value of the engine's `task` input.
-        labels: Class names in the order of the logits.
-        preprocessing: How its pictures become tensors.
+        labels: Class names in the order of the logits; none where the answer is not a class.
+        preprocessing: How its pictures become tensors; None where the engine reads none.
         delta: SHA-256 of the delta file it was exported from.
+        width: Without labels, the number of values on the last axis of its answer; None with labels.
     """
 
     name: str
     row: int
     labels: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     delta: str
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Engine:
         precision: Numbers that the engine computes in (`fp32`).
         opset: ONNX operator set.
         max_batch: Largest batch that was checked and may be asked for.
-        inputs: Graph inputs; bank tensors among them when the bank is an input.
+        inputs: Graph inputs: what a request brings, the task rows, and the bank's tensors when the bank
+            is an input.
         outputs: Graph outputs.
     """
 
@@ -79,6 +85,11 @@ class Engine:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
+    @property
+    def reads_bank(self) -> bool:
+        """Whether the bank is among its inputs."""
+        return any(tensor.name.startswith(BANK_PREFIX) for tensor in self.inputs)
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -87,7 +98,7 @@ class Bundle:
     Attributes:
         path: Its folder.
         name: The name that it is served under.
-        mode: `merged`, `parallel` (one task each) or `multi`.
+        mode: `merged`, `parallel` (one task each), `multi` or `fan-out`.
         bank: `none`, `constants` or `inputs`.
         engine: The engine file.
         tasks: Its tasks in row order.
@@ -95,7 +106,9 @@ class Bundle:
         plan: What was folded, kept parallel or rewritten, and why.
         check: The verdict of the parity check that let it ship.
         versions: Versions of the libraries that made it.
-        identity: SHA-256 over everything that decides its answers; also inside the engine file.
+        identity: SHA-256 over everything that decides its answers; also inside the engine files.
+        fan_out: A second engine, which answers every task for every row; None where there is none, and
+            in mode `fan-out`, whose `engine` does so.
     """
 
     path: Path
@@ -109,6 +122,28 @@ class Bundle:
     check: Mapping[str, Any]
     versions: Mapping[str, str]
     identity: str
+    fan_out: Engine | None = None
+
+    @property
+    def engine_of_all(self) -> Engine | None:
+        """The engine that answers every task for every row, if there is one."""
+        return self.engine if self.mode == FAN_OUT else self.fan_out
+
+    def require_fan_out(self) -> Engine:
+        """The engine that answers every task for every row.
+
+        Raises:
+            UsageError: The bundle has none.
+        """
+        if self.engine_of_all is None:
+            raise UsageError(
+                "the bundle has no engine that answers every task at once",
+                where=self.path,
+                wanted="a fan-out engine",
+                found=f"mode {self.mode}",
+                do="export it again with a fan-out engine",
+            )
+        return self.engine_of_all
 
     def task(self, name: str) -> Task:
         """The task of that name.
@@ -133,16 +168,29 @@ class Bundle:
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
         """
-        session = target(self.engine.target).open_session(
-            self.path / self.engine.file,
+        return self._open(self.engine, provider, threads)
+
+    def open_fan_out(self, *, provider: str = "cpu", threads: int | None = None) -> Session:
+        """The engine that answers every task for every row, open on a provider.
+
+        Raises:
+            UsageError: The bundle has none.
+            MissingDependency: The provider cannot be loaded.
+            IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
+        """
+        return self._open(self.require_fan_out(), provider, threads)
+
+    def _open(self, engine: Engine, provider: str, threads: int | None) -> Session:
+        session = target(engine.target).open_session(
+            self.path / engine.file,
             provider=provider,
             threads=threads,
-            bank=self.read_bank(),
+            bank=self.read_bank() if engine.reads_bank else {},
         )
         if session.metadata.get(IDENTITY) != self.identity:
             raise IncompatibleArtefact(
                 "the engine belongs to another bundle",
-                where=self.path / self.engine.file,
+                where=self.path / engine.file,
                 wanted=f"identity {self.identity}",
                 found=f"identity {session.metadata.get(IDENTITY, 'none')}",
                 do="copy the bundle again, or export it again",
@@ -169,22 +217,30 @@ def identity_of(
     tasks: tuple[Task, ...],
     precision: str,
     inputs: tuple[Tensor, ...] = (),
+    fan_out: Engine | None = None,
 ) -> str:
     """One digest over what decides an engine's answers.
 
     That is the backbone, the form, and the tasks with their deltas; or, when the bank is an input, the
-    engine's `inputs` instead of the tasks, which can then be added without a rebuild.
+    engine's `inputs` instead of the tasks, which can then be added without a rebuild. A second engine
+    adds its precision, inputs and outputs; the tasks too, unless it reads the bank as well.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "backbone": dict(backbone),
         "mode": mode,
         "bank": bank,
         "precision": precision,
     }
     if bank == "inputs":
-        facts["inputs"] = [[t.name, t.dtype, list(t.shape)] for t in inputs]
-    else:
+        facts["inputs"] = _shapes(inputs)
+    if bank != "inputs" or (fan_out is not None and not fan_out.reads_bank):
         facts["tasks"] = [_task_json(task) for task in tasks]
+    if fan_out is not None:
+        facts["fan_out"] = {
+            "precision": fan_out.precision,
+            "inputs": _shapes(fan_out.inputs),
+            "outputs": _shapes(fan_out.outputs),
+        }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
 
@@ -204,7 +260,8 @@ def write_manifest(folder: Path, bundle: Bundle) -> None:
         "name": bundle.name,
         "mode": bundle.mode,
         "bank": bundle.bank,
-        "engine": asdict(bundle.engine),
+        "engine": _engine_json(bundle.engine),
+        **({} if bundle.fan_out is None else {"fan_out": _engine_json(bundle.fan_out)}),
         "tasks": [_task_json(task) for task in bundle.tasks],
         "backbone": dict(bundle.backbone),
         "plan": dict(bundle.plan),
@@ -247,12 +304,13 @@ def open_bundle(path: Path) -> Bundle:
         raise IncompatibleArtefact(
             "the manifest lacks a field", where=manifest_path, found=str(cause)
         ) from cause
-    for name in (bundle.engine.file, *files):
+    engines = {engine.file for engine in (bundle.engine, bundle.fan_out) if engine is not None}
+    for name in (*engines, *files):
         if Path(name).name != name:
             raise IncompatibleArtefact(
                 "the manifest names a file outside the bundle", where=manifest_path, found=name
             )
-    needed = {bundle.engine.file} | ({BANK} if bundle.bank == "inputs" else set())
+    needed = engines | ({BANK} if bundle.bank == "inputs" else set())
     if not needed <= set(files):
         raise IncompatibleArtefact(
             "the manifest does not list every file of the bundle",
@@ -279,6 +337,7 @@ def open_bundle(path: Path) -> Bundle:
         bundle.tasks,
         bundle.engine.precision,
         bundle.engine.inputs,
+        bundle.fan_out,
     )
     if stated != bundle.identity:
         raise IncompatibleArtefact(
@@ -289,6 +348,7 @@ def open_bundle(path: Path) -> Bundle:
         )
     if bundle.bank == "inputs":
         _require_bank_of(bundle)
+    _require_one_kind(bundle)
     return bundle
 
 
@@ -316,29 +376,36 @@ def _require_bank_of(bundle: Bundle) -> None:
         )
 
 
+def _require_one_kind(bundle: Bundle) -> None:
+    """Hold the tasks to labels for all of them or for none."""
+    without = [task.name for task in bundle.tasks if not task.labels]
+    if 0 < len(without) < len(bundle.tasks):
+        raise IncompatibleArtefact(
+            "some tasks of the bundle have labels and others have none",
+            where=bundle.path / MANIFEST,
+            wanted="labels for all of them or for none",
+            found=f"none for {', '.join(without)}",
+            do="export them into two bundles",
+        )
+
+
 def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:
-    engine = manifest["engine"]
     return Bundle(
         path=path,
         name=manifest["name"],
         mode=manifest["mode"],
         bank=manifest["bank"],
-        engine=Engine(
-            target=engine["target"],
-            file=engine["file"],
-            precision=engine["precision"],
-            opset=engine["opset"],
-            max_batch=engine["max_batch"],
-            inputs=_tensors(engine["inputs"]),
-            outputs=_tensors(engine["outputs"]),
-        ),
+        engine=_engine(manifest["engine"]),
         tasks=tuple(
             Task(
                 name=task["name"],
                 row=task["row"],
                 labels=tuple(task["labels"]),
-                preprocessing=Preprocessing.from_json(task["preprocessing"], where=path / MANIFEST),
+                preprocessing=None
+                if task["preprocessing"] is None
+                else Preprocessing.from_json(task["preprocessing"], where=path / MANIFEST),
                 delta=task["delta"],
+                width=None if task["labels"] else _size(task, "width"),
             )
             for task in manifest["tasks"]
         ),
@@ -347,11 +414,60 @@ def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         check=manifest["check"],
         versions=manifest["versions"],
         identity=manifest["identity"],
+        fan_out=_engine(manifest["fan_out"]) if "fan_out" in manifest else None,
     )
 
 
+def _engine(entry: Mapping[str, Any]) -> Engine:
+    return Engine(
+        target=entry["target"],
+        file=entry["file"],
+        precision=entry["precision"],
+        opset=entry["opset"],
+        max_batch=entry["max_batch"],
+        inputs=_tensors(entry["inputs"]),
+        outputs=_tensors(entry["outputs"]),
+    )
+
+
+def _engine_json(engine: Engine) -> dict[str, Any]:
+    """Its fields; a tensor that states no `high` has none."""
+    entry = asdict(engine)
+    for tensor in (*entry["inputs"], *entry["outputs"]):
+        if tensor["high"] is None:
+            del tensor["high"]
+    return entry
+
+
 def _tensors(entries: list[Mapping[str, Any]]) -> tuple[Tensor, ...]:
-    return tuple(Tensor(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+    return tuple(
+        Tensor(
+            e["name"],
+            e["dtype"],
+            tuple(e["shape"]),
+            None if e.get("high") is None else _size(e, "high"),
+        )
+        for e in entries
+    )
+
+
+def _size(entry: Mapping[str, Any], field: str) -> int:
+    """A field that counts something.
+
+    Raises:
+        KeyError: It is missing.
+        ValueError: It is not a whole number of at least 1.
+    """
+    value = entry[field]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{field} of {entry['name']}: wanted a whole number of at least 1, not {value!r}"
+        )
+    return value
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> list[list[Any]]:
+    return [[t.name, t.dtype, list(t.shape)] for t in tensors]
 
 
 def _task_json(task: Task) -> dict[str, Any]:
@@ -359,6 +475,7 @@ def _task_json(task: Task) -> dict[str, Any]:
         "name": task.name,
         "row": task.row,
         "labels": list(task.labels),
-        "preprocessing": task.preprocessing.to_json(),
+        **({} if task.labels else {"width": task.width}),
+        "preprocessing": None if task.preprocessing is None else task.preprocessing.to_json(),
         "delta": task.delta,
     }

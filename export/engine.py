@@ -1,4 +1,11 @@
-"""What an engine is to the floors above: images and task rows in, logits out.
+"""What an engine is to the floors above: rows and their tasks in, logits out.
+
+An engine reads three kinds of inputs, told apart by their names alone:
+
+    row inputs   what a request brings, `[B, ...]` float32 or int64: `images`, or `input_ids` beside
+                 `attention_mask`; every input that is not one of the two below
+    `task`       the bank row of each, where rows choose their tasks
+    `bank/...`   the tasks' tensors, where the bank is an input
 
 A target (see `targets/`) builds an engine file and opens it as a `Session`. Nothing here needs torch,
 onnx or a runtime, so a server can import it.
@@ -6,18 +13,25 @@ onnx or a runtime, so a server can import it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from ..merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
-IMAGES = "images"  # [B, 3, H, W] float32, [B, 3, T, H, W] of clips
+IMAGES = "images"  # [B, 3, H, W] float32, [B, 3, T, H, W] of clips: the one row input of a picture engine
 TASK = "task"  # [B] int64, a row of the bank
-LOGITS = "logits"  # [B, K] float32, K the largest class count
+BANK_PREFIX = "bank/"  # of the names of bank inputs
+LOGITS = "logits"  # [B, K] float32, K the largest class count; [B, T, K] when every task answers each row
+
+Rows: TypeAlias = "NDArray[Any] | Mapping[str, NDArray[Any]]"
+"""What an engine is given: the array of its one row input, or arrays by name."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +42,53 @@ class Tensor:
         name: Its name in the graph.
         dtype: NumPy's name of its element type.
         shape: Sizes; a free axis is a name (`"batch"`).
+        high: Of integer ids, the number that all lie below; they are not negative. None: not stated.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    high: int | None = None
+
+
+def is_row_input(name: str) -> bool:
+    """Whether an input of that name is brought by a request."""
+    return name != TASK and not name.startswith(BANK_PREFIX)
+
+
+def row_inputs(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Those of an engine's inputs that a request brings, in the engine's order."""
+    return tuple(tensor for tensor in inputs if is_row_input(tensor.name))
+
+
+def by_name(
+    inputs: Rows, names: Sequence[str], refusal: type[UsageError] = UsageError
+) -> dict[str, NDArray[Any]]:
+    """The row inputs of an engine by name, in the engine's order.
+
+    Args:
+        inputs: The array of the one row input, or arrays by name.
+        names: The engine's row inputs.
+        refusal: What is raised.
+
+    Raises:
+        UsageError: A name is missing or unknown, or one array is given for several inputs.
+    """
+    if not isinstance(inputs, Mapping):
+        if len(names) != 1:
+            raise refusal(
+                "the engine reads several inputs, and one array without a name is given",
+                wanted=f"arrays by name: {', '.join(names)}",
+                found=f"one array of shape {list(inputs.shape)}",
+            )
+        return {names[0]: inputs}
+    if set(inputs) != set(names):
+        raise refusal(
+            "the inputs are not those that the engine reads",
+            wanted=", ".join(names),
+            found=", ".join(map(str, inputs)) or "none",
+        )
+    return {name: inputs[name] for name in names}
 
 
 class Session(Protocol):
@@ -46,13 +102,21 @@ class Session(Protocol):
         """What the exporter wrote into the engine file."""
         ...
 
-    def run(
-        self, images: NDArray[np.float32], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits `[B, K]` for images `[B, 3, H, W]` or clips `[B, 3, T, H, W]` and task rows `[B]`.
+    def run(self, inputs: Rows, task: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Logits of rows.
 
-        A single-task engine takes no rows. Columns past a task's own classes hold the lowest
-        float32; a row outside the bank yields NaN.
+        Args:
+            inputs: The one row input, or all of them by name, `[B, ...]` each: `[B, 3, H, W]` float32 of
+                pictures, `[B, 3, T, H, W]` of clips.
+            task: `[B]`, the bank row of each; an engine of one task, or of every task at once, takes none.
+
+        Returns:
+            `[B, K]`, `[B, Q, K]` where a task answers with more axes; with an axis of tasks behind the
+            first where every task answers each row. Columns past a task's own classes hold the lowest
+            float32; a row outside the bank yields NaN.
+
+        Raises:
+            UsageError: The inputs are not those that the engine reads, or the task rows are missing.
         """
         ...
 

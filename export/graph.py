@@ -7,9 +7,11 @@ equal tensors and renames most of them, so a tensor of one task could no longer 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from .engine import IMAGES, LOGITS, TASK
 from .engine import Tensor as Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
@@ -39,20 +41,27 @@ class Inputs:
     """Example inputs of a trace.
 
     Attributes:
-        images: `[B, C, H, W]`, or `[B, C, T, H, W]` of clips, B at least 2.
+        rows: By name, in the order in which the module takes them, `[B, ...]` each, B at least 2; images
+            `[B, C, H, W]` or clips `[B, C, T, H, W]` need no name.
         task: `[B]` int64, or None for one task.
         bank: `[T, ...]` by input name, when the bank is an input.
     """
 
-    images: Tensor
+    rows: Tensor | Mapping[str, Tensor]
     task: Tensor | None = None
     bank: Mapping[str, Tensor] | None = None
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All inputs but the bank's, by name."""
+        rows = dict(self.rows) if isinstance(self.rows, Mapping) else {IMAGES: self.rows}
+        return rows if self.task is None else {**rows, TASK: self.task}
 
 
 def trace(
     module: nn.Module, inputs: Inputs, *, rename: Mapping[str, str] | None = None
 ) -> ir.Model:
-    """The graph of `module(images, task, *bank)`, constants folded, nothing else rewritten.
+    """The graph of `module(*rows, task, *bank)`, constants folded, nothing else rewritten.
 
     Args:
         module: In eval mode.
@@ -63,19 +72,15 @@ def trace(
         BuildFailed: torch cannot export the module.
     """
     batch = torch.export.Dim(BATCH, min=1, max=1 << 20)
-    args: list[Tensor] = [inputs.images]
-    names = [IMAGES]
-    shapes: list[object] = [{0: batch}]
-    if inputs.task is not None:
-        args.append(inputs.task)
-        names.append(TASK)
-        shapes.append({0: batch})
+    args: list[Tensor] = list(inputs.named.values())
+    names = list(inputs.named)
+    shapes: list[object] = [{0: batch} for _ in args]
     if inputs.bank:
         rows = torch.export.Dim(TASKS, min=1, max=1 << 20)
         # Copies: of a tensor that is also a buffer of the module, the exporter takes the buffer's size.
         args.extend(tensor.clone() for tensor in inputs.bank.values())
         names.extend(inputs.bank)
-        shapes.append(tuple({0: rows} for _ in inputs.bank))
+        shapes.extend({0: rows} for _ in inputs.bank)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -85,7 +90,7 @@ def trace(
                 opset_version=OPSET,
                 input_names=names,
                 output_names=[LOGITS],
-                dynamic_shapes=tuple(shapes),
+                dynamic_shapes=_per_parameter(module, shapes),
                 optimize=False,
                 verbose=False,
             )
@@ -103,6 +108,15 @@ def trace(
             value.name = new
     clean(model)
     return model
+
+
+def _per_parameter(module: nn.Module, shapes: Sequence[object]) -> tuple[object, ...]:
+    """Shapes in the form of the parameters of `forward`: what `*args` takes is a tuple of its own."""
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:first], tuple(shapes[first:]))
 
 
 def clean(model: ir.Model) -> ir.Model:

@@ -103,13 +103,13 @@ def budget(torch_run: NDArray, reference: NDArray, precision: str) -> float:
 def compare(
     name: str, found: NDArray, reference: NDArray, allowed: float, note: str = ""
 ) -> Comparison:
-    """Hold logits `[B, K]` to reference logits `[B, K]`."""
+    """Hold logits `[B, K]`, or `[B, ..., K]`, to reference logits."""
     error = relative_error(found, reference)
     flips = 0
     if found.shape == reference.shape and reference.shape[-1] > 1:
         scale = float(np.abs(reference).max()) or 1.0
         ordered = np.sort(reference, axis=-1)
-        decided = ordered[:, -1] - ordered[:, -2] > 2 * allowed * scale
+        decided = ordered[..., -1] - ordered[..., -2] > 2 * allowed * scale
         flips = int((decided & (found.argmax(-1) != reference.argmax(-1))).sum())
     return Comparison(
         name=name,

@@ -18,7 +18,8 @@ from .errors import IncompatibleArtefact, UsageError
 from .methods import Planted, head_branch
 from .parallel import joined
 from .sites import Sites, measure
-from .tuner import Point
+from .tuner import Branch, Point
+from .tuners.embedding import Embedding
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .methods import Method
     from .preprocessing import Preprocessing
-    from .tuner import Branch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -166,7 +166,7 @@ class Tuned(nn.Module):
 def attach(
     backbone: Backbone,
     *methods: Method,
-    classes: int,
+    classes: int | None,
     seed: int = 0,
     sites: Sites | None = None,
 ) -> Tuned:
@@ -175,7 +175,8 @@ def attach(
     Args:
         backbone: The frozen backbone.
         methods: See `methods`; several combine, none is a linear probe.
-        classes: The head's number of classes.
+        classes: The head's number of classes; None for a task that answers with what the backbone's own
+            classifier gives.
         seed: Of the starting values.
         sites: From `measure`, when at hand.
 
@@ -183,7 +184,7 @@ def attach(
         UsageError: Two branches would have one name, or a block is not there.
         IncompatibleArtefact: A place cannot carry its branch.
     """
-    if classes < 1:
+    if classes is not None and classes < 1:
         raise UsageError("a task needs at least one class", found=classes)
     sites = sites or measure(backbone)
     generator = torch.Generator().manual_seed(seed)
@@ -230,7 +231,10 @@ def attach(
     for planted in planting:
         plant(planted)
     for classifier in backbone.classifiers:
-        plant(Planted(*head_branch(classifier), classes))
+        name, head = head_branch(classifier)
+        if classes is None:
+            head = Branch(Embedding(sites.require(head.add)), head.add, head.add)
+        plant(Planted(name, head, classes or 0))
     tuned = Tuned(backbone, branches, tensors, {p.name for p in planting if p.learn_scale})
     for planted in planting:
         if planted.rows is not None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "backbone.json"
 WEIGHTS = "backbone.safetensors"
+CONFIG = "config.json"  # Hugging Face's description
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,7 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """Of its parameters; of its buffers where it has none."""
-        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-            if tensor.is_floating_point():
-                return tensor.dtype
-        return torch.float32
+        return dtype_of(self.model)
 
     @property
     def pictures(self) -> bool:
@@ -171,6 +169,14 @@ class Backbone:
         )
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of a model's parameters, of its buffers where it has none."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
 def fingerprint(tensors: Mapping[str, Tensor], *classifiers: str) -> str:
     """SHA-256 over the tensors that are not a classifier's; see the module's docstring."""
     sha = hashlib.sha256()
@@ -195,7 +201,7 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
         arguments: JSON values; `num_classes` is dropped.
 
     Raises:
-        UsageError: The model has no classifier, or one that is not a linear layer.
+        UsageError: The model has no classifier, or timm's has one that is not a linear layer.
     """
     classifiers = _classifiers(model, architecture)
     model.eval().requires_grad_(requires_grad=False)
@@ -214,8 +220,10 @@ def wrap(model: nn.Module, architecture: str, arguments: Mapping[str, Any]) -> B
 def _classifiers(model: nn.Module, architecture: str) -> tuple[str, ...]:
     """Paths of the modules that turn features into logits.
 
+    One of ours may be more than a linear layer: a head stands in for what the module gives, whatever it is.
+
     Raises:
-        UsageError: There is none, or one that is not a linear layer.
+        UsageError: There is none, or timm's is not a linear layer.
     """
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     classifiers = (named,) if isinstance(named, str) else tuple(named or ())
@@ -226,7 +234,7 @@ def _classifiers(model: nn.Module, architecture: str) -> tuple[str, ...]:
             wanted="a classifier in timm's configuration of the architecture",
             found=named,
         )
-    for classifier in classifiers:
+    for classifier in () if architecture in ARCHITECTURES else classifiers:
         if not isinstance(model.get_submodule(classifier), nn.Linear | nn.Identity):
             raise UsageError(
                 "the backbone's classifier is not one linear layer, which is what a task's head replaces",
@@ -251,16 +259,7 @@ def create(architecture: str, arguments: Mapping[str, Any] | None = None) -> Bac
 
 def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The model itself; see `create`."""
-    own = find(architecture)
-    if own is None and not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=5)
-        raise UsageError(
-            "there is no such architecture, neither in timm nor in merge/architectures",
-            found=architecture,
-            do=f"for example {', '.join(close)}"
-            if close
-            else f"see timm.list_models(), or {', '.join(ARCHITECTURES)}",
-        )
+    own = _known(architecture)
     try:
         if own is not None:
             return own(**arguments)
@@ -276,37 +275,93 @@ def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         ) from cause
 
 
-def load(architecture: str | None, arguments: Mapping[str, Any] | None, weights: Path) -> Backbone:
-    """A backbone from a file of weights, or from a folder that `save` wrote.
+def _known(architecture: str) -> type[nn.Module] | None:
+    """The class of one of our architectures; None for timm's.
+
+    Raises:
+        UsageError: There is no such architecture.
+    """
+    own = find(architecture)
+    if own is None and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, [*ARCHITECTURES, *timm.list_models()], n=5)
+        raise UsageError(
+            "there is no such architecture, neither in timm nor in merge/architectures",
+            found=architecture,
+            do=f"for example {', '.join(close)}"
+            if close
+            else f"see timm.list_models(), or {', '.join(ARCHITECTURES)}",
+        )
+    return own
+
+
+def load(
+    architecture: str | None, arguments: Mapping[str, Any] | None, weights: Path | None
+) -> Backbone:
+    """A backbone from a file of weights, from a folder that `save` wrote, or from one of Hugging Face's.
 
     Args:
-        architecture: timm's name, or that of `architectures`; None when `weights` is a folder.
-        arguments: Of the architecture. The number of classes is read off the file.
-        weights: A safetensors file with the architecture's keys, or a folder.
+        architecture: timm's name, or that of `architectures`; None when `weights` is a folder that says it.
+        arguments: Of the architecture. Those of a folder that `save` wrote are known, and given ones must be
+            the same; of Hugging Face's folder given ones go before its own. The number of classes is read off
+            the file.
+        weights: A safetensors file with the architecture's keys, or a folder. Hugging Face's has `config.json`
+            and safetensors, and is one of `bert`, `clip_image`, `clip_text` and `t5`. None for an architecture
+            that has no weights, such as `states`.
 
     Raises:
         UsageError: The file is not there, or the architecture is not named.
         IncompatibleArtefact: The file is damaged, or its tensors are not the architecture's.
     """
+    if weights is None:
+        return _without_weights(architecture, arguments or {})
     weights = Path(weights)
-    if weights.is_dir():
-        architecture, arguments = _described(weights, architecture, arguments)
-        weights = weights / WEIGHTS
-    if architecture is None:
-        raise UsageError(
-            "the backbone is not named",
-            where=weights,
-            do="add --backbone NAME, or give --weights a folder that `save` wrote",
-        )
-    tensors = read_tensors(weights)
+    if weights.is_dir() and _published(weights):
+        architecture, arguments, tensors = _read_published(weights, architecture, arguments or {})
+    else:
+        if weights.is_dir():
+            architecture, arguments = _described(weights, architecture, arguments)
+            weights = weights / WEIGHTS
+        if architecture is None:
+            raise _unnamed(weights)
+        tensors = read_tensors(weights)
     arguments = {**(arguments or {}), "num_classes": 0}
     model = _make(architecture, arguments)
     head = tensors.get(f"{_classifiers(model, architecture)[0]}.weight")
     if head is not None:
-        model = _make(architecture, {**arguments, "num_classes": head.shape[0]})
+        classes = head.shape[0] - getattr(model, "logits_beside_classes", 0)
+        model = _make(architecture, {**arguments, "num_classes": classes})
     _require_same(weights, model.state_dict(), tensors)
     model.load_state_dict(tensors, assign=True)
     return wrap(model, architecture, arguments)
+
+
+def _without_weights(architecture: str | None, arguments: Mapping[str, Any]) -> Backbone:
+    """A backbone that has none.
+
+    Raises:
+        UsageError: The architecture has weights, or is not named.
+    """
+    if architecture is None:
+        raise _unnamed(None)
+    own = _known(architecture)
+    if own is not None:
+        backbone = create(architecture, {**arguments, "num_classes": 0})
+        if next(backbone.model.parameters(), None) is None:
+            return backbone
+    raise UsageError(
+        "the architecture has weights, and none are given",
+        where=architecture,
+        wanted="a safetensors file, or a folder",
+        do="add --weights",
+    )
+
+
+def _unnamed(weights: Path | None) -> UsageError:
+    return UsageError(
+        "the backbone is not named",
+        where=weights,
+        do="add --backbone NAME, or give --weights a folder that `save` wrote",
+    )
 
 
 def save(folder: Path, backbone: Backbone) -> None:
@@ -340,6 +395,51 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from cause
 
 
+def _published(folder: Path) -> bool:
+    """A folder is one of Hugging Face's, and not one that `save` wrote."""
+    return (folder / CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
+
+
+def _read_published(
+    folder: Path, architecture: str | None, arguments: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Architecture, all arguments and tensors of Hugging Face's folder.
+
+    Raises:
+        UsageError: It holds another architecture than the one named, or several and none is named.
+        IncompatibleArtefact: It holds none that is written here, or a file of it is damaged.
+        MissingDependency: There is no transformers.
+    """
+    find("bert")  # it says what to install
+    from .architectures.huggingface import TYPES, architecture_of, read_folder
+
+    kind = architecture_of(folder)
+    if architecture is None and kind == "clip":
+        raise UsageError(
+            "the folder holds two backbones, and none of them is named",
+            where=folder,
+            wanted="clip_image or clip_text",
+            do="add --backbone clip_image, or --backbone clip_text",
+        )
+    if architecture is not None and architecture not in TYPES:
+        _known(architecture)
+        raise UsageError(
+            "the folder holds another backbone than the one named",
+            where=folder,
+            wanted=architecture,
+            found=kind,
+            do=f"name one of {', '.join(TYPES)}",
+        )
+    if (named := architecture or kind) is None:
+        raise IncompatibleArtefact(
+            "the folder holds no backbone that is written here",
+            where=folder / CONFIG,
+            wanted=f"a model_type among {', '.join(sorted({t for own in TYPES.values() for t in own}))}",
+        )
+    own, tensors = read_folder(folder, named)
+    return named, {**own, **arguments}, tensors
+
+
 def _described(
     folder: Path, architecture: str | None, arguments: Mapping[str, Any] | None
 ) -> tuple[str, Mapping[str, Any]]:
@@ -350,7 +450,7 @@ def _described(
         raise IncompatibleArtefact(
             "the folder holds no backbone",
             where=folder,
-            wanted=f"{DESCRIPTION} and {WEIGHTS}, as `save` writes them",
+            wanted=f"{DESCRIPTION} and {WEIGHTS}, as `save` writes them, or {CONFIG} of Hugging Face's",
             found=str(cause),
         ) from cause
     if architecture not in (None, found[0]) or any(

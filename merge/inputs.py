@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from .errors import UsageError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Generator, Tensor
 
 IMAGES = "images"
@@ -47,3 +51,26 @@ class Input:
         length = self.shape[-1]
         valid = torch.randint(1, length + 1, (batch, *self.shape[:-1], 1), generator=generator)
         return (torch.arange(length) < valid).long()
+
+
+def require_rows(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:
+    """Every tensor is a batch of rows of its input.
+
+    Raises:
+        UsageError: There are more or fewer of them, or one has another shape.
+    """
+    if len(tensors) != len(inputs):
+        raise UsageError(
+            "the backbone takes another number of inputs",
+            wanted=", ".join(own.name for own in inputs),
+            found=f"{len(tensors)} tensors",
+        )
+    for own, tensor in zip(inputs, tensors, strict=True):
+        if tensor.dim() != len(own.shape) + 1 or tuple(tensor.shape[1:]) != own.shape:
+            raise UsageError(
+                "an input does not have the shape that the backbone was created for",
+                where=own.name,
+                wanted=f"[{', '.join(['B', *map(str, own.shape)])}]",
+                found=list(tensor.shape),
+                do="pad it, or create the backbone for this shape",
+            )

@@ -137,6 +137,7 @@ class Batcher:
                     continue
                 waiting.answer.set_result(result)
                 self.service.counters.answer(
+                    len(waiting.request),
                     result.tasks,
                     request_ns=ended - waiting.arrived,
                     queue_ns=begun - waiting.arrived,

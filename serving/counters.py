@@ -26,7 +26,7 @@ class Totals:
         queue_ns: From arrival to the engine call, summed over answered requests.
         engine_ns: Time of the engine call that a request was part of, summed over answered requests.
         last_ms: Unix time in milliseconds of the last answer; 0 before the first.
-        rows_by_task: Rows answered by task name.
+        rows_by_task: Rows answered by task name; where every task answers every row, a row counts for each.
     """
 
     answered: int = 0
@@ -56,17 +56,17 @@ class Counters:
             self._totals = replace(self._totals, batches=self._totals.batches + 1)
 
     def answer(
-        self, tasks: Iterable[str], *, request_ns: int, queue_ns: int, engine_ns: int
+        self, rows: int, tasks: Iterable[str], *, request_ns: int, queue_ns: int, engine_ns: int
     ) -> None:
-        """Count one answered request by the task of each of its rows."""
-        rows = Counter(tasks)
+        """Count one answered request of so many rows by the task of each of its answers."""
+        by_task = Counter(tasks)
         with self._lock:
             old = self._totals
-            self._rows_by_task.update(rows)
+            self._rows_by_task.update(by_task)
             self._totals = replace(
                 old,
                 answered=old.answered + 1,
-                rows=old.rows + rows.total(),
+                rows=old.rows + rows,
                 request_ns=old.request_ns + request_ns,
                 queue_ns=old.queue_ns + queue_ns,
                 engine_ns=old.engine_ns + engine_ns,

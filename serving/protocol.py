@@ -1,10 +1,24 @@
 """The Open Inference Protocol v2, once for every server: tensors, metadata, configuration, statistics.
 
-    images  FP32  [-1, 3, H, W]    preprocessed pixels; [-1, 3, T, H, W] of clips
+The model NAME answers each row with the task that the row names:
+
+    images  FP32  [-1, 3, H, W]    what the engine reads, by its names: pixels, [-1, 3, T, H, W] of clips;
+                                   or several tensors, FP32 or INT64, a row of each
     task    BYTES [-1, 1]          a task's name per row; optional when the bundle has one task
+
     logits  FP32  [-1, K]          columns past a task's own classes hold the lowest float32
     label   BYTES [-1, 1]          the best class's name
     score   FP32  [-1, 1]          its softmax over the task's own classes
+
+The model NAME.all, beside it where the bundle has the engine for it, answers each row with every task. It
+takes no `task`, and gives, T tasks in row order:
+
+    logits  FP32  [-1, T, K]
+    task    BYTES [-1, T]          the tasks' names
+    label   BYTES [-1, T]
+    score   FP32  [-1, T]
+
+Tasks without labels have neither `label` nor `score`, and their logits may have more axes.
 
 Messages are plain dicts in the protocol's own spelling, which JSON and protobuf both read. Needs
 NumPy only, so that a Triton model can carry it. Source: the v2 dataplane of
@@ -22,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import IMAGES, LOGITS, TASK
+from ..export.engine import LOGITS, TASK
 from .rejections import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
@@ -38,11 +52,26 @@ LABEL = "label"
 SCORE = "score"
 VERSION = "1"
 SERVER = "utune-deploy"
+ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
 
-_INPUT_TYPES = {IMAGES: "FP32", TASK: "BYTES"}
-_OUTPUT_TYPES = {LOGITS: "FP32", LABEL: "BYTES", SCORE: "FP32"}  # in the order of every reply
-_FLOAT32 = np.dtype("<f4")
+_DATATYPES = {"float32": "FP32", "int64": "INT64"}
+_NUMBERS = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """An input or output of a model as its metadata states it.
+
+    Attributes:
+        name: Its name.
+        datatype: The protocol's name of its element type.
+        dims: Its sizes without the batch.
+    """
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +122,7 @@ class OutputTensor:
         """Little-endian bytes; a BYTES element is its length in four bytes, then its bytes."""
         if self.datatype == "BYTES":
             return b"".join(struct.pack("<I", len(item)) + item for item in self.array.flat)
-        return self.array.astype(_FLOAT32, copy=False).tobytes()
+        return self.array.astype(_NUMBERS[self.datatype], copy=False).tobytes()
 
     def values(self) -> list[float] | list[str]:
         """The elements in row order as JSON values; a float32 comes back bit for bit."""
@@ -116,7 +145,7 @@ async def infer(
     registry = batcher.service.registry
     start = time.perf_counter_ns()
     try:
-        check_outputs(outputs)
+        check_outputs(registry, outputs)
         request = read_request(registry, inputs)
         answers = await batcher.submit(request)
     except Exception:
@@ -132,15 +161,16 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
         InvalidRequest: A tensor is missing, surplus, of the wrong type, or not what its shape says;
             or the service refuses its content.
     """
+    known = {facts.name: facts for facts in model_inputs(registry)}
     tensors: dict[str, InputTensor] = {}
     for tensor in inputs:
-        if tensor.name not in _INPUT_TYPES or tensor.name in tensors:
+        if tensor.name not in known or tensor.name in tensors:
             raise InvalidRequest(
                 "an input is given twice" if tensor.name in tensors else "unknown input",
-                wanted=f"{IMAGES} and {TASK}, once each",
+                wanted=f"{', '.join(known)}, once each",
                 found=tensor.name,
             )
-        wanted = _INPUT_TYPES[tensor.name]
+        wanted = known[tensor.name].datatype
         if tensor.datatype != wanted:
             raise InvalidRequest(
                 "an input has the wrong datatype",
@@ -149,11 +179,13 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
                 found=tensor.datatype,
             )
         tensors[tensor.name] = tensor
-    if IMAGES not in tensors:
-        raise InvalidRequest("an input is missing", wanted=IMAGES, found=sorted(tensors))
-    images = _floats(tensors[IMAGES])
+    if any(name not in tensors for name in registry.inputs):
+        raise InvalidRequest(
+            "an input is missing", wanted=", ".join(registry.inputs), found=sorted(tensors)
+        )
+    rows = {name: _numbers(tensors[name]) for name in registry.inputs}
     task = tensors.get(TASK)
-    return registry.check(images, None if task is None else _names(task))
+    return registry.check(rows, None if task is None else _names(task))
 
 
 def task_names(elements: Iterable[bytes | str]) -> list[str]:
@@ -173,22 +205,26 @@ def task_names(elements: Iterable[bytes | str]) -> list[str]:
     return names
 
 
-def check_outputs(outputs: Sequence[OutputRequest]) -> None:
+def check_outputs(registry: Registry, outputs: Sequence[OutputRequest]) -> None:
     """Refuse outputs that are not there before any work is done.
 
     Raises:
         InvalidRequest: Unknown output, or classes of an output that has none.
     """
+    known = [facts.name for facts in model_outputs(registry)]
+    with_classes = [LOGITS] if registry.labelled and not registry.all_tasks else []
     for output in outputs:
-        if output.name not in _OUTPUT_TYPES:
+        if output.name not in known:
             raise InvalidRequest(
-                "unknown output", wanted=f"one of {', '.join(_OUTPUT_TYPES)}", found=output.name
+                "unknown output", wanted=f"one of {', '.join(known)}", found=output.name
             )
-        if output.classes < 0 or (output.classes and output.name != LOGITS):
+        if output.classes < 0 or (output.classes and output.name not in with_classes):
             raise InvalidRequest(
                 "this output cannot be given as classes",
                 where=output.name,
-                wanted=f"a positive number of classes of {LOGITS}",
+                wanted=f"a positive number of classes of {LOGITS}"
+                if with_classes
+                else "the output itself",
                 found=output.classes,
             )
 
@@ -197,19 +233,18 @@ def write_answers(
     registry: Registry, answers: Answers, outputs: Sequence[OutputRequest] = ()
 ) -> list[OutputTensor]:
     """The reply's tensors: those asked for, or all, in the order of the model's outputs."""
-    asked = {output.name: output.classes for output in outputs} or dict.fromkeys(_OUTPUT_TYPES, 0)
+    known = model_outputs(registry)
+    asked = {output.name: output.classes for output in outputs} or {f.name: 0 for f in known}
     written = []
-    for name, datatype in _OUTPUT_TYPES.items():
-        if name not in asked:
+    for facts in known:
+        if facts.name not in asked:
             continue
-        if asked[name]:
-            written.append(OutputTensor(name, "BYTES", _best(registry, answers, asked[name])))
-        elif name == LOGITS:
-            written.append(OutputTensor(name, datatype, answers.logits))
-        elif name == SCORE:
-            written.append(OutputTensor(name, datatype, answers.scores[:, None]))
+        if asked[facts.name]:
+            best = _best(registry, answers, asked[facts.name])
+            written.append(OutputTensor(facts.name, "BYTES", best))
         else:
-            written.append(OutputTensor(name, datatype, _column(answers.labels)))
+            array = _output(facts.name, answers).reshape(-1, *facts.dims)
+            written.append(OutputTensor(facts.name, facts.datatype, array))
     return written
 
 
@@ -221,17 +256,11 @@ def server_metadata(version: str) -> dict[str, Any]:
 def model_metadata(registry: Registry) -> dict[str, Any]:
     """Names, types and shapes; -1 is the batch axis."""
     return {
-        "name": registry.bundle.name,
+        "name": registry.name,
         "versions": [VERSION],
         "platform": SERVER,
-        "inputs": [
-            {"name": name, "datatype": datatype, "shape": [-1, *dims]}
-            for name, datatype, dims in _inputs(registry)
-        ],
-        "outputs": [
-            {"name": name, "datatype": datatype, "shape": [-1, *dims]}
-            for name, datatype, dims in _outputs(registry)
-        ],
+        "inputs": [_metadata(facts) for facts in model_inputs(registry)],
+        "outputs": [_metadata(facts) for facts in model_outputs(registry)],
     }
 
 
@@ -239,106 +268,128 @@ def model_config(registry: Registry, *, max_delay_ms: float) -> dict[str, Any]:
     """The model's configuration in the fields of Triton's `ModelConfig`."""
     optional = {"optional": True} if len(registry.names) == 1 else {}
     return {
-        "name": registry.bundle.name,
+        "name": registry.name,
         "platform": SERVER,
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": registry.max_batch,
         "input": [
-            {
-                "name": name,
-                "data_type": _config_type(datatype),
-                "dims": dims,
-                **(optional if name == TASK else {}),
-            }
-            for name, datatype, dims in _inputs(registry)
+            {**_config(facts), **(optional if facts.name == TASK else {})}
+            for facts in model_inputs(registry)
         ],
-        "output": [
-            {"name": name, "data_type": _config_type(datatype), "dims": dims}
-            for name, datatype, dims in _outputs(registry)
-        ],
+        "output": [_config(facts) for facts in model_outputs(registry)],
         "dynamic_batching": {"max_queue_delay_microseconds": round(max_delay_ms * 1e3)},
     }
 
 
-def model_statistics(service: Service) -> dict[str, Any]:
-    """What the service has done, in the statistics extension's fields; times in nanoseconds."""
+def model_statistics(services: Iterable[Service]) -> dict[str, Any]:
+    """What the services have done, in the statistics extension's fields; times in nanoseconds."""
+    return {"model_stats": [_statistics(service) for service in services]}
+
+
+def repository_index(batchers: Iterable[Batcher]) -> list[dict[str, str]]:
+    """The models that are served."""
+    return [
+        {
+            "name": batcher.service.registry.name,
+            "version": VERSION,
+            "state": "READY" if batcher.ready else "UNAVAILABLE",
+        }
+        for batcher in batchers
+    ]
+
+
+def find_model(batchers: Iterable[Batcher], name: str, version: str = "") -> Batcher:
+    """The served model of that name and version.
+
+    Raises:
+        UnknownModel: There is none.
+    """
+    models = {batcher.service.registry.name: batcher for batcher in batchers}
+    if name not in models or version not in ("", VERSION):
+        raise UnknownModel(
+            "unknown model or version",
+            wanted=f"{' or '.join(models)} version {VERSION}",
+            found=f"{name} version {version}" if version else name,
+        )
+    return models[name]
+
+
+def model_inputs(registry: Registry) -> list[TensorFacts]:
+    """What requests bring, in the engine's order, and the task's name where rows choose one."""
+    rows = [
+        TensorFacts(t.name, _DATATYPES[t.dtype], tuple(int(size) for size in t.shape[1:]))
+        for t in registry.inputs.values()
+    ]
+    return rows if registry.all_tasks else [*rows, TensorFacts(TASK, "BYTES", (1,))]
+
+
+def model_outputs(registry: Registry) -> list[TensorFacts]:
+    """The outputs in the order of every reply."""
+    if registry.all_tasks:
+        per_row = (len(registry.names),)
+        outputs = [
+            TensorFacts(LOGITS, "FP32", (*per_row, *registry.answer_shape)),
+            TensorFacts(TASK, "BYTES", per_row),
+        ]
+    else:
+        per_row = (1,)
+        outputs = [TensorFacts(LOGITS, "FP32", registry.answer_shape)]
+    if registry.labelled:
+        outputs += [TensorFacts(LABEL, "BYTES", per_row), TensorFacts(SCORE, "FP32", per_row)]
+    return outputs
+
+
+def _metadata(facts: TensorFacts) -> dict[str, Any]:
+    return {"name": facts.name, "datatype": facts.datatype, "shape": [-1, *facts.dims]}
+
+
+def _config(facts: TensorFacts) -> dict[str, Any]:
+    kind = "TYPE_STRING" if facts.datatype == "BYTES" else f"TYPE_{facts.datatype}"
+    return {"name": facts.name, "data_type": kind, "dims": list(facts.dims)}
+
+
+def _statistics(service: Service) -> dict[str, Any]:
     totals = service.counters.read()
 
     def duration(count: int, nanoseconds: int) -> dict[str, int]:
         return {"count": count, "ns": nanoseconds}
 
     return {
-        "model_stats": [
-            {
-                "name": service.registry.bundle.name,
-                "version": VERSION,
-                "last_inference": totals.last_ms,
-                "inference_count": totals.rows,
-                "execution_count": totals.batches,
-                "inference_stats": {
-                    "success": duration(totals.answered, totals.request_ns),
-                    "fail": duration(totals.failed, totals.failed_ns),
-                    "queue": duration(totals.answered, totals.queue_ns),
-                    "compute_input": duration(totals.answered, 0),
-                    "compute_infer": duration(totals.answered, totals.engine_ns),
-                    "compute_output": duration(totals.answered, 0),
-                },
-            }
-        ]
+        "name": service.registry.name,
+        "version": VERSION,
+        "last_inference": totals.last_ms,
+        "inference_count": totals.rows,
+        "execution_count": totals.batches,
+        "inference_stats": {
+            "success": duration(totals.answered, totals.request_ns),
+            "fail": duration(totals.failed, totals.failed_ns),
+            "queue": duration(totals.answered, totals.queue_ns),
+            "compute_input": duration(totals.answered, 0),
+            "compute_infer": duration(totals.answered, totals.engine_ns),
+            "compute_output": duration(totals.answered, 0),
+        },
     }
 
 
-def repository_index(registry: Registry, *, ready: bool) -> list[dict[str, str]]:
-    """The one model that is served."""
-    state = "READY" if ready else "UNAVAILABLE"
-    return [{"name": registry.bundle.name, "version": VERSION, "state": state}]
-
-
-def check_model(registry: Registry, name: str, version: str = "") -> None:
-    """Refuse a model or version that is not the served one.
-
-    Raises:
-        UnknownModel: It is another.
-    """
-    if name != registry.bundle.name or version not in ("", VERSION):
-        raise UnknownModel(
-            "unknown model or version",
-            wanted=f"{registry.bundle.name} version {VERSION}",
-            found=f"{name} version {version}" if version else name,
-        )
-
-
-def _inputs(registry: Registry) -> list[tuple[str, str, list[int]]]:
-    dims = {IMAGES: list(registry.image_shape), TASK: [1]}
-    return [(name, datatype, dims[name]) for name, datatype in _INPUT_TYPES.items()]
-
-
-def _outputs(registry: Registry) -> list[tuple[str, str, list[int]]]:
-    dims = {LOGITS: [registry.classes], LABEL: [1], SCORE: [1]}
-    return [(name, datatype, dims[name]) for name, datatype in _OUTPUT_TYPES.items()]
-
-
-def _config_type(datatype: str) -> str:
-    return "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
-
-
-def _floats(tensor: InputTensor) -> NDArray[np.float32]:
-    """An FP32 input as its shape says, a view where the bytes allow it."""
+def _numbers(tensor: InputTensor) -> NDArray[Any]:
+    """An FP32 or INT64 input as its shape says, a view where the bytes allow it."""
+    dtype = _NUMBERS[tensor.datatype]
     count = math.prod(tensor.shape)
     if isinstance(tensor.content, (bytes, memoryview)):
-        if len(tensor.content) != count * _FLOAT32.itemsize:
-            raise _size_error(tensor, f"{count * _FLOAT32.itemsize} bytes", len(tensor.content))
-        return np.frombuffer(tensor.content, dtype=_FLOAT32).reshape(tensor.shape)
+        if len(tensor.content) != count * dtype.itemsize:
+            raise _size_error(tensor, f"{count * dtype.itemsize} bytes", len(tensor.content))
+        return np.frombuffer(tensor.content, dtype=dtype).reshape(tensor.shape)
     try:
         values = np.asarray(tensor.content)
     except (ValueError, OverflowError, TypeError) as cause:  # ragged or too deep
         raise _values_error(tensor) from cause
-    if values.size and values.dtype.kind not in "iuf":
+    # NumPy reads integers that leave int64 as another kind than "i".
+    if values.size and values.dtype.kind not in ("iuf" if tensor.datatype == "FP32" else "i"):
         raise _values_error(tensor)
     if values.size != count or (values.ndim != 1 and values.shape != tensor.shape):
         raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
     with np.errstate(over="ignore"):  # what leaves float32's range is refused as not finite
-        return values.astype(np.float32).reshape(tensor.shape)
+        return values.astype(dtype.newbyteorder("=")).reshape(tensor.shape)
 
 
 def _names(tensor: InputTensor) -> list[str]:
@@ -390,7 +441,7 @@ def _size_error(tensor: InputTensor, wanted: object, found: object) -> InvalidRe
 
 
 def _values_error(tensor: InputTensor) -> InvalidRequest:
-    kind = "numbers" if tensor.datatype == "FP32" else "strings"
+    kind = {"FP32": "numbers", "INT64": "integers", "BYTES": "strings"}[tensor.datatype]
     return InvalidRequest(
         "an input holds values of the wrong kind",
         where=tensor.name,
@@ -398,10 +449,14 @@ def _values_error(tensor: InputTensor) -> InvalidRequest:
     )
 
 
-def _column(texts: Sequence[str]) -> NDArray[Any]:
-    column = np.empty((len(texts), 1), dtype=object)
-    column[:, 0] = [text.encode() for text in texts]
-    return column
+def _output(name: str, answers: Answers) -> NDArray[Any]:
+    """An output of all answers, one after the other."""
+    if name == LOGITS:
+        return answers.logits
+    if name == SCORE:
+        return answers.scores
+    texts = answers.labels if name == LABEL else answers.tasks
+    return np.array([text.encode() for text in texts], dtype=object)
 
 
 def _best(registry: Registry, answers: Answers, count: int) -> NDArray[Any]:

@@ -7,24 +7,31 @@ engine batch that it would have shared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import IMAGES, LOGITS, TASK
+from ..export.bundle import FAN_OUT
+from ..export.engine import LOGITS, TASK, by_name, row_inputs
 from ..merge.errors import IncompatibleArtefact
 from .rejections import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ..export.bundle import Bundle
+    from ..export.bundle import Bundle, Engine
+    from ..export.engine import Rows, Tensor
 
 MAX_DELAY_MS = 0.1
 """How long a lone request waits for company by default. Short, because under load arrivals gather
 while the engine runs; not zero, because of Triton (see `repository.config_text`)."""
+
+ALL = ".all"
+"""Behind a bundle's name: the model that answers every task for every row."""
+
+DTYPES = ("float32", "int64")
 
 
 @dataclass(frozen=True)
@@ -32,70 +39,100 @@ class Request:
     """A request that was checked: the engine can run it beside any other.
 
     Attributes:
-        images: `[n, 3, H, W]`, or `[n, 3, T, H, W]` of clips, float32, finite.
-        tasks: The task's name of each row, `n` of them.
-        rows: `[n]` int64, the bank row of each.
+        inputs: `[n, ...]` each, by name in the engine's order; float32 is finite.
+        tasks: The task of each answer: one per row, or all of them for the first row, then all for the
+            second.
+        rows: `[n]` int64, where each row's task stands in the bank, or in the answer of an engine of all
+            tasks; empty where all tasks answer.
     """
 
-    images: NDArray[np.float32]
+    inputs: dict[str, NDArray[Any]]
     tasks: tuple[str, ...]
     rows: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.tasks)
+        return len(next(iter(self.inputs.values())))
 
 
 class Registry:
-    """The tasks of a bundle and the shape of its engine.
+    """The tasks of a bundle and the shape of its engine, or of its engine of all tasks.
 
     Attributes:
         bundle: What is served.
-        image_shape: `(3, H, W)` of one row, `(3, T, H, W)` of a clip.
-        classes: K, the width of the logits.
+        name: The model's name: the bundle's, with `ALL` behind it where all tasks answer.
+        inputs: What a request brings, by name in the engine's order.
+        answer_shape: Of one task's answer to one row: `(K,)`, or `(Q, K)` with more axes.
+        labelled: Whether answers are classes with labels.
         max_batch: Most rows of one request and of one engine call.
-        takes_rows: Whether the engine wants a bank row per image.
+        all_tasks: Whether every row is answered by every task, so that requests name none.
+        fans_out: Whether the engine answers every task for every row.
+        takes_rows: Whether the engine wants a bank row per row.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, all_tasks: bool = False) -> None:
         """Read the task table.
 
+        Args:
+            bundle: What is served.
+            all_tasks: Serve every task for every row, with the engine that does so.
+
         Raises:
-            IncompatibleArtefact: The manifest's engine is not one of images and rows to logits.
+            UsageError: The bundle has no engine of all tasks.
+            IncompatibleArtefact: The manifest's engine is not one of rows to logits.
         """
+        engine = bundle.require_fan_out() if all_tasks else bundle.engine
         self.bundle = bundle
-        self.max_batch = bundle.engine.max_batch
-        inputs = {tensor.name: tensor for tensor in bundle.engine.inputs}
-        outputs = {tensor.name: tensor for tensor in bundle.engine.outputs}
-        image_shape = inputs[IMAGES].shape[1:] if IMAGES in inputs else ()
-        classes = outputs[LOGITS].shape[-1] if LOGITS in outputs else 0
-        self.image_shape = tuple(size for size in image_shape if isinstance(size, int))
-        fixed = self.image_shape == image_shape and len(image_shape) in (3, 4)
-        if not fixed or not isinstance(classes, int) or classes < 1:
+        self.name = bundle.name + ALL if all_tasks else bundle.name
+        self.all_tasks = all_tasks
+        self.fans_out = all_tasks or bundle.mode == FAN_OUT
+        self.max_batch = engine.max_batch
+        self.labelled = all(task.labels for task in bundle.tasks)
+        self.inputs: Mapping[str, Tensor] = {t.name: t for t in row_inputs(engine.inputs)}
+        self.takes_rows = any(tensor.name == TASK for tensor in engine.inputs)
+        logits = [size for t in engine.outputs if t.name == LOGITS for size in t.shape]
+        answer = logits[2:] if self.fans_out else logits[1:]
+        self.answer_shape = tuple(size for size in answer if isinstance(size, int))
+        servable = (
+            bool(self.inputs)
+            and all(_is_servable(tensor) for tensor in self.inputs.values())
+            and list(self.answer_shape) == answer
+            and min(self.answer_shape, default=0) >= 1
+            and not (self.labelled and len(answer) != 1)
+            and not (self.fans_out and self.takes_rows)
+        )
+        if not servable:
             raise IncompatibleArtefact(
                 "the engine cannot be served",
-                where=bundle.path,
-                wanted=f"{IMAGES} [batch, 3, H, W] or [batch, 3, T, H, W] and {LOGITS} [batch, K], all "
+                where=bundle.path / engine.file,
+                wanted=f"inputs [batch, ...] of {' or '.join(DTYPES)} and {LOGITS} "
+                f"[batch, {'tasks, ' if self.fans_out else ''}{'K' if self.labelled else '...'}], all "
                 "sizes but the batch fixed",
-                found=[*bundle.engine.inputs, *bundle.engine.outputs],
+                found=[*engine.inputs, *engine.outputs],
             )
-        self.classes = classes
-        self.takes_rows = TASK in inputs
+        # A free axis of tasks grows with the bank that the engine reads.
+        if self.fans_out and not (isinstance(logits[1], str) and engine.reads_bank):
+            _require_tasks(bundle, engine, logits[1])
+        elif not self.fans_out and not self.takes_rows:
+            _require_tasks(bundle, engine, 1)
         self._tasks = {task.name: task for task in bundle.tasks}
-        if not self.takes_rows and len(self._tasks) != 1:
-            raise IncompatibleArtefact(
-                "a bundle of several tasks has an engine that takes no task row",
-                where=bundle.path,
-                wanted=f"an engine input {TASK!r}",
-                found=sorted(inputs),
-            )
+        self._places = {
+            task.name: place if self.fans_out else task.row
+            for place, task in enumerate(bundle.tasks)
+        }
         for task in bundle.tasks:
-            if not 1 <= len(task.labels) <= classes:
+            width = len(task.labels) if self.labelled else task.width or 0
+            if not 1 <= width <= self.classes:
                 raise IncompatibleArtefact(
-                    "a task has another number of labels than its logits",
+                    f"a task has another {'number of labels' if self.labelled else 'width'} than its logits",
                     where=f"{bundle.path}, task {task.name}",
-                    wanted=f"1 to {classes}",
-                    found=len(task.labels),
+                    wanted=f"1 to {self.classes}",
+                    found=width,
                 )
+
+    @property
+    def classes(self) -> int:
+        """K, the last size of the logits: the largest class count, or the largest width."""
+        return self.answer_shape[-1]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,54 +143,95 @@ class Registry:
         """The class names of a known task, in the order of its logits."""
         return self._tasks[task].labels
 
-    def check(self, images: NDArray[np.float32], tasks: Sequence[str] | None = None) -> Request:
+    def check(self, inputs: Rows, tasks: Sequence[str] | None = None) -> Request:
         """A request that the engine can run.
 
         Args:
-            images: `[n, *image_shape]` float32.
-            tasks: A task's name per row; may be left out when the bundle has one task.
+            inputs: The one row input, or all of them by name, `[n, ...]` each.
+            tasks: A task's name per row; may be left out when the bundle has one task, and is left out
+                when all tasks answer.
 
         Raises:
-            InvalidRequest: Wrong dtype or shape, no rows or too many, an unknown task, a number of
-                names that is not the number of rows, or a pixel that is not finite.
+            InvalidRequest: A missing or unknown input, a wrong dtype or shape, no rows or too many, an
+                unknown task, a number of names that is not the number of rows, a value that is not
+                finite, or an id that is out of range.
         """
-        shape = ", ".join(map(str, self.image_shape))
-        if images.dtype != np.float32:
+        arrays = by_name(inputs, tuple(self.inputs), InvalidRequest)
+        for name, array in arrays.items():
+            self._check_shape(name, array)
+        count = self._count(arrays)
+        if self.all_tasks:
+            if tasks is not None:
+                raise InvalidRequest(
+                    "the request names tasks, and every task answers it",
+                    where=TASK,
+                    found=", ".join(dict.fromkeys(tasks)),
+                    do=f"leave the tasks out, or ask the model {self.bundle.name}",
+                )
+            names, rows = self.names * count, np.empty(0, dtype=np.int64)
+        else:
+            names = self._names(tasks, count)
+            rows = np.array([self._places[name] for name in names], dtype=np.int64)
+        for name, array in arrays.items():
+            self._check_values(name, array)
+        # A view into a network buffer may start anywhere; kernels expect numbers on their boundary.
+        aligned = {k: np.require(v, requirements=["C", "A"]) for k, v in arrays.items()}
+        return Request(aligned, names, rows)
+
+    def _check_shape(self, name: str, array: NDArray[Any]) -> None:
+        wanted = self.inputs[name]
+        if array.dtype != wanted.dtype:
             raise InvalidRequest(
-                "the images have the wrong dtype",
-                where=IMAGES,
-                wanted="float32",
-                found=images.dtype,
+                "an input has the wrong dtype", where=name, wanted=wanted.dtype, found=array.dtype
             )
-        if images.shape[1:] != self.image_shape:
+        if array.shape[1:] != wanted.shape[1:]:
             raise InvalidRequest(
-                "the images have the wrong shape",
-                where=IMAGES,
-                wanted=f"[n, {shape}]",
-                found=list(images.shape),
+                "an input has the wrong shape",
+                where=name,
+                wanted=f"[{', '.join(map(str, ('n', *wanted.shape[1:])))}]",
+                found=list(array.shape),
             )
-        count = len(images)
+
+    def _count(self, arrays: Mapping[str, NDArray[Any]]) -> int:
+        """The number of rows that all inputs have."""
+        first, *others = arrays
+        count = len(arrays[first])
+        for name in others:
+            if len(arrays[name]) != count:
+                raise InvalidRequest(
+                    "the inputs have different numbers of rows",
+                    where=name,
+                    wanted=f"{count}, as {first} has",
+                    found=len(arrays[name]),
+                )
         if not 1 <= count <= self.max_batch:
             raise InvalidRequest(
                 "the request has too many rows" if count else "the request has no rows",
-                where=IMAGES,
+                where=first,
                 wanted=f"1 to {self.max_batch} rows",
                 found=count,
                 do="split it into several requests" if count else None,
             )
-        names = self._names(tasks, count)
-        finite = np.isfinite(images)
-        if not finite.all():
-            row = int(np.flatnonzero(~finite.reshape(count, -1).all(axis=1))[0])
+        return count
+
+    def _check_values(self, name: str, array: NDArray[Any]) -> None:
+        high = self.inputs[name].high
+        if array.dtype == np.float32 and not (finite := np.isfinite(array)).all():
+            row = _first_row(~finite)
             raise InvalidRequest(
-                "the images hold a value that is not finite",
-                where=f"{IMAGES}, row {row}",
+                "an input holds a value that is not finite",
+                where=f"{name}, row {row}",
                 wanted="finite float32",
                 found=f"{int((~finite[row]).sum())} NaN or infinite values",
             )
-        rows = np.array([self._tasks[name].row for name in names], dtype=np.int64)
-        # A view into a network buffer may start anywhere; kernels expect float32 on its boundary.
-        return Request(np.require(images, requirements=["C", "A"]), names, rows)
+        if high is not None and (outside := (array < 0) | (array >= high)).any():
+            row = _first_row(outside)
+            raise InvalidRequest(
+                "an input holds an id that is out of range",
+                where=f"{name}, row {row}",
+                wanted=f"0 to {high - 1}",
+                found=array[row][outside[row]][0],
+            )
 
     def _names(self, tasks: Sequence[str] | None, count: int) -> tuple[str, ...]:
         """The task of each row, every one known."""
@@ -178,3 +256,29 @@ class Registry:
                     found=name,
                 )
         return tuple(tasks)
+
+
+def _require_tasks(bundle: Bundle, engine: Engine, count: int | str) -> None:
+    """Refuse an engine that answers another number of tasks than the bundle has."""
+    if count != len(bundle.tasks):
+        raise IncompatibleArtefact(
+            "the engine answers another number of tasks than the bundle has",
+            where=bundle.path / engine.file,
+            wanted=f"{len(bundle.tasks)}: {', '.join(task.name for task in bundle.tasks)}",
+            found=count,
+        )
+
+
+def _is_servable(tensor: Tensor) -> bool:
+    """Whether rows of it can be told apart and joined: a free batch axis, then fixed sizes."""
+    _, *sizes = tensor.shape or (0,)
+    return (
+        tensor.dtype in DTYPES
+        and bool(sizes)
+        and all(isinstance(size, int) and size >= 1 for size in sizes)
+    )
+
+
+def _first_row(wrong: NDArray[np.bool_]) -> int:
+    """The first of `[n, ...]` rows that is wrong anywhere."""
+    return int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))[0])

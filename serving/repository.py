@@ -7,6 +7,9 @@
       1/bundle/          the bundle, hard-linked where the file system allows it
       1/utune_deploy/    the floors that serving needs; neither torch nor timm
 
+Where the bundle has an engine of all tasks, the model NAME.all stands beside it in a folder of its own,
+with the same things in it.
+
 The environment that runs it needs onnxruntime, numpy (below 2 for the tritonserver of the
 nvidia-pytriton wheel) and, for a bundle whose bank is an input, safetensors.
 """
@@ -19,13 +22,13 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..export.engine import LOGITS
 from ..merge.errors import UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from . import protocol
-from .registry import MAX_DELAY_MS, Registry
+from .registry import ALL, MAX_DELAY_MS, Registry
 
 if TYPE_CHECKING:
     from ..export.bundle import Bundle
@@ -77,7 +80,7 @@ def write_repository(
     max_delay_ms: float = MAX_DELAY_MS,
     force: bool = False,
 ) -> Path:
-    """Write the bundle as a model of a Triton repository.
+    """Write the bundle as a model of a Triton repository, or as two, the second with all tasks.
 
     Args:
         bundle: What is served.
@@ -85,13 +88,14 @@ def write_repository(
         provider: Execution provider of the engine, `cpu` or `cuda`.
         threads: Threads inside one operator; None lets the runtime choose.
         max_delay_ms: Longest that a request waits for company.
-        force: Replace the model when it is already there.
+        force: Replace the models when they are already there; where the bundle has no engine of all tasks,
+            that takes such a model of an earlier bundle of this name away.
 
     Returns:
-        The model's folder.
+        The folder of the model of one task per row.
 
     Raises:
-        UsageError: The model is already there, or its name cannot be a folder's.
+        UsageError: A model is already there, or its name cannot be a folder's.
         IncompatibleArtefact: The bundle cannot be served.
     """
     if not _NAME.fullmatch(bundle.name):
@@ -102,18 +106,42 @@ def write_repository(
             found=bundle.name,
             do="export it under another --name",
         )
-    model = repository / bundle.name
-    refuse_existing(model, force=force)
-    config = config_text(bundle, provider=provider, threads=threads, max_delay_ms=max_delay_ms)
-    with atomic_folder(model) as folder:
-        (folder / CONFIG).write_text(config)
-        if len(bundle.tasks) == 1:
-            (folder / LABELS).write_text("\n".join(bundle.tasks[0].labels) + "\n")
-        version = folder / protocol.VERSION
-        shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
-        _carry_package(version / PACKAGE)
-        (version / "model.py").write_text(MODEL)
+    model, of_all = repository / bundle.name, repository / (bundle.name + ALL)
+    models = {model: False} if bundle.engine_of_all is None else {model: False, of_all: True}
+    settings: dict[str, Any] = {
+        "provider": provider,
+        "threads": threads,
+        "max_delay_ms": max_delay_ms,
+    }
+    configs = {
+        folder: config_text(bundle, all_tasks=all_tasks, **settings)
+        for folder, all_tasks in models.items()
+    }
+    for folder in models:
+        refuse_existing(folder, force=force)
+    for path, all_tasks in models.items():
+        with atomic_folder(path) as folder:
+            (folder / CONFIG).write_text(configs[path])
+            if _has_label_file(bundle, all_tasks):
+                (folder / LABELS).write_text("\n".join(bundle.tasks[0].labels) + "\n")
+            version = folder / protocol.VERSION
+            shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
+            _carry_package(version / PACKAGE)
+            (version / "model.py").write_text(MODEL)
+    if force and of_all not in models and _answers_all(of_all):
+        shutil.rmtree(of_all)
     return model
+
+
+def _has_label_file(bundle: Bundle, all_tasks: bool) -> bool:
+    """Whether the logits have one row of class names: Triton knows no other kind."""
+    return len(bundle.tasks) == 1 and bool(bundle.tasks[0].labels) and not all_tasks
+
+
+def _answers_all(model: Path) -> bool:
+    """Whether it is a model of all tasks that was written here."""
+    config = model / CONFIG
+    return config.is_file() and f'key: "{protocol.ALL_TASKS}"' in config.read_text(errors="replace")
 
 
 def config_text(
@@ -122,6 +150,7 @@ def config_text(
     provider: str = "cpu",
     threads: int | None = None,
     max_delay_ms: float = MAX_DELAY_MS,
+    all_tasks: bool = False,
 ) -> str:
     """The `config.pbtxt`: one instance, because each holds a backbone of its own.
 
@@ -132,9 +161,9 @@ def config_text(
     from google.protobuf.json_format import ParseDict
     from tritonclient.grpc import model_config_pb2
 
-    registry = Registry(bundle)
+    registry = Registry(bundle, all_tasks=all_tasks)
     fields = protocol.model_config(registry, max_delay_ms=max_delay_ms)
-    if len(bundle.tasks) == 1:
+    if _has_label_file(bundle, all_tasks):
         for output in fields["output"]:
             if output["name"] == LOGITS:
                 output["label_filename"] = LABELS
@@ -151,6 +180,7 @@ def config_text(
         "provider": {"string_value": provider},
         "threads": {"string_value": str(threads or 0)},  # 0 lets the runtime choose
         "identity": {"string_value": bundle.identity},
+        **({protocol.ALL_TASKS: {"string_value": "true"}} if all_tasks else {}),
     }
     return text_format.MessageToString(ParseDict(fields, model_config_pb2.ModelConfig()))
 

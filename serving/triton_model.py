@@ -14,9 +14,9 @@ from typing import Any
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]
 
 from ..export.bundle import open_bundle
-from ..export.engine import IMAGES, TASK
+from ..export.engine import TASK
 from ..merge.errors import UtuneError
-from .protocol import task_names, write_answers
+from .protocol import ALL_TASKS, task_names, write_answers
 from .registry import Request
 from .rejections import InvalidRequest, one_line
 from .service import Answers, Service
@@ -36,6 +36,7 @@ class TritonPythonModel:
             open_bundle(folder / "bundle"),
             provider=settings["provider"],
             threads=int(settings["threads"]) or None,
+            all_tasks=ALL_TASKS in settings,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -53,10 +54,13 @@ class TritonPythonModel:
         ]
 
     def _check(self, request: Any) -> Request:
-        images = triton.get_input_tensor_by_name(request, IMAGES).as_numpy()
-        task = triton.get_input_tensor_by_name(request, TASK)
-        names = None if task is None else task_names(task.as_numpy().ravel())
-        return self._service.registry.check(images, names)
+        registry = self._service.registry
+        rows = {
+            name: triton.get_input_tensor_by_name(request, name).as_numpy()
+            for name in registry.inputs
+        }
+        task = None if registry.all_tasks else triton.get_input_tensor_by_name(request, TASK)
+        return registry.check(rows, None if task is None else task_names(task.as_numpy().ravel()))
 
     def _response(self, result: Answers | UtuneError) -> Any:
         if isinstance(result, UtuneError):

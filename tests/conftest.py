@@ -204,7 +204,9 @@ def random_weights() -> Callable[..., dict[str, Tensor]]:
         for name, axes in tuner.shapes.items():
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in axes]
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if not shape:
+            if name.startswith("gate"):
+                noise = 0.1 * noise  # a softmax or sigmoid behind it would saturate
+            elif not shape or name.endswith("_var"):
                 noise = 0.5 + noise.abs()
             elif len(shape) == 2 and axes[1] == "in":
                 noise = noise * 1.5 * sizes["in"] ** -0.5

@@ -68,24 +68,34 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(delta.task, delta.preprocessing) for delta in tasks])
-    verdict = check_engine(
-        opened.read_engine(),
-        backbone,
-        tasks,
-        sites,
-        mixes=opened.mode == "multi",
-        bank=opened.read_bank(),
-        max_batch=opened.engine.max_batch,
-        evidence=Evidence(pictures, seed, every_tensor),
-        provider=provider,
-        threads=threads,
-    )
+    verdicts = {
+        engine.file: check_engine(
+            (bundle / engine.file).read_bytes(),
+            backbone,
+            tasks,
+            sites,
+            mixes=engine is opened.engine and opened.mode == "multi",
+            fans=engine is opened.engine_of_all,
+            bank=opened.read_bank() if engine.reads_bank else {},
+            max_batch=engine.max_batch,
+            evidence=Evidence(pictures, seed, every_tensor),
+            provider=provider,
+            threads=threads,
+        )
+        for engine in (opened.engine, opened.fan_out)
+        if engine is not None
+    }
+    compared = [(file, c) for file, verdict in verdicts.items() for c in verdict.comparisons]
+    failed = [c.name for _, c in compared if not c.passed]
     if as_json:
-        console.json({"bundle": str(bundle), **verdict.to_json()})
+        main = verdicts[opened.engine.file].to_json()
+        every = {"fan_out": verdicts[opened.fan_out.file].to_json()} if opened.fan_out else {}
+        console.json({"bundle": str(bundle), **main, **every, "passed": not failed})
     else:
         rows = [
             (
                 "pass" if c.passed else "FAIL",
+                file,
                 c.name,
                 c.rows,
                 f"{c.error:.1e}",
@@ -93,15 +103,18 @@ def command(
                 c.flips,
                 c.note,
             )
-            for c in verdict.comparisons
+            for file, c in compared
         ]
-        console.table(("", "comparison", "rows", "error", "budget", "flips", "note"), rows)
-    if not verdict.passed:
+        head = ("", "engine", "comparison", "rows", "error", "budget", "flips", "note")
+        if len(verdicts) == 1:  # no need to say which
+            head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
+        console.table(head, rows)
+    if failed:
         raise CheckFailed(
             "the bundle does not answer as its tasks do in torch",
             where=bundle,
-            found=", ".join(c.name for c in verdict.failures),
+            found=", ".join(failed),
             do="do not ship it; export it again",
         )
     if not as_json:
-        console.result(f"{bundle}: all {len(verdict.comparisons)} comparisons passed")
+        console.result(f"{bundle}: all {len(compared)} comparisons passed")

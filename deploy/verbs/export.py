@@ -30,10 +30,11 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
 @click.option("-o", "--output", type=PATH, required=True, help="The bundle's folder.")
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "merged", "parallel", "multi"]),
+    type=click.Choice(["auto", "merged", "parallel", "multi", "fan-out"]),
     default="auto",
     show_default=True,
-    help="auto: several tasks share one multi engine; one task is merged if it folds, else parallel.",
+    help="auto: several tasks share one multi engine; one task is merged if it folds, else parallel. "
+    "fan-out: only an engine that answers every task for every row.",
 )
 @click.option(
     "--bank",
@@ -41,6 +42,11 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
     default="constants",
     show_default=True,
     help="multi: the tasks' tensors inside the engine, or inputs of it.",
+)
+@click.option(
+    "--fan-out",
+    is_flag=True,
+    help="Besides, an engine that answers every task for every row, the trunk computed once.",
 )
 @click.option("--name", help="Served name; the folder's name if not given.")
 @click.option(
@@ -61,6 +67,7 @@ def command(
     output: Path,
     mode: str,
     bank: str,
+    fan_out: bool,
     name: str | None,
     max_batch: int,
     images: Path | None,
@@ -76,7 +83,7 @@ def command(
     from ...merge.delta import load_delta, require_backbone
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
-    from ..build import Task, export_bundle
+    from ..build import Task, export_bundle, fan_out_groups
     from ..check import Evidence
     from ..pictures import read_folder
     from ..plan import make_plan
@@ -89,7 +96,12 @@ def command(
         sites = measure(backbone)
         for task in tasks:
             require_backbone(task.delta, backbone, sites)
-        plan = make_plan([task.delta for task in tasks], backbone, mode=mode, bank=bank).to_json()
+        named = [task.delta for task in tasks]
+        every = fan_out or mode == "fan-out"
+        groups = fan_out_groups(backbone, named, sites) if every else ()
+        plan = make_plan(
+            named, backbone, sites, mode=mode, bank=bank, groups=groups
+        ).to_json()
         _print_plan(console, plan, as_json=as_json)
         return
     pictures = {}
@@ -103,6 +115,7 @@ def command(
             name=name,
             mode=mode,
             bank=bank,
+            fan_out=fan_out,
             max_batch=max_batch,
             evidence=Evidence(pictures),
             threads=threads,
@@ -115,13 +128,17 @@ def command(
     _print_plan(console, bundle.plan, as_json=False)
     rewritten = [f"{name} {times}" for name, times in bundle.plan["rewritten"].items() if times]
     console.result(f"graph passes: {', '.join(rewritten) or 'nothing to rewrite'}")
-    comparisons = bundle.check["comparisons"]
-    console.result(f"check: {len(comparisons)} of {len(comparisons)} comparisons passed")
+    second = bundle.check.get("fan_out", {}).get("comparisons", [])
+    count = len(bundle.check["comparisons"]) + len(second)
+    console.result(f"check: {count} of {count} comparisons passed")
     if images is None:
         console.say("note: checked on seeded noise only; --images FOLDER adds real pictures")
-    size = (output / bundle.engine.file).stat().st_size
+    engines = [engine for engine in (bundle.engine, bundle.fan_out) if engine is not None]
+    sizes = ", ".join(f"{(output / e.file).stat().st_size / 1e6:.1f} MB" for e in engines)
     console.result(
-        f"wrote {output} ({bundle.mode}, {len(bundle.tasks)} tasks, engine {size / 1e6:.1f} MB)"
+        f"wrote {output} ({bundle.mode}, {len(bundle.tasks)} tasks, engine {sizes})"
+        if len(engines) == 1
+        else f"wrote {output} ({bundle.mode} and fan-out, {len(bundle.tasks)} tasks, engines {sizes})"
     )
 
 
@@ -132,3 +149,12 @@ def _print_plan(console: Console, plan, *, as_json: bool) -> None:
     console.result(f"mode {plan['mode']}: {plan['why']}")
     rows = [(task["task"], task["form"], task["why"]) for task in plan["tasks"]]
     console.table(("task", "form", "why"), rows)
+    if plan.get("shared"):
+        parts = [(", ".join(part["tasks"]), part["why"]) for part in plan["shared"]]
+        console.table(("tasks", "what they share"), parts)
+    if counted := plan.get("macs"):
+        every, alone = counted["every task"], counted["tasks one by one"]
+        console.result(
+            f"every task of one example: {every / 1e9:.2f} G multiply-accumulates, "
+            f"{every / alone:.3f} of the tasks one by one ({alone / 1e9:.2f} G)"
+        )

@@ -44,7 +44,7 @@ def _delta(path: Path) -> dict[str, object]:
         "labels": ", ".join(delta.labels),
         "backbone": f"{delta.backbone.architecture} {dict(delta.backbone.arguments)}",
         "fingerprint": delta.backbone.fingerprint,
-        "preprocessing": delta.preprocessing.to_json(),
+        "preprocessing": delta.preprocessing.to_json() if delta.preprocessing else None,
         "parameters": delta.parameters,
         "branches": [
             f"{name}: {branch.tuner} from {branch.tap} to {branch.add}"

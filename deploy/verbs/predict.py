@@ -1,4 +1,7 @@
-"""`utune-deploy predict`: pictures, videos or tensors in, labels and scores out, in process."""
+"""`utune-deploy predict`: pictures, videos or tensors in, labels and scores out, in process.
+
+A task without labels gives the numbers themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ import click
 from ..options import PATH, json_option, provider_option, threads_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from ...export.bundle import Bundle
+    from ...export.engine import Tensor
     from ..console import Console
+
+SHOWN_NUMBERS = 4
 
 
 @click.command("predict")
@@ -28,7 +35,8 @@ if TYPE_CHECKING:
     "--tensor",
     type=PATH,
     help="A preprocessed batch [B, C, H, W], or [B, C, T, H, W] of clips (.npy or .safetensors), "
-    "instead of files; every row is answered on its own.",
+    "instead of files; for an engine of several inputs, all of them by name (.safetensors). Every row is "
+    "answered on its own.",
 )
 @click.option("-o", "--output", type=PATH, help="Write the raw logits [B, K] (.npy).")
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels per row.")
@@ -53,11 +61,13 @@ def command(
     """Print the top labels of every IMAGE or VIDEO, each with its own task if you like.
 
     A VIDEO is an animated file (GIF, WebP, TIFF) or a folder of frames, for tasks that read clips. Its
-    logits are the mean over the clips that the task takes from it.
+    logits are the mean over the clips that the task takes from it. Of a task without labels, the size and
+    the first numbers of the answer are printed, and all of them with --json.
     """
     import numpy as np
 
     from ...export.bundle import open_bundle
+    from ...export.engine import IMAGES, row_inputs
     from ...merge.errors import UsageError
     from ...merge.files import atomic_file, refuse_existing
     from ...serving.service import Service
@@ -68,23 +78,34 @@ def command(
     if output is not None:
         refuse_existing(output, force=force)
     opened = open_bundle(bundle)
-    batch = read_tensor(tensor) if tensor is not None else None
-    count = len(pictures) if batch is None else len(batch)
+    inputs = row_inputs(opened.engine.inputs)
+    if pictures and [entry.name for entry in inputs] != [IMAGES]:
+        raise UsageError(
+            "the bundle does not read pictures",
+            where=bundle,
+            wanted=f"--tensor with {', '.join(entry.name for entry in inputs)}",
+            found=f"{len(pictures)} file{'s' if len(pictures) != 1 else ''}",
+        )
+    batch = read_tensors(tensor, inputs) if tensor is not None else {}
+    count = len(next(iter(batch.values()))) if batch else len(pictures)
     names = _tasks(opened, tasks, count)
     views = [1] * count
-    if batch is None:
+    if not batch:
         read = [
             read_rows(path, opened.task(name).preprocessing)
             for path, name in zip(pictures, names, strict=True)
         ]
-        batch, views = np.concatenate(read), [len(rows) for rows in read]
+        batch, views = {IMAGES: np.concatenate(read)}, [len(rows) for rows in read]
     service = Service.open(opened, provider=provider, threads=threads)
     asked = [name for name, times in zip(names, views, strict=True) for _ in range(times)]
     size = opened.engine.max_batch
     logits = np.concatenate(
         [
-            service.answer(batch[at : at + size], asked[at : at + size]).logits
-            for at in range(0, len(batch), size)
+            service.answer(
+                {name: array[at : at + size] for name, array in batch.items()},
+                asked[at : at + size],
+            ).logits
+            for at in range(0, len(asked), size)
         ]
     )
     logits = _mean_of_views(logits, views)
@@ -92,8 +113,23 @@ def command(
         with atomic_file(output) as temporary, temporary.open("wb") as file:
             np.save(file, logits)
     sources = [str(path) for path in pictures] or [f"{tensor}[{row}]" for row in range(count)]
+    if opened.task(names[0]).labels:
+        _say_labels(console, opened, sources, names, logits, top, as_json)
+    else:
+        _say_numbers(console, opened, sources, names, logits, as_json)
+
+
+def _say_labels(
+    console: Console,
+    bundle: Bundle,
+    sources: list[str],
+    names: list[str],
+    logits: NDArray[np.float32],
+    top: int,
+    as_json: bool,
+) -> None:
     rows = [
-        {"input": source, "task": name, "top": _best(opened, name, row, top)}
+        {"input": source, "task": name, "top": _best(bundle, name, row, top)}
         for source, name, row in zip(sources, names, logits, strict=True)
     ]
     if as_json:
@@ -114,8 +150,44 @@ def command(
     )
 
 
-def read_tensor(path: Path) -> NDArray[np.float32]:
-    """A batch `[B, C, H, W]` or `[B, C, T, H, W]` float32 from .npy or .safetensors with one tensor.
+def _say_numbers(
+    console: Console,
+    bundle: Bundle,
+    sources: list[str],
+    names: list[str],
+    logits: NDArray[np.float32],
+    as_json: bool,
+) -> None:
+    answers = [row[..., : bundle.task(name).width] for name, row in zip(names, logits, strict=True)]
+    if as_json:
+        console.json(
+            [
+                {"input": source, "task": name, "answer": answer.tolist()}
+                for source, name, answer in zip(sources, names, answers, strict=True)
+            ]
+        )
+        return
+    console.table(
+        ("input", "task", "answer", "first"),
+        [
+            (
+                source,
+                name,
+                f"{'embedding' if answer.ndim == 1 else 'array'} of "
+                f"{' x '.join(map(str, answer.shape))} numbers",
+                " ".join(f"{number:.4f}" for number in answer.ravel()[:SHOWN_NUMBERS]),
+            )
+            for source, name, answer in zip(sources, names, answers, strict=True)
+        ],
+    )
+
+
+def read_tensors(path: Path, inputs: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+    """The row inputs of an engine, `[B, ...]` each, from .npy or .safetensors.
+
+    Args:
+        path: The file. Of an engine of one input it holds one tensor of any name, of others all by name.
+        inputs: What the engine reads.
 
     Raises:
         UsageError: The file cannot be read as one such batch.
@@ -124,28 +196,37 @@ def read_tensor(path: Path) -> NDArray[np.float32]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    from ...export.engine import by_name
     from ...merge.errors import UsageError
 
     try:
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            if len(tensors) != 1:
+            read = load_file(path)
+            if len(inputs) == 1 and len(read) != 1:
                 raise UsageError(
-                    "the file does not hold one tensor",
-                    where=path,
-                    found=", ".join(sorted(tensors)),
+                    "the file does not hold one tensor", where=path, found=", ".join(sorted(read))
                 )
-            batch = next(iter(tensors.values()))
+            given = next(iter(read.values())) if len(inputs) == 1 else read
         else:
-            batch = np.load(path, allow_pickle=False)
+            given = np.load(path, allow_pickle=False)
     except (OSError, ValueError, SafetensorError) as cause:
         raise UsageError("the tensor cannot be read", where=path, found=str(cause)) from cause
-    if batch.ndim not in (4, 5) or batch.dtype != np.float32 or not len(batch):
+    batch = by_name(given, [entry.name for entry in inputs])
+    for entry, array in zip(inputs, batch.values(), strict=True):
+        sizes = entry.shape[1:]
+        if array.shape[1:] != sizes or array.dtype != entry.dtype or not array.size:
+            raise UsageError(
+                "the tensor is no preprocessed batch",
+                where=path if len(inputs) == 1 else f"{path}, {entry.name}",
+                wanted=f"[{', '.join(map(str, ('n', *sizes)))}] {entry.dtype}",
+                found=f"{list(array.shape)} {array.dtype}",
+            )
+    counts = {name: len(array) for name, array in batch.items()}
+    if len(set(counts.values())) > 1:
         raise UsageError(
-            "the tensor is no preprocessed batch",
+            "the inputs have different numbers of rows",
             where=path,
-            wanted="[B, C, H, W] or [B, C, T, H, W] float32",
-            found=f"{list(batch.shape)} {batch.dtype}",
+            found=", ".join(f"{name} {count}" for name, count in counts.items()),
         )
     return batch
 

@@ -2,6 +2,10 @@
 
 A pass takes a model, rewrites it in place and returns how often it did. Each identity holds in real
 arithmetic; `build` checks the rewritten engine against torch afterwards.
+
+The order: `flat_heads` looks for what the exporter wrote, so it comes first. `narrow_tokens` before
+`collapse_linears`: a pick behind two layers then stands in front of both. The joins come last: they
+hide a layer in wider weights, where neither would see it, and judge by the tokens that are left.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from onnx_ir.passes import common
 
+from .collapse_linears import collapse_linears
 from .flat_heads import flat_heads
 from .join_added import join_added
 from .join_biases import join_biases
 from .join_siblings import join_siblings
+from .narrow_tokens import narrow_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 
 PASSES: dict[str, Callable[[ir.Model], int]] = {
     "flat_heads": flat_heads,
+    "narrow_tokens": narrow_tokens,
+    "collapse_linears": collapse_linears,
     "join_siblings": join_siblings,
     "join_added": join_added,
     "join_biases": join_biases,

@@ -14,13 +14,15 @@ import numpy as np
 import onnxruntime as ort
 
 from ...merge.errors import IncompatibleArtefact, MissingDependency, UsageError
-from ..engine import IMAGES, LOGITS, TASK
+from ..engine import LOGITS, TASK, by_name, is_row_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from ..engine import Rows
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -89,7 +91,8 @@ class OnnxRuntimeSession:
             )
         names = [entry.name for entry in self._session.get_inputs()]
         self.mixes_tasks = TASK in names
-        self._bank_names = frozenset(names) - {IMAGES, TASK}
+        self._row_names = [name for name in names if is_row_input(name)]
+        self._bank_names = frozenset(names) - {TASK, *self._row_names}
         self._bank: dict[str, ort.OrtValue] = {}
         self.replace_bank(bank or {})
 
@@ -98,11 +101,12 @@ class OnnxRuntimeSession:
         """See `Session.metadata`."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
-    def run(
-        self, images: NDArray[np.float32], task: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
+    def run(self, inputs: Rows, task: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See `Session.run`."""
-        feeds = {IMAGES: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(images))}
+        feeds = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            for name, array in by_name(inputs, self._row_names).items()
+        }
         if self.mixes_tasks:
             if task is None:
                 raise UsageError("a multi-task engine needs a task row per image")

@@ -5,6 +5,8 @@ them (0: no classifier), and that carries `pretrained_cfg` in timm's form. One t
 `clip_size` of frames, height and width, and its configuration also says the `stride` and `views` of
 `preprocessing.Clip`. One that reads anything but pictures names it in `inputs`, takes it in that order, and
 calls modules without weights, its seats, on what side networks read or replace: `mask`, `features`, `pooled`.
+Modules whose outputs are its hidden states it names in `hidden_states`. Where the rows of its classifier are
+more than its classes, `logits_beside_classes` says by how many.
 `tests/merge/test_architectures.py` holds every line of the table to that.
 """
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "video_swin_base": ("video_swin", "VideoSwin"),
+    "caffe_resnet": ("caffe_resnet", "CaffeResNet"),
     "bert": ("bert", "Bert"),
     "clip_image": ("clip", "ClipImage"),
     "clip_text": ("clip", "ClipText"),

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from ..errors import UsageError
-from ..inputs import Input
-from .huggingface import ATTENTION, require_activation, require_heads
-from .states import classifier, masked_mean, require_rows, require_sizes
+from ..inputs import Input, require_rows
+from .arguments import require_heads, require_room, require_sizes
+from .head import classifier, masked_mean
+from .huggingface import ATTENTION, require_activation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,17 +111,11 @@ class Bert(nn.Module):
             "type_vocab_size": given["type_vocab_size"],
         }
         require_sizes(length=length, **sizes)
-        require_heads(hidden_size, num_attention_heads)
+        require_heads("num_attention_heads", num_attention_heads, hidden_size)
         require_activation("hidden_act", hidden_act)
         _require_padding(given["pad_token_id"], given["vocab_size"])
         first = given["pad_token_id"] + 1 if family == "roberta" else 0
-        if first + length > given["max_position_embeddings"]:
-            raise UsageError(
-                "the table of positions is shorter than the rows",
-                where="length",
-                wanted=f"at most {given['max_position_embeddings'] - first}",
-                found=length,
-            )
+        require_room("length", length, given["max_position_embeddings"] - first)
         config, trunk = FAMILIES[family]
         config = config(**sizes | given, hidden_act=hidden_act, **ATTENTION)
         self.inputs = (

@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from ..errors import IncompatibleArtefact, UsageError
-from ..inputs import Input
-from .huggingface import ATTENTION, require_activation, require_heads
-from .states import classifier, require_rows, require_sizes
+from ..inputs import Input, require_rows
+from .arguments import require_heads, require_room, require_sizes
+from .head import classifier
+from .huggingface import ATTENTION, require_activation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +85,7 @@ class ClipImage(nn.Module):
             "projection_dim": projection_dim,
         }
         require_sizes(**sizes)
-        require_heads(hidden_size, num_attention_heads)
+        require_heads("num_attention_heads", num_attention_heads, hidden_size)
         require_activation("hidden_act", hidden_act)
         if patch_size > image_size:
             raise UsageError(
@@ -196,15 +197,9 @@ class ClipText(nn.Module):
             "projection_dim": projection_dim,
         }
         require_sizes(length=length, **sizes)
-        require_heads(hidden_size, num_attention_heads)
+        require_heads("num_attention_heads", num_attention_heads, hidden_size)
         require_activation("hidden_act", hidden_act)
-        if length > max_position_embeddings:
-            raise UsageError(
-                "the table of positions is shorter than the rows",
-                where="length",
-                wanted=f"at most {max_position_embeddings}",
-                found=length,
-            )
+        require_room("length", length, max_position_embeddings)
         tower = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 **sizes,

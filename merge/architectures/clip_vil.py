@@ -3,12 +3,15 @@
 One BERT (arXiv 1810.04805) reads the words of a question and the features of a picture as one sequence,
 words first (Shen et al., arXiv 2107.06383, section 4). The names of the parameters are those of
 https://github.com/Paranioar/UniPT, part CLIP-ViL (Diao et al., arXiv 2308.14316). The picture's trunk is not
-part of it: the visual features come as they leave it, with a position embedding added where it has one.
+part of it: the visual features come as they leave it, in one of three forms. The released scripts have a
+`map`, whose cells get learned positions along both axes; `tokens` have none, or brought them along; `boxes`
+are tokens with the place of each in the picture.
 
 Four choices of that release decide what its weights answer, and are kept:
 
-- Padding is held back by -10000 on the scores, not by -inf. Visual tokens are never padding.
-- Visual features are embedded without boxes. The layers of the boxes are held, and never called.
+- Padding is held back by -10000 on the scores, not by -inf. Visual tokens are padding only where a mask of
+  them says so.
+- The embedding of a feature with a box is the mean of two: the feature's and the box's, each normalised.
 - The pooler is a linear layer on the first token, without a tanh.
 - Every LayerNorm has an epsilon of 1e-12, and GELU is the one with erf.
 
@@ -18,14 +21,20 @@ no layer of the release returns. Dropout is left out: a backbone is frozen and i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..errors import UsageError
-from ..inputs import Input
+from ..inputs import Input, require_rows
+from .arguments import (
+    require_choice,
+    require_heads,
+    require_lengths,
+    require_room,
+    require_sizes,
+)
+from .bert_layers import BertLayer, Embeddings, Pooler, init_bert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +43,6 @@ BERT = "lxrt_encoder.model.bert"
 EPS = 1e-12
 HELD_BACK = -10000.0  # added to the scores of padding
 BOX = 4  # numbers that say where a box lies
-INIT_STD = 0.02
 
 
 class ClipVil(nn.Module):
@@ -50,16 +58,23 @@ class ClipVil(nn.Module):
         visual_feat_dim: Channels of a visual feature.
         vocab_size: Rows of the table of words.
         max_position_embeddings: Rows of the table of positions.
-        type_vocab_size: Rows of the table of token types, of which row 0 is used.
+        type_vocab_size: Rows of the table of token types, of which row 0 is used where no types are given.
         length: Words of a question, padding included.
-        visual_tokens: Visual features of a picture; 240 are a picture of 384 x 640 pixels.
+        visual: What stands for the picture: `tokens`, `boxes` or `map`.
+        visual_tokens: Visual features of a picture, of `tokens` and `boxes`; 240 are a picture of 384 x 640
+            pixels.
+        map_size: Lengths of the two axes of a `map`; its cells, first axis outermost, are the visual features.
+        map_positions: Rows of the two tables of positions of a `map`.
+        visual_mask: A mask says which visual features are real; it may have holes.
+        token_types: Every word comes with its type.
         num_classes: Answers of the classifier; 0 for none.
 
     Attributes:
-        inputs: `input_ids` `[B, length]`, `attention_mask` `[B, length]` and `visual_feats`
-            `[B, visual_tokens, visual_feat_dim]`, in the order of `forward`.
-        mask: Seat of the mask of all tokens, `[B, N]`, 1 or 0 in the model's dtype; N is `length +
-            visual_tokens`. What it gives is what the attention heeds.
+        inputs: `input_ids` and `attention_mask` `[B, length]`; `visual_feats` `[B, visual_tokens,
+            visual_feat_dim]`, or `visual_map` `[B, visual_feat_dim, *map_size]`; and where they are asked
+            for `boxes` `[B, visual_tokens, 4]`, `visual_mask` `[B, Nv]` and `token_type_ids` `[B, length]`.
+        mask: Seat of the mask of all tokens, `[B, N]`, 1 or 0 in the model's dtype; N is `length + Nv`.
+            What it gives is what the attention heeds.
         joint: Seat of the embedded tokens `[B, N, C]`, in front of the first layer.
         features: Seat of what the last layer gave, `[B, N, C]`, in front of the pooler.
         logit_fc: The classifier. The release has none that is frozen: a task brings its own.
@@ -79,11 +94,16 @@ class ClipVil(nn.Module):
         max_position_embeddings: int = 512,
         type_vocab_size: int = 2,
         length: int = 20,
+        visual: Literal["tokens", "boxes", "map"] = "tokens",
         visual_tokens: int = 240,
+        map_size: Sequence[int] = (12, 20),
+        map_positions: int = 25,
+        visual_mask: bool = False,
+        token_types: bool = False,
         num_classes: int = 3129,
     ) -> None:
         super().__init__()
-        require_counts(
+        require_sizes(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             l_layers=l_layers,
@@ -93,14 +113,31 @@ class ClipVil(nn.Module):
             type_vocab_size=type_vocab_size,
             length=length,
             visual_tokens=visual_tokens,
+            map_positions=map_positions,
         )
         require_heads("num_attention_heads", num_attention_heads, hidden_size)
         require_room("length", length, max_position_embeddings)
-        self.inputs = (
+        require_choice("visual", visual, ("tokens", "boxes", "map"))
+        inputs = [
             Input("input_ids", (length,), "ids", high=vocab_size),
             Input("attention_mask", (length,), "mask"),
-            Input("visual_feats", (visual_tokens, visual_feat_dim)),
-        )
+        ]
+        positions = None
+        if visual == "map":
+            first, second = require_lengths("map_size", map_size)
+            require_room("map_size", max(first, second), map_positions)
+            visual_tokens = first * second
+            positions = VisualPositions(map_positions, visual_feat_dim)
+            inputs.append(Input("visual_map", (visual_feat_dim, first, second)))
+        else:
+            inputs.append(Input("visual_feats", (visual_tokens, visual_feat_dim)))
+        if visual == "boxes":
+            inputs.append(Input("boxes", (visual_tokens, BOX)))
+        if visual_mask:
+            inputs.append(Input("visual_mask", (visual_tokens,), "mask"))
+        if token_types:
+            inputs.append(Input("token_type_ids", (length,), "ids", high=type_vocab_size))
+        self.inputs = tuple(inputs)
         self.num_features = hidden_size
         self.pretrained_cfg: dict[str, Any] = {"classifier": "logit_fc"}
         self.mask = nn.Identity()
@@ -110,6 +147,7 @@ class ClipVil(nn.Module):
             Embeddings(vocab_size, max_position_embeddings, type_vocab_size, hidden_size, EPS),
             Encoder(
                 VisualEmbedding(visual_feat_dim, hidden_size),
+                positions,
                 l_layers,
                 hidden_size,
                 num_attention_heads,
@@ -132,39 +170,39 @@ class ClipVil(nn.Module):
         layers = range(len(self.bert.encoder.layer))
         return ("joint", *(f"{BERT}.encoder.layer.{number}" for number in layers))
 
-    def forward_features(
-        self, input_ids: Tensor, attention_mask: Tensor, visual_feats: Tensor
-    ) -> Tensor:
+    def forward_features(self, *tensors: Tensor) -> Tensor:
         """The last hidden state `[B, N, C]`; see `forward`.
 
         Raises:
             UsageError: An input has another shape than the backbone was created for.
         """
-        require_shapes(self.inputs, (input_ids, attention_mask, visual_feats))
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        words = self.bert.embeddings(input_ids, places)
-        visual = self.bert.encoder.visn_fc(visual_feats)
-        real = torch.cat([attention_mask.to(words.dtype), torch.ones_like(visual[..., 0])], dim=1)
-        bias = (1.0 - self.mask(real)) * HELD_BACK
+        require_rows(self.inputs, tensors)
+        given = {own.name: tensor for own, tensor in zip(self.inputs, tensors, strict=True)}
+        ids, encoder = given["input_ids"], self.bert.encoder
+        places = torch.arange(ids.shape[1], device=ids.device)
+        words = self.bert.embeddings(ids, places, given.get("token_type_ids"))
+        if encoder.visual_pos is None:
+            feats = given["visual_feats"]
+        else:
+            feats = encoder.visual_pos(given["visual_map"]).flatten(2).mT
+        visual = encoder.visn_fc(feats, given.get("boxes"))
+        real = [given["attention_mask"], given.get("visual_mask", torch.ones_like(visual[..., 0]))]
+        mask = self.mask(torch.cat([m.to(words.dtype) for m in real], dim=1))
+        bias = (1.0 - mask) * HELD_BACK
         x = self.joint(torch.cat([words, visual], dim=1))
-        return self.features(self.bert.encoder(x, bias[:, None, None, :]))
+        return self.features(encoder(x, bias[:, None, None, :]))
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Logits `[B, K]` of a hidden state `[B, N, C]`."""
         return self.logit_fc(self.bert.pooler(x))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, visual_feats: Tensor) -> Tensor:
-        """Logits `[B, K]`.
-
-        Args:
-            input_ids: `[B, length]` int64.
-            attention_mask: `[B, length]`, 1 at words and 0 at padding, of any dtype.
-            visual_feats: `[B, visual_tokens, visual_feat_dim]`.
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Logits `[B, K]` of the tensors that `inputs` names, in that order; masks of any dtype.
 
         Raises:
             UsageError: An input has another shape than the backbone was created for.
         """
-        return self.forward_head(self.forward_features(input_ids, attention_mask, visual_feats))
+        return self.forward_head(self.forward_features(*tensors))
 
 
 class Bert(nn.Module):
@@ -181,10 +219,17 @@ class Encoder(nn.Module):
     """The layers, and the embedding of visual features that the release keeps beside them."""
 
     def __init__(
-        self, visual: VisualEmbedding, layers: int, dim: int, heads: int, hidden: int
+        self,
+        visual: VisualEmbedding,
+        positions: VisualPositions | None,
+        layers: int,
+        dim: int,
+        heads: int,
+        hidden: int,
     ) -> None:
         super().__init__()
         self.visn_fc = visual
+        self.visual_pos = positions
         self.layer = nn.ModuleList(BertLayer(dim, heads, hidden, EPS) for _ in range(layers))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -194,204 +239,32 @@ class Encoder(nn.Module):
         return x
 
 
+class VisualPositions(nn.Module):
+    """Every cell of a map gets the sum of two positions, that along its first axis and that along its second."""
+
+    def __init__(self, places: int, features: int) -> None:
+        super().__init__()
+        self.x_position_embedding = nn.Embedding(places, features)
+        self.y_position_embedding = nn.Embedding(places, features)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """A map `[B, F, X, Y]` to one with positions."""
+        first = self.x_position_embedding.weight[: cells.shape[2]].mT[:, :, None]
+        second = self.y_position_embedding.weight[: cells.shape[3]].mT[:, None, :]
+        return cells + (first + second)
+
+
 class VisualEmbedding(nn.Module):
-    """Visual features become tokens: a linear layer and a norm."""
+    """Visual features become tokens: a linear layer and a norm, and the same of their boxes."""
 
     def __init__(self, features: int, dim: int) -> None:
         super().__init__()
         self.visn_fc = nn.Linear(features, dim)
         self.visn_layer_norm = nn.LayerNorm(dim, eps=EPS)
-        self.box_fc = nn.Linear(BOX, dim)  # held for their names; there are no boxes
+        self.box_fc = nn.Linear(BOX, dim)  # held for their names where there are no boxes
         self.box_layer_norm = nn.LayerNorm(dim, eps=EPS)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features `[B, Nv, F]` to tokens `[B, Nv, C]`."""
-        return self.visn_layer_norm(self.visn_fc(features))
-
-
-class Embeddings(nn.Module):
-    """A word, its place and its type, summed and normalised."""
-
-    def __init__(self, words: int, places: int, types: int, dim: int, eps: float) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(words, dim)
-        self.position_embeddings = nn.Embedding(places, dim)
-        self.token_type_embeddings = nn.Embedding(types, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=eps)
-
-    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
-        """Ids `[B, N]` at places `[N]` or `[B, N]`, all of type 0, to tokens `[B, N, C]`."""
-        x = self.word_embeddings(ids) + self.position_embeddings(places)
-        return self.LayerNorm(x + self.token_type_embeddings.weight[0])
-
-
-class BertLayer(nn.Module):
-    """Attention, then an mlp, each added to its input and normalised behind the sum."""
-
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float) -> None:
-        super().__init__()
-        self.attention = BertAttention(dim, heads, eps)
-        self.intermediate = Intermediate(dim, hidden)
-        self.output = Output(hidden, dim, eps)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` to tokens; `bias` `[B, 1, 1, N]` is added to the scores of the keys."""
-        x = self.attention(x, bias)
-        return self.output(self.intermediate(x), x)
-
-
-class BertAttention(nn.Module):
-    """Attention of every token to every token, and the sum behind it."""
-
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.self = SelfAttention(dim, heads)
-        self.output = Output(dim, dim, eps)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` to tokens."""
-        return self.output(self.self(x, bias), x)
-
-
-class SelfAttention(nn.Module):
-    """Scaled dot product attention in heads, before the layer that mixes them."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` to what their heads gathered, side by side `[B, N, C]`."""
-        return attend(self.query(x), self.key(x), self.value(x), bias, self.heads)
-
-
-class Intermediate(nn.Module):
-    """The first half of an mlp."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` to `[B, N, hidden]`."""
-        return F.gelu(self.dense(x))
-
-
-class Output(nn.Module):
-    """A linear layer, the sum with what the sublayer read, and the norm behind it."""
-
-    def __init__(self, hidden: int, dim: int, eps: float) -> None:
-        super().__init__()
-        self.dense = nn.Linear(hidden, dim)
-        self.LayerNorm = nn.LayerNorm(dim, eps=eps)
-
-    def forward(self, x: Tensor, read: Tensor) -> Tensor:
-        """`[B, N, hidden]` and tokens `[B, N, C]` to tokens."""
-        return self.LayerNorm(self.dense(x) + read)
-
-
-class Pooler(nn.Module):
-    """A linear layer on the first token."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, N, C]` to `[B, C]`."""
-        return self.dense(x[:, 0])
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """Scaled dot product attention in heads.
-
-    Args:
-        query: `[B, N, C]`.
-        key: `[B, M, C]`.
-        value: `[B, M, C]`.
-        bias: `[B, 1, 1, M]`, added to the scores of every query and head, or None.
-        heads: Their number; they lie side by side in the channels.
-
-    Returns:
-        `[B, N, C]`.
-    """
-    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    if bias is not None:  # ONNX Runtime's Attention takes no mask that all queries share
-        bias = bias.expand(-1, -1, query.shape[2], -1)
-    x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return x.transpose(1, 2).flatten(2)
-
-
-def init_bert(module: nn.Module) -> None:
-    """Linear layers and tables start as in BERT."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-def require_counts(**counts: Any) -> None:
-    """Hold every argument to be a number of something.
-
-    Raises:
-        UsageError: One is not a whole number of at least 1.
-    """
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise UsageError(
-                "an argument of the backbone is not a number of something",
-                where=name,
-                wanted="a whole number, at least 1",
-                found=count,
-            )
-
-
-def require_heads(name: str, heads: Any, channels: int) -> None:
-    """Hold attention heads to the channels that they share.
-
-    Raises:
-        UsageError: They do not divide them.
-    """
-    require_counts(**{name: heads})
-    if channels % heads:
-        raise UsageError(
-            "the heads of the backbone do not divide its channels",
-            where=name,
-            wanted=f"a divisor of {channels}",
-            found=heads,
-        )
-
-
-def require_room(name: str, length: int, places: int) -> None:
-    """Hold a text to the table of positions.
-
-    Raises:
-        UsageError: It is longer.
-    """
-    if length > places:
-        raise UsageError(
-            "the text is longer than the table of positions",
-            where=name,
-            wanted=f"at most {places}",
-            found=length,
-        )
-
-
-def require_shapes(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:
-    """Hold the tensors of one pass to what the backbone was created for.
-
-    Raises:
-        UsageError: One has another shape, apart from the batch axis.
-    """
-    for given, tensor in zip(inputs, tensors, strict=True):
-        if tensor.dim() != len(given.shape) + 1 or tuple(tensor.shape[1:]) != given.shape:
-            raise UsageError(
-                "an input does not have the shape that the backbone was created for",
-                where=given.name,
-                wanted=f"[B, {', '.join(map(str, given.shape))}]",
-                found=list(tensor.shape),
-                do="pad it, or create the backbone for this shape",
-            )
+    def forward(self, features: Tensor, boxes: Tensor | None) -> Tensor:
+        """Features `[B, Nv, F]`, and boxes `[B, Nv, 4]` or None, to tokens `[B, Nv, C]`."""
+        x = self.visn_layer_norm(self.visn_fc(features))
+        return x if boxes is None else (x + self.box_layer_norm(self.box_fc(boxes))) / 2

@@ -292,22 +292,7 @@ def _tied(
     return {**arguments, "tie_word_embeddings": tied}, tensors
 
 
-# What the trunks check of their arguments
-
-
-def require_heads(width: int, heads: int) -> None:
-    """The channels are divided among the heads.
-
-    Raises:
-        UsageError: They are not.
-    """
-    if width % heads:
-        raise UsageError(
-            "the channels cannot be divided among the attention heads",
-            where="num_attention_heads",
-            wanted=f"a divisor of {width}",
-            found=heads,
-        )
+# What the trunks ask of their arguments
 
 
 def require_activation(argument: str, name: str) -> None:

@@ -11,7 +11,7 @@ What decides what the weights answer, and is kept:
   that padding does not move it. It is computed in float32, whatever the dtype of the model.
 - Tokens of the text have no position; queries start at zero, and carry their embedding as a position.
 - Every norm stands behind its sum, and one more behind the last layer of the decoder, not the encoder.
-- The norm behind the text's linear layer has an epsilon of 1e-12, RoBERTa's and all others 1e-5.
+- The norm behind the text's linear layer has an epsilon of 1e-12, all others 1e-5.
 
 The release's options `normalize_before` and without `pass_pos_and_query` are refused: its own code has no
 decoder for the one and stops with an error on the other. Extra queries for question answering, and the
@@ -32,25 +32,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..inputs import Input
-from .clip_vil import (
-    BertLayer,
-    Embeddings,
-    Pooler,
-    attend,
-    init_bert,
-    require_counts,
+from ..inputs import Input, require_rows
+from .arguments import (
+    require_choice,
     require_heads,
+    require_lengths,
     require_room,
-    require_shapes,
+    require_sizes,
 )
+from .bert_layers import BertLayer, Embeddings, Pooler, attend, init_bert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BOX = 4  # centre x and y, width and height, each over the picture's
 RESIZER_EPS = 1e-12
-ROBERTA_EPS = 1e-5
 ROBERTA_PADDING = 1  # id of padding; the first word has the place behind it
 TEMPERATURE = 10000.0  # longest wave of the positions, in turns
 CELL = 1e-6  # keeps a row of nothing but padding from dividing by zero
@@ -80,6 +76,7 @@ class Mdetr(nn.Module):
         text_vocab_size: Rows of its table of words.
         text_positions: Rows of its table of positions; the first two belong to no word.
         text_types: Rows of its table of token types, of which row 0 is used.
+        text_layer_norm_eps: Of its norms.
         normalize_before: False; see the module's docstring.
         pass_pos_and_query: True; see the module's docstring.
 
@@ -95,6 +92,7 @@ class Mdetr(nn.Module):
         features: Seat of what the decoder gave, `[B, Q, d_model]`, in front of the heads.
         class_embed: Class logits of a box, `num_classes + 1`, "no object" last.
         bbox_embed: The box before the sigmoid.
+        logits_beside_classes: Rows of the classifier that are no class: "no object".
 
     Raises:
         UsageError: An argument is out of range.
@@ -120,12 +118,13 @@ class Mdetr(nn.Module):
         text_vocab_size: int = 50265,
         text_positions: int = 514,
         text_types: int = 1,
+        text_layer_norm_eps: float = 1e-5,
         normalize_before: bool = False,
         pass_pos_and_query: bool = True,
     ) -> None:
         super().__init__()
         _require_release(normalize_before, pass_pos_and_query)
-        require_counts(
+        require_sizes(
             d_model=d_model,
             dim_feedforward=dim_feedforward,
             num_encoder_layers=num_encoder_layers,
@@ -143,19 +142,13 @@ class Mdetr(nn.Module):
         _require_waves(d_model)
         require_heads("nhead", nhead, d_model)
         require_heads("text_heads", text_heads, text_hidden)
-        height, width = _map_size(map_size)
+        height, width = require_lengths("map_size", map_size)
+        require_choice("text", text, ("hidden", "ids"))
         if text == "ids":
             require_room("text_length", text_length, text_positions - ROBERTA_PADDING - 1)
             words = Input("input_ids", (text_length,), "ids", high=text_vocab_size)
-        elif text == "hidden":
-            words = Input("text_hidden", (text_length, text_hidden))
         else:
-            raise UsageError(
-                "there is no such form of the text",
-                where="text",
-                wanted="hidden or ids",
-                found=text,
-            )
+            words = Input("text_hidden", (text_length, text_hidden))
         self.text = text
         self.inputs = (
             Input("features", (backbone_channels, height, width)),
@@ -164,6 +157,7 @@ class Mdetr(nn.Module):
             Input("text_mask", (text_length,), "mask"),
         )
         self.num_features = d_model
+        self.logits_beside_classes = 1
         self.pretrained_cfg: dict[str, Any] = {"classifier": ("class_embed", "bbox_embed")}
         self.encoder_mask = nn.Identity()
         self.encoder_input = nn.Identity()
@@ -175,9 +169,11 @@ class Mdetr(nn.Module):
             Decoder(num_decoder_layers, d_model, nhead, dim_feedforward),
             Resizer(text_hidden, d_model),
             Roberta(
-                Embeddings(text_vocab_size, text_positions, text_types, text_hidden, ROBERTA_EPS),
+                Embeddings(
+                    text_vocab_size, text_positions, text_types, text_hidden, text_layer_norm_eps
+                ),
                 [
-                    BertLayer(text_hidden, text_heads, text_intermediate, ROBERTA_EPS)
+                    BertLayer(text_hidden, text_heads, text_intermediate, text_layer_norm_eps)
                     for _ in range(text_layers)
                 ],
                 Pooler(text_hidden),
@@ -214,7 +210,7 @@ class Mdetr(nn.Module):
         Raises:
             UsageError: An input has another shape than the backbone was created for.
         """
-        require_shapes(self.inputs, (features, feature_mask, text, text_mask))
+        require_rows(self.inputs, (features, feature_mask, text, text_mask))
         cells = self.input_proj(features).flatten(2).transpose(1, 2)
         hidden = self.transformer.text_encoder(text, text_mask) if self.text == "ids" else text
         words = self.transformer.resizer(hidden)
@@ -493,22 +489,3 @@ def _require_release(normalize_before: bool, pass_pos_and_query: bool) -> None:
             wanted="normalize_before false, pass_pos_and_query true",
             found=f"normalize_before {normalize_before}, pass_pos_and_query {pass_pos_and_query}",
         )
-
-
-def _map_size(values: Any) -> tuple[int, int]:
-    """Height and width.
-
-    Raises:
-        UsageError: They are not two lengths.
-    """
-    given = list(values) if isinstance(values, list | tuple) else [values]
-    if len(given) != 2:
-        raise UsageError(
-            "a size of the backbone is not two lengths",
-            where="map_size",
-            wanted="height and width",
-            found=values,
-        )
-    height, width = given
-    require_counts(**{"map_size, height": height, "map_size, width": width})
-    return height, width

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UsageError
-from ..inputs import Input
+from ..inputs import Input, require_rows
+from .arguments import require_sizes
+from .head import classifier, masked_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,55 +101,6 @@ class States(nn.Module):
             self.end(F.one_hot(given.pop(0), tokens).to(self.unit.dtype))
         x = self.features(states[-1])
         return self.head(self.pooled(_mean(x, mask) if vector is None else vector))
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean `[B, C]` of the tokens `[B, N, C]` where the mask `[B, N]` is 1, and not 0."""
-    return (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def classifier(width: int, classes: int) -> nn.Module:
-    """A linear layer, or for 0 classes the identity.
-
-    Raises:
-        UsageError: The number is below 0.
-    """
-    if type(classes) is not int or classes < 0:
-        raise UsageError("num_classes is not a number from 0", found=classes)
-    return nn.Linear(width, classes) if classes else nn.Identity()
-
-
-def require_sizes(**sizes: Any) -> None:
-    """Every size is a whole number from 1.
-
-    Raises:
-        UsageError: One is not.
-    """
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise UsageError(f"{name} is not a whole number from 1", found=repr(size))
-
-
-def require_rows(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:
-    """Every tensor is a batch of rows of its input.
-
-    Raises:
-        UsageError: There are more or fewer of them, or one has another shape.
-    """
-    if len(tensors) != len(inputs):
-        raise UsageError(
-            "the backbone takes another number of inputs",
-            wanted=", ".join(own.name for own in inputs),
-            found=f"{len(tensors)} tensors",
-        )
-    for own, tensor in zip(inputs, tensors, strict=True):
-        if tuple(tensor.shape[1:]) != own.shape:
-            raise UsageError(
-                "an input does not have the shape that the backbone was created for",
-                where=own.name,
-                wanted=f"[{', '.join(['B', *map(str, own.shape)])}]",
-                found=list(tensor.shape),
-            )
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:

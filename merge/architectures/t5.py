@@ -21,9 +21,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ..errors import UsageError
-from ..inputs import Input
+from ..inputs import Input, require_rows
+from .arguments import require_sizes
+from .head import classifier
 from .huggingface import ATTENTION, require_activation
-from .states import classifier, require_rows, require_sizes
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack

@@ -89,6 +89,8 @@ def unipt(
 ) -> Method:
     """A UniPT beside the whole trunk (arXiv 2308.14316); the last hidden state is the anchor.
 
+    Beside an encoder and a decoder there is one at each, and the decoder's reads what the encoder's gives.
+
     Args:
         width: Channels inside; half of the anchor's if None.
         pool: What goes to the classifier: the `first` token, or the `mean`; None as the trunk does.
@@ -100,6 +102,9 @@ def unipt(
     """
 
     def plant(backbone: Backbone, sites: Sites) -> Iterator[Planted]:
+        if hasattr(backbone.model, "decoder_hidden_states"):
+            yield from _two_sides(backbone, sites, width, {"norm": norm, **settings})
+            return
         states = hidden_states(backbone, sites)
         *targets, anchor = states.points
         add = Point(_classifier(backbone), "input")
@@ -125,6 +130,36 @@ def unipt(
         yield Planted(f"{add.module}/unipt", Branch(tuner, targets[0], add, tuple(others)))
 
     return plant
+
+
+def _two_sides(
+    backbone: Backbone, sites: Sites, width: int | None, settings: dict[str, Any]
+) -> Iterator[Planted]:
+    """A network beside the encoder, whose answer is the memory of one beside the decoder."""
+    model = backbone.model
+    memory = Point("side_memory", "output")
+    mask = next(
+        Point(path, "output")
+        for path in ("encoder_mask", "memory_mask")
+        if Point(path, "output") in sites.calls
+    )
+    for half, add in (("hidden_states", memory), ("decoder_hidden_states", Point("features", "output"))):
+        *targets, anchor = (Point(path, "output") for path in getattr(model, half))
+        crossed = add is not memory
+        wide = sites.require(anchor)
+        inside = width or wide // 2
+        tuner = UniPT(
+            widths=tuple(map(sites.require, targets)),
+            anchor=wide,
+            width=inside,
+            out=sites.require(add) if crossed else inside,
+            up="relu" if crossed else "none",
+            masked=not crossed,
+            crossed=crossed,
+            **settings,
+        )
+        others = (*targets[1:], anchor, *((memory, mask) if crossed else (mask,)))
+        yield Planted(f"{add.module}/unipt", Branch(tuner, targets[0], add, others))
 
 
 def ladder(width: int | None = None, *, heads: int = 4, pool: str | None = None) -> Method:

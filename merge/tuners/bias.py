@@ -22,7 +22,6 @@ class Bias(Tuner):
     kind = "bias"
     source = "arXiv 2106.10199 (BitFit)"
     join = "add"
-    broadcasts = True
 
     @property
     def shapes(self) -> Shapes:

@@ -39,9 +39,11 @@ class Embedding(Tuner):
     no_fold = "it answers with what the classifier would read, and no weight of a classifier does"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             raise ValueError(f"size {self.size!r} is not a number from 1")
-        if not isinstance(self.eps, float) or self.eps < 0:
+        if not isinstance(self.unit, bool):
+            raise TypeError(f"unit {self.unit!r} is neither true nor false")
+        if not isinstance(self.eps, float) or not self.eps >= 0:
             raise ValueError(f"eps {self.eps!r} is below zero")
 
     @property

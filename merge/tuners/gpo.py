@@ -50,8 +50,10 @@ class Gpo(Tuner):
 
     def __post_init__(self) -> None:
         sizes = (self.tokens, self.positions, self.hidden)
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or self.positions % 2:
+        if not all(type(size) is int and size > 0 for size in sizes) or self.positions % 2:
             raise ValueError(f"sizes {sizes} are not numbers from 1, the second even")
+        if not isinstance(self.masked, bool):
+            raise TypeError(f"masked {self.masked!r} is neither true nor false")
 
     @property
     def reads(self) -> int:

@@ -64,10 +64,14 @@ class Ladder(Tuner):
         if self.gives not in ("tokens", "first", "mean"):
             raise ValueError(f"gives {self.gives!r} is not tokens, first or mean")
         sizes = (*self.widths, self.width, self.heads, self.hidden, self.out)
-        if len(self.widths) < 2 or not all(isinstance(s, int) and s > 0 for s in sizes):
+        if len(self.widths) < 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"sizes {sizes} are not numbers from 1, with two widths at least")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if not isinstance(self.eps, float) or not self.eps > 0:
+            raise ValueError(f"eps {self.eps!r} is not above zero")
+        if not isinstance(self.masked, bool):
+            raise TypeError(f"masked {self.masked!r} is neither true nor false")
 
     @property
     def reads(self) -> int:

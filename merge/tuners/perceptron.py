@@ -42,8 +42,10 @@ class Perceptron(Tuner):
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
-        if not self.hidden or not all(isinstance(s, int) and s > 0 for s in self.hidden):
+        if not self.hidden or not all(type(size) is int and size > 0 for size in self.hidden):
             raise ValueError(f"hidden {self.hidden!r} are not numbers from 1")
+        if not isinstance(self.norm_eps, float) or not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps {self.norm_eps!r} is below zero")
 
     @property
     def shapes(self) -> Shapes:

@@ -103,13 +103,18 @@ class UniPT(Tuner):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {choices}")
+        for name in ("relu_first", "vector", "up_norm", "masked", "crossed"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} {getattr(self, name)!r} is neither true nor false")
         sizes = (*self.widths, self.anchor, self.width, self.out)
-        if not self.widths or not all(isinstance(s, int) and s > 0 for s in sizes):
+        if not self.widths or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"a width among {sizes} is not a number from 1")
-        if not isinstance(self.eps, float) or not self.eps > 0:
-            raise ValueError(f"eps {self.eps!r} is not above zero")
-        if self.project == "mlp" and self.inner < 1:
-            raise ValueError(f"inner {self.inner!r} is not a number from 1")
+        for name in ("eps", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not value > 0:
+                raise ValueError(f"{name} {value!r} is not above zero")
+        if type(self.inner) is not int or (self.inner > 0) != (self.project == "mlp"):
+            raise ValueError(f"inner {self.inner!r} is not a number from 1 with an mlp, 0 without")
         if self.vector and self.own == "query":
             raise ValueError("an anchor that is one vector has no own row among the tokens")
         if self.up == "none" and self.out != self.width:

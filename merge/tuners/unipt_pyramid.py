@@ -44,9 +44,11 @@ class UniPTPyramid(UniPT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.cells) != len(self.widths) or not all(
-            isinstance(side, int) and side > 0 for side in self.cells
+            type(side) is int and side > 0 for side in self.cells
         ):
             raise ValueError(f"cells {self.cells!r} are not one number from 1 per target")
+        if not isinstance(self.channels_last, bool):
+            raise TypeError(f"channels_last {self.channels_last!r} is neither true nor false")
         if self.masked or self.crossed or self.vector or self.own not in ("query", "none"):
             raise ValueError("a network on maps has no masks, no memory and no vector")
 

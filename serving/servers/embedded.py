@@ -1,15 +1,17 @@
-"""The embedded server: HTTP and gRPC in this process, on every system, over one batcher."""
+"""The embedded server: HTTP and gRPC in this process, on every system, over one batcher per model."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import threading
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING
 
+import numpy as np
 import uvicorn
 
 from ..batcher import Batcher
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from ...export.bundle import Bundle
+    from ..registry import Registry
 
 MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request out and says why
-JSON_GROWTH = 16  # a float32 as JSON takes up to about 25 bytes instead of 4; the rest is slack
+JSON_GROWTH = (
+    16  # as JSON a float32 takes up to about 25 bytes instead of 4, an int64 21 instead of 8
+)
 DRAIN_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75  # longer than a person's pause; many clients do not try again by themselves
 
@@ -90,7 +95,8 @@ async def running(
     """Both servers over a service; leaving the block drains them.
 
     Args:
-        service: What answers.
+        service: What answers; where its bundle has an engine of all tasks, with the model of all tasks
+            beside it.
         host: Address to listen on.
         http_port: Port of HTTP; 0 picks a free one.
         grpc_port: Port of gRPC; 0 picks a free one.
@@ -100,15 +106,18 @@ async def running(
     Raises:
         UsageError: A port cannot be had.
     """
-    row = 4
-    for size in service.registry.image_shape:
-        row *= size
-    limit = max(MIN_BODY, JSON_GROWTH * service.registry.max_batch * row)
-    batcher = Batcher(service, max_delay_ms=max_delay_ms, max_queued_rows=max_queued_rows)
+    services = [service]
+    if service.every not in (None, service):
+        services.append(service.every)
+    batchers = [
+        Batcher(each, max_delay_ms=max_delay_ms, max_queued_rows=max_queued_rows)
+        for each in services
+    ]
+    limit = max(MIN_BODY, *(JSON_GROWTH * _largest_request(each.registry) for each in services))
     version = _version()
     with listen(host, http_port) as socket:
         rpc, grpc_port = grpc_server(
-            batcher,
+            batchers,
             version=version,
             max_delay_ms=max_delay_ms,
             max_message=limit,
@@ -117,7 +126,7 @@ async def running(
         )
         web = _Uvicorn(
             uvicorn.Config(
-                http_app(batcher, version=version, max_delay_ms=max_delay_ms, max_body=limit),
+                http_app(batchers, version=version, max_delay_ms=max_delay_ms, max_body=limit),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -127,7 +136,9 @@ async def running(
                 timeout_graceful_shutdown=DRAIN_SECONDS,
             )
         )
-        async with batcher:
+        async with contextlib.AsyncExitStack() as stack:
+            for batcher in batchers:
+                await stack.enter_async_context(batcher)
             await rpc.start()
             serving = asyncio.create_task(web.serve(sockets=[socket]))
             try:
@@ -139,9 +150,19 @@ async def running(
                     http=host_port(host, socket.getsockname()[1]), grpc=host_port(host, grpc_port)
                 )
             finally:
-                batcher.stop()  # not ready from here on; what was taken is answered
+                for batcher in batchers:
+                    batcher.stop()  # not ready from here on; what was taken is answered
                 web.should_exit = True
                 await asyncio.gather(rpc.stop(DRAIN_SECONDS), serving)
+
+
+def _largest_request(registry: Registry) -> int:
+    """Bytes of a full batch."""
+    row = sum(
+        np.dtype(tensor.dtype).itemsize * math.prod(int(size) for size in tensor.shape[1:])
+        for tensor in registry.inputs.values()
+    )
+    return registry.max_batch * row
 
 
 class _Uvicorn(uvicorn.Server):

@@ -21,18 +21,28 @@ from ..rejections import InvalidRequest, Overloaded, Stopping, UnknownModel, one
 from .ports import free_port, host_port
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..batcher import Batcher
 
 log = logging.getLogger(__name__)
 
+_TYPED = {"FP32": "fp32_contents", "INT64": "int64_contents", "BYTES": "bytes_contents"}
+
 
 def grpc_server(
-    batcher: Batcher, *, version: str, max_delay_ms: float, max_message: int, host: str, port: int
+    batchers: Sequence[Batcher],
+    *,
+    version: str,
+    max_delay_ms: float,
+    max_message: int,
+    host: str,
+    port: int,
 ) -> tuple[grpc.aio.Server, int]:
     """A server that is bound but not started, and its port.
 
     Args:
-        batcher: What answers; already entered when the first request comes.
+        batchers: What answers, one per model; already entered when the first request comes.
         version: The server's version, for its metadata.
         max_delay_ms: The batching delay, for the model's configuration.
         max_message: Largest request in bytes.
@@ -50,7 +60,7 @@ def grpc_server(
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients silently
         ]
     )
-    servicer = _Servicer(batcher, version, max_delay_ms)
+    servicer = _Servicer(batchers, version, max_delay_ms)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     try:
         server.add_insecure_port(host_port(host, port))
@@ -60,9 +70,8 @@ def grpc_server(
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, batcher: Batcher, version: str, max_delay_ms: float) -> None:
-        self._batcher = batcher
-        self._registry = batcher.service.registry
+    def __init__(self, batchers: Sequence[Batcher], version: str, max_delay_ms: float) -> None:
+        self._batchers = batchers
         self._version = version
         self._max_delay_ms = max_delay_ms
 
@@ -70,14 +79,14 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return service_pb2.ServerReadyResponse(ready=self._batcher.ready)
+        return service_pb2.ServerReadyResponse(ready=all(b.ready for b in self._batchers))
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         try:
-            protocol.check_model(self._registry, request.name, request.version)
+            batcher = protocol.find_model(self._batchers, request.name, request.version)
         except UnknownModel:  # as Triton: not ready is an answer, not an error
             return service_pb2.ModelReadyResponse(ready=False)
-        return service_pb2.ModelReadyResponse(ready=self._batcher.ready)
+        return service_pb2.ModelReadyResponse(ready=batcher.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         return ParseDict(
@@ -85,38 +94,38 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         )
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await self._check_model(request, context)
+        service = (await self._find(request, context)).service
         return ParseDict(
-            protocol.model_metadata(self._registry), service_pb2.ModelMetadataResponse()
+            protocol.model_metadata(service.registry), service_pb2.ModelMetadataResponse()
         )
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await self._check_model(request, context)
-        config = protocol.model_config(self._registry, max_delay_ms=self._max_delay_ms)
+        service = (await self._find(request, context)).service
+        config = protocol.model_config(service.registry, max_delay_ms=self._max_delay_ms)
         return ParseDict({"config": config}, service_pb2.ModelConfigResponse())
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
-        if request.name:
-            await self._check_model(request, context)
+        asked = [await self._find(request, context)] if request.name else self._batchers
         return ParseDict(
-            protocol.model_statistics(self._batcher.service), service_pb2.ModelStatisticsResponse()
+            protocol.model_statistics(batcher.service for batcher in asked),
+            service_pb2.ModelStatisticsResponse(),
         )
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
-        index = protocol.repository_index(self._registry, ready=self._batcher.ready)
+        index = protocol.repository_index(self._batchers)
         return ParseDict({"models": index}, service_pb2.RepositoryIndexResponse())
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         try:
-            protocol.check_model(self._registry, request.model_name, request.model_version)
+            batcher = protocol.find_model(self._batchers, request.model_name, request.model_version)
             outputs = [
                 protocol.OutputRequest(output.name, _classes(output)) for output in request.outputs
             ]
-            tensors = await protocol.infer(self._batcher, _read_inputs(request), outputs)
+            tensors = await protocol.infer(batcher, _read_inputs(request), outputs)
         except UtuneError as error:
             return await _abort(context, error)
         response = service_pb2.ModelInferResponse(
-            model_name=self._registry.bundle.name, model_version=protocol.VERSION, id=request.id
+            model_name=request.model_name, model_version=protocol.VERSION, id=request.id
         )
         for tensor in tensors:
             response.outputs.add(
@@ -125,11 +134,11 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             response.raw_output_contents.append(tensor.raw())
         return response
 
-    async def _check_model(self, request: Any, context: Any) -> None:
+    async def _find(self, request: Any, context: Any) -> Batcher:
         try:
-            protocol.check_model(self._registry, request.name, request.version)
+            return protocol.find_model(self._batchers, request.name, request.version)
         except UtuneError as error:
-            await _abort(context, error)
+            return await _abort(context, error)
 
 
 def _read_inputs(request: Any) -> list[protocol.InputTensor]:
@@ -152,8 +161,7 @@ def _read_inputs(request: Any) -> list[protocol.InputTensor]:
             )
         if raw and tensor.HasField("contents"):
             raise InvalidRequest("an input has raw and typed contents", where=tensor.name)
-        contents = tensor.contents
-        typed = contents.bytes_contents if tensor.datatype == "BYTES" else contents.fp32_contents
+        typed = getattr(tensor.contents, _TYPED.get(tensor.datatype, "fp32_contents"))
         tensors.append(
             protocol.InputTensor(
                 tensor.name,

@@ -38,16 +38,18 @@ _AUTOMATIC = zlib.MAX_WBITS | 32  # gzip and zlib by their first bytes
 log = logging.getLogger(__name__)
 
 
-def http_app(batcher: Batcher, *, version: str, max_delay_ms: float, max_body: int) -> Starlette:
-    """The app over a batcher.
+def http_app(
+    batchers: Sequence[Batcher], *, version: str, max_delay_ms: float, max_body: int
+) -> Starlette:
+    """The app over the models' batchers.
 
     Args:
-        batcher: What answers; already entered when the first request comes.
+        batchers: What answers, one per model; already entered when the first request comes.
         version: The server's version, for its metadata.
         max_delay_ms: The batching delay, for the model's configuration.
         max_body: Largest request body in bytes, packed or unpacked.
     """
-    endpoints = _Endpoints(batcher, version, max_delay_ms, max_body)
+    endpoints = _Endpoints(batchers, version, max_delay_ms, max_body)
     routes = [
         Route("/v2", endpoints.server),
         Route("/v2/health/live", endpoints.live),
@@ -74,9 +76,10 @@ def http_app(batcher: Batcher, *, version: str, max_delay_ms: float, max_body: i
 
 
 class _Endpoints:
-    def __init__(self, batcher: Batcher, version: str, max_delay_ms: float, max_body: int) -> None:
-        self._batcher = batcher
-        self._registry = batcher.service.registry
+    def __init__(
+        self, batchers: Sequence[Batcher], version: str, max_delay_ms: float, max_body: int
+    ) -> None:
+        self._batchers = batchers
         self._version = version
         self._max_delay_ms = max_delay_ms
         self._max_body = max_body
@@ -88,33 +91,30 @@ class _Endpoints:
         return JSONResponse({"live": True})
 
     async def ready(self, _request: Request) -> Response:
-        ready = self._batcher.ready
+        ready = all(batcher.ready for batcher in self._batchers)
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def model_ready(self, request: Request) -> Response:
-        self._check_model(request)
-        ready = self._batcher.ready
-        body = {"name": self._registry.bundle.name, "ready": ready}
-        return JSONResponse(body, status_code=200 if ready else 503)
+        batcher = self._find(request)
+        body = {"name": batcher.service.registry.name, "ready": batcher.ready}
+        return JSONResponse(body, status_code=200 if batcher.ready else 503)
 
     async def metadata(self, request: Request) -> Response:
-        self._check_model(request)
-        return JSONResponse(protocol.model_metadata(self._registry))
+        return JSONResponse(protocol.model_metadata(self._find(request).service.registry))
 
     async def config(self, request: Request) -> Response:
-        self._check_model(request)
-        return JSONResponse(protocol.model_config(self._registry, max_delay_ms=self._max_delay_ms))
+        registry = self._find(request).service.registry
+        return JSONResponse(protocol.model_config(registry, max_delay_ms=self._max_delay_ms))
 
     async def statistics(self, request: Request) -> Response:
-        if "model" in request.path_params:
-            self._check_model(request)
-        return JSONResponse(protocol.model_statistics(self._batcher.service))
+        asked = [self._find(request)] if "model" in request.path_params else self._batchers
+        return JSONResponse(protocol.model_statistics(batcher.service for batcher in asked))
 
     async def index(self, _request: Request) -> Response:
-        return JSONResponse(protocol.repository_index(self._registry, ready=self._batcher.ready))
+        return JSONResponse(protocol.repository_index(self._batchers))
 
     async def infer(self, request: Request) -> Response:
-        self._check_model(request)
+        batcher = self._find(request)
         try:
             body = await _read_body(request, self._max_body)
         except ClientDisconnect:
@@ -126,12 +126,12 @@ class _Endpoints:
         identity = message.get("id", "")
         if not isinstance(identity, str):
             raise InvalidRequest("the request's id is not a string", where="id")
-        answered = await _unless_gone(request, protocol.infer(self._batcher, inputs, outputs))
+        answered = await _unless_gone(request, protocol.infer(batcher, inputs, outputs))
         if answered is None:
             return Response(status_code=CLIENT_GONE)
         return _write(
             {
-                "model_name": self._registry.bundle.name,
+                "model_name": batcher.service.registry.name,
                 "model_version": protocol.VERSION,
                 **({"id": identity} if identity else {}),
             },
@@ -140,9 +140,9 @@ class _Endpoints:
             request.headers.get("Accept-Encoding", ""),
         )
 
-    def _check_model(self, request: Request) -> None:
-        protocol.check_model(
-            self._registry, request.path_params["model"], request.path_params.get("version", "")
+    def _find(self, request: Request) -> Batcher:
+        return protocol.find_model(
+            self._batchers, request.path_params["model"], request.path_params.get("version", "")
         )
 
 

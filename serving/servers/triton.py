@@ -173,7 +173,7 @@ def running(
             max_delay_ms=max_delay_ms,
         )
         _compile(fit, folder / "models")
-        process = TritonProcess(fit, folder, bundle.name, host, ports)
+        process = TritonProcess(fit, folder, host, ports)
         try:
             process.wait_until_ready(load_seconds, stopped)
             yield process
@@ -199,7 +199,6 @@ class TritonProcess:
         self,
         environment: TritonEnvironment,
         folder: Path,
-        model: str,
         host: str,
         ports: list[int],
     ) -> None:
@@ -208,7 +207,7 @@ class TritonProcess:
         self.addresses = Addresses(*(host_port(host, port) for port in ports))
         self.log = folder / "tritonserver.log"
         self._folder = folder
-        self._model = model
+        self._models = sorted(path.name for path in (folder / "models").iterdir())
         self._connect_to = host.strip("[]"), http_port
         self._memory = f"utune_{uuid.uuid4().hex[:12]}"
         for part in ("backends", "caches"):
@@ -253,7 +252,7 @@ class TritonProcess:
             )
 
     def wait_until_ready(self, seconds: float, stopped: Callable[[], bool]) -> None:
-        """Return when the model answers, or when `stopped` says so.
+        """Return when every model answers, or when `stopped` says so.
 
         Raises:
             ServerFailed: It ended, or did not come up in time.
@@ -296,18 +295,19 @@ class TritonProcess:
                 region.unlink(missing_ok=True)
 
     def _drain(self) -> bool:
-        """Take the model away: what was taken is answered, what comes now is refused.
+        """Take the models away: what was taken is answered, what comes now is refused.
 
         Without it, tritonserver goes on serving clients that keep their connections busy, and cuts
-        their requests when its patience ends. The model is gone when its stub is.
+        their requests when its patience ends. A model is gone when its stub is.
 
         Returns:
             Whether nothing is left to answer.
         """
-        model = self._folder / "models" / self._model
-        if self._has_ended() or not model.exists() or not self._is_ready():
+        models = [self._folder / "models" / name for name in self._models]
+        if self._has_ended() or not all(map(Path.exists, models)) or not self._is_ready():
             return False
-        model.rename(self._folder / "drained")
+        for model in models:
+            model.rename(self._folder / f"drained-{model.name}")
         leader = self._process.pid
         return self._wait(lambda: _living(leader) <= {leader}, EXIT_SECONDS)
 
@@ -330,10 +330,11 @@ class TritonProcess:
 
     def _is_ready(self) -> bool:
         try:
-            status, _ = self._ask("GET", f"/v2/models/{self._model}/ready")
+            return all(
+                self._ask("GET", f"/v2/models/{model}/ready")[0] == 200 for model in self._models
+            )
         except (OSError, http.client.HTTPException):
             return False
-        return status == 200
 
     def _ask(self, method: str, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(*self._connect_to, timeout=5)

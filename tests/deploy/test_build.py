@@ -255,7 +255,7 @@ def export(
     """`export_bundle` of the `lora` task to `tmp_path/out`, traced once for all tests here."""
 
     def graph(*_: Any) -> Any:
-        return ir.from_proto(onnx.load_from_string(traced)), None, []
+        return build._Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
 
     def export(**settings: Any) -> Bundle:
         return export_bundle(

@@ -160,7 +160,7 @@ def test_the_bundle_says_that_it_reads_clips(bundle, deltas):
     assert bundle.engine.inputs[0].shape == ("batch", 3, 4, 14, 20)
     assert [task.preprocessing.clip for task in bundle.tasks] == [Clip(4, 2, 3)] * 2
     assert any("real images" in c["name"] for c in bundle.check["comparisons"])
-    assert Service.open(bundle, threads=1).registry.image_shape == (3, 4, 14, 20)
+    assert Service.open(bundle, threads=1).registry.inputs["images"].shape[1:] == (3, 4, 14, 20)
 
 
 def test_predict_averages_the_logits_of_all_views(

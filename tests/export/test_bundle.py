@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 from utune_deploy.export.bundle import (
     BANK,
+    FAN_OUT,
+    FAN_OUT_FILE,
     FORMAT,
     IDENTITY,
     MANIFEST,
@@ -43,7 +45,10 @@ def write(tmp_path: Path, tiny_engine: Any, tiny_bank: Any) -> Callable[..., Bun
     """A bundle of the tiny engine: `(folder name, task names, bank) -> Bundle`."""
 
     def write(
-        where: str, names: tuple[str, ...] = ("cats", "dogs"), bank: str = "constants"
+        where: str,
+        names: tuple[str, ...] = ("cats", "dogs"),
+        bank: str = "constants",
+        change: Callable[[Bundle], Bundle] = lambda bundle: bundle,
     ) -> Bundle:
         folder = tmp_path / where
         folder.mkdir()
@@ -75,13 +80,20 @@ def write(tmp_path: Path, tiny_engine: Any, tiny_bank: Any) -> Callable[..., Bun
             plan={"mode": "multi", "why": "a test"},
             check={"passed": True, "comparisons": []},
             versions={"python": "3"},
-            identity=identity_of(BACKBONE, "multi", bank, tasks, "fp32", tuple(given)),
+            identity="",
         )  # fmt: skip
+        bundle = change(bundle)
+        identity = identity_of(
+            BACKBONE, bundle.mode, bank, bundle.tasks, "fp32", tuple(given), bundle.fan_out
+        )
+        bundle = replace(bundle, identity=identity)
         inside = None if bank == "inputs" else tensors
         engine = tiny_engine(inside, {IDENTITY: bundle.identity})
         (folder / "model.onnx").write_bytes(engine)
+        if bundle.fan_out is not None:
+            (folder / FAN_OUT_FILE).write_bytes(engine)
         if bank == "inputs":
-            save_file(tensors, folder / BANK, metadata={TASKS: tasks_digest(tasks)})
+            save_file(tensors, folder / BANK, metadata={TASKS: tasks_digest(bundle.tasks)})
         write_manifest(folder, bundle)
         return bundle
 
@@ -139,6 +151,162 @@ def test_a_bundle_may_be_moved(write: Callable[..., Bundle], tmp_path: Path) -> 
     bundle = write("b")
     bundle.path.rename(tmp_path / "elsewhere")
     assert open_bundle(tmp_path / "elsewhere").identity == bundle.identity
+
+
+def test_what_older_bundles_say_of_themselves_has_not_changed() -> None:
+    task = Task("cats", 0, ("a", "b"), Preprocessing((4, 4)), "d" * 64)
+    given = (Tensor("bank/up", "float32", ("tasks", 4, 2)),)
+    assert [
+        identity_of(BACKBONE, "multi", "constants", (task,), "fp32"),
+        identity_of(BACKBONE, "multi", "inputs", (task,), "fp32", given),
+        tasks_digest((task,)),
+    ] == [
+        "8eb3a4af0f1ee82db1653165d9ad8fd0215693cd3753d015fce004573dd5e4ab",
+        "25f61d97050ecc9f0f6364ddde24b6a250db9df9638261366e72d5b8ac5277a3",
+        "5170eb5788889416b4e78fa6c4e1af3b41c5fcd9db3d8f36b7e6847a51bad087",
+    ]
+
+
+def test_a_plain_manifest_has_no_field_more(write: Callable[..., Bundle]) -> None:
+    manifest = json.loads((write("b").path / MANIFEST).read_text())
+    assert "fan_out" not in manifest
+    assert set(manifest["tasks"][0]) == {"name", "row", "labels", "preprocessing", "delta"}
+    for tensor in manifest["engine"]["inputs"] + manifest["engine"]["outputs"]:
+        assert set(tensor) == {"name", "dtype", "shape"}
+
+
+def beside(bundle: Bundle) -> Bundle:
+    """The bundle with a second engine that answers every task."""
+    logits = Tensor(LOGITS, "float32", ("batch", len(bundle.tasks), 3))
+    inputs = bundle.engine.inputs[:1]
+    return replace(
+        bundle,
+        fan_out=replace(bundle.engine, file=FAN_OUT_FILE, inputs=inputs, outputs=(logits,)),
+    )
+
+
+def test_a_second_engine_reads_back_and_opens(write: Callable[..., Bundle]) -> None:
+    written, plain = write("b", change=beside), write("p")
+    bundle = open_bundle(written.path)
+    assert bundle == written
+    assert bundle.engine_of_all == bundle.fan_out
+    assert bundle.identity != plain.identity
+    assert sorted(json.loads((written.path / MANIFEST).read_text())["files"]) == [
+        FAN_OUT_FILE,
+        "model.onnx",
+    ]
+    assert bundle.open_fan_out(threads=1).metadata[IDENTITY] == bundle.identity
+    assert plain.engine_of_all is None
+    with pytest.raises(UsageError, match="no engine that answers every task") as caught:
+        plain.open_fan_out()
+    assert caught.value.exit_code == 2
+
+
+def test_the_only_engine_may_be_the_one_of_all_tasks(write: Callable[..., Bundle]) -> None:
+    bundle = open_bundle(write("b", change=lambda b: replace(b, mode=FAN_OUT)).path)
+    assert bundle.engine_of_all == bundle.engine
+    assert bundle.open_fan_out(threads=1).metadata[IDENTITY] == bundle.identity
+
+
+def test_a_second_engine_of_constants_binds_the_tasks_even_where_the_bank_is_an_input(
+    write: Callable[..., Bundle],
+) -> None:
+    cats, cars = (
+        write(where, names, bank="inputs", change=beside)
+        for where, names in (("a", ("cats", "dogs")), ("b", ("cars", "dogs")))
+    )
+    assert cats.identity != cars.identity
+    fan_out = replace(
+        cats.fan_out or cats.engine, inputs=(*cats.engine.inputs[:1], Tensor("bank/up", "float32", ("tasks", 2)))
+    )  # fmt: skip
+    facts = (BACKBONE, "multi", "inputs")
+    assert identity_of(*facts, cats.tasks, "fp32", (), fan_out) == identity_of(
+        *facts, cars.tasks, "fp32", (), fan_out
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda m: m["files"].pop(FAN_OUT_FILE), "the manifest does not list every file of the bundle"),
+        (lambda m: m["fan_out"].update(file="../x.onnx"), "the manifest names a file outside the bundle"),
+        (lambda m: m["fan_out"].pop("outputs"), "the manifest lacks a field"),
+        (lambda m: m.update(fan_out=None), "the manifest lacks a field"),
+        (lambda m: m.pop("fan_out"), "the manifest was edited: its identity is not that of its tasks and backbone"),
+        (lambda m: m["fan_out"].update(precision="fp16"), "the manifest was edited: its identity is not that of its tasks and backbone"),
+    ],
+)  # fmt: skip
+def test_a_second_engine_is_held_to_the_manifest(
+    spoil: Any, sentence: str, write: Callable[..., Bundle]
+) -> None:
+    path = write("b", change=beside).path
+    edit(path, spoil)
+    refused(path, sentence)
+
+
+def test_a_second_engine_of_another_bundle_is_refused_when_its_digest_came_along(
+    write: Callable[..., Bundle],
+) -> None:
+    here, there = write("a", change=beside), write("b", ("cars", "bikes"), change=beside)
+    adopt(here.path, FAN_OUT_FILE, there.path)
+    with pytest.raises(IncompatibleArtefact, match="belongs to another bundle") as caught:
+        open_bundle(here.path).open_fan_out()
+    assert caught.value.details["where"].endswith(FAN_OUT_FILE)
+
+
+def without_labels(bundle: Bundle) -> Bundle:
+    return replace(bundle, tasks=tuple(replace(t, labels=(), width=3) for t in bundle.tasks))
+
+
+@pytest.mark.parametrize("bank", ["constants", "inputs"])
+def test_tasks_without_labels_have_a_width(bank: str, write: Callable[..., Bundle]) -> None:
+    written = write("b", bank=bank, change=without_labels)
+    bundle = open_bundle(written.path)
+    assert bundle == written
+    assert [(task.labels, task.width) for task in bundle.tasks] == [((), 3)] * 2
+    edit(written.path, lambda m: m["tasks"][0].update(width=4))
+    refused(
+        written.path,
+        "the manifest was edited: its identity is not that of its tasks and backbone"
+        if bank == "constants"
+        else "the bank does not hold the tasks that the manifest names",
+    )
+
+
+@pytest.mark.parametrize("width", [None, 0, -1, 2.0, True, "3"])
+def test_a_width_that_is_none_is_refused(width: object, write: Callable[..., Bundle]) -> None:
+    path = write("b", change=without_labels).path
+    edit(path, lambda m: m["tasks"][0].update(width=width))
+    assert "width of cats" in refused(path, "the manifest lacks a field").details["found"]
+    edit(path, lambda m: m["tasks"][0].pop("width"))
+    refused(path, "the manifest lacks a field")
+
+
+def test_labels_for_some_tasks_and_none_for_others_are_refused(
+    write: Callable[..., Bundle],
+) -> None:
+    def mix(bundle: Bundle) -> Bundle:
+        first, second = bundle.tasks
+        return replace(bundle, tasks=(first, replace(second, labels=(), width=3)))
+
+    error = refused(
+        write("b", change=mix).path, "some tasks of the bundle have labels and others have none"
+    )
+    assert error.details["found"] == "none for dogs"
+
+
+def test_ids_may_state_what_they_lie_below(write: Callable[..., Bundle]) -> None:
+    def state(bundle: Bundle) -> Bundle:
+        first, *others = bundle.engine.inputs
+        ids = Tensor("input_ids", "int64", ("batch", 6), 30522)
+        return replace(bundle, engine=replace(bundle.engine, inputs=(first, ids, *others)))
+
+    written = write("b", change=state)
+    assert open_bundle(written.path) == written
+    entry = json.loads((written.path / MANIFEST).read_text())["engine"]["inputs"][1]
+    assert entry == {"name": "input_ids", "dtype": "int64", "shape": ["batch", 6], "high": 30522}
+    edit(written.path, lambda m: m["engine"]["inputs"][1].update(high="many"))
+    refused(written.path, "the manifest lacks a field")
 
 
 def test_tasks_are_found_by_name(write: Callable[..., Bundle]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from utune_deploy.export.targets import TARGETS, target
 from utune_deploy.export.targets.onnxruntime import PROVIDERS
@@ -248,3 +249,55 @@ def test_a_call_sees_one_bank_while_another_thread_replaces_it(
             session.replace_bank(banks[turn % 2])
         for answer in asked:
             assert answer.result() <= set(right)
+
+
+def named_engine() -> bytes:
+    """a [B, 2] float32, b [B, 2] int64, bank/c [1] -> a + b + c."""
+    kinds = {"a": (TensorProto.FLOAT, ["batch", 2]), "b": (TensorProto.INT64, ["batch", 2]), "bank/c": (TensorProto.FLOAT, [1])}  # fmt: skip
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["b"], ["b1"], to=TensorProto.FLOAT),
+            helper.make_node("Sum", ["a", "b1", "bank/c"], ["logits"]),
+        ],
+        "named",
+        [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return model.SerializeToString()
+
+
+class TestNamedInputs:
+    BANK = {"bank/c": np.array([100], np.float32)}  # noqa: RUF012
+    A, B = np.array([[1, 2]], np.float32), np.array([[10, 20]])
+
+    def test_inputs_are_taken_by_name_in_any_order(self, opens) -> None:
+        session = opens(named_engine(), bank=self.BANK)
+        for inputs in ({"a": self.A, "b": self.B}, {"b": self.B, "a": self.A}):
+            np.testing.assert_array_equal(session.run(inputs), [[111, 122]])
+
+    def test_the_one_input_of_an_engine_may_be_named(
+        self, opens, tiny_engine, tiny_bank, pictures
+    ) -> None:
+        session = opens(tiny_engine(tiny_bank(TASKS)))
+        images, task = pictures(2), np.array([2, 0])
+        np.testing.assert_array_equal(
+            session.run({"images": images}, task), session.run(images, task)
+        )
+
+    @pytest.mark.parametrize(
+        ("inputs", "found"),
+        [
+            (A, "one array of shape [1, 2]"),
+            ({}, "none"),
+            ({"a": A}, "a"),
+            ({"a": A, "b": B, "bank/c": A}, "a, b, bank/c"),
+            ({"a": A, "c": B}, "a, c"),
+        ],
+    )
+    def test_other_names_are_one_usage_error(self, opens, inputs, found) -> None:
+        with pytest.raises(UsageError) as caught:
+            opens(named_engine(), bank=self.BANK).run(inputs)
+        assert caught.value.exit_code == 2
+        assert "a, b" in caught.value.details["wanted"]
+        assert caught.value.details["found"] == found

@@ -206,6 +206,8 @@ QKV = {
     "Wq": weights(8, 24), "bq": weights(24), "thirds": np.array([8, 8, 8]),
     "Wd": weights(8, 2), "bd": weights(2),
 }  # fmt: skip
+ROW = {"Wa": weights(8, 12), "ba": weights(12), "Wb": weights(12, 4), "bb": weights(4)}
+FIRST = ("Gather", ["a", "first"], ["y"], {"axis": 1})
 CUT = ("Split", ["q", "thirds"], ["q0", "q1", "q2"], {"axis": -1})
 
 
@@ -215,6 +217,12 @@ APPLIES: dict[str, dict[str, tuple[Any, int]]] = {
         "an attention with an additive mask": (lambda: Attention(mask=True), 1),
         "an attention with a scale of its own": (lambda: Attention(scale=0.3), 1),
         "two attentions in a row": (lambda: nn.Sequential(Attention(), Attention()), 2),
+    },
+    "narrow_tokens": {  # more in test_narrow_tokens.py
+        "a layer in front of one token": ((X, [*linear("x", "a"), FIRST], {**AB, "first": np.array(0)}, ["y"]), 2),
+    },
+    "collapse_linears": {  # more in test_collapse_linears.py
+        "two layers in a row": ((X, [*linear("x", "a"), *linear("a", "b")], ROW, ["b"]), 1),
     },
     "join_siblings": {
         "two narrow layers": ((X, [*linear("x", "a"), *linear("x", "b")], AB, ["a", "b"]), 1),
@@ -304,6 +312,12 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
         "heads read before they are joined": Unjoined,
         "heads joined over the tokens": Tokenwise,
         "two tensors": TwoSources,
+    },
+    "narrow_tokens": {
+        "a layer that is read whole, too": (X, [*linear("x", "a"), FIRST], {**AB, "first": np.array(0)}, ["y", "a"]),
+    },
+    "collapse_linears": {
+        "an activation between": (X, [*linear("x", "a"), ("Relu", ["a"], ["r"]), ("MatMul", ["r", "Wb"], ["b"])], ROW, ["b"]),
     },
     "join_siblings": {
         "one layer": (X, linear("x", "a"), AB, ["a"]),
@@ -482,19 +496,20 @@ def test_a_pass_keeps_the_shape_of_odd_broadcasts(
 
 
 @pytest.mark.parametrize(
-    ("module", "wanted"),
+    ("module", "applied"),
     [
-        (LoraQkv, {"flat_heads": 1, "join_siblings": 0, "join_added": 1, "join_biases": 0}),
-        (ParallelAdapter, {"flat_heads": 1, "join_siblings": 1, "join_added": 1, "join_biases": 0}),
+        (LoraQkv, {"flat_heads": 1, "join_added": 1}),
+        (ParallelAdapter, {"flat_heads": 1, "join_siblings": 1, "join_added": 1}),
     ],
 )
 def test_a_tuner_is_fused_into_its_op(
-    module: type[nn.Module], wanted: dict[str, int], run_onnx: Callable[..., list[np.ndarray]]
+    module: type[nn.Module], applied: dict[str, int], run_onnx: Callable[..., list[np.ndarray]]
 ) -> None:
     model = traced(module())
     given = feeds(model)
     before = run_onnx(model, given)[0]
     gemms = sum(node.op_type == "MatMul" for node in model.graph)
+    wanted = {**dict.fromkeys(PASSES, 0), **applied}
     assert rewrite(model) == wanted
     fewer = wanted["join_siblings"] + wanted["join_added"]
     assert sum(node.op_type == "MatMul" for node in model.graph) == gemms - fewer

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -30,6 +31,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from utune_deploy.merge.backbone import Backbone
+
+
+STATES = {"shapes": [[6, 8], [6, 8]], "mask": True}
+TINY_BERT = {
+    "length": 5,
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+TINY_MDETR = {
+    "d_model": 8,
+    "nhead": 2,
+    "text_layers": 1,
+    "backbone_channels": 4,
+    "map_size": [2, 3],
+    "text_length": 4,
+    "text_hidden": 8,
+    "text_heads": 2,
+    "text_intermediate": 8,
+    "text_vocab_size": 12,
+    "text_positions": 8,
+    "dim_feedforward": 8,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_queries": 2,
+}
 
 
 @pytest.fixture
@@ -323,3 +352,124 @@ def test_the_description_is_readable(vit, tmp_path):
         "architecture": "vit_base_patch16_224",
         "arguments": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4},
     }
+
+
+# Without weights, and of Hugging Face
+
+
+def test_an_architecture_without_weights():
+    loaded = load("states", {**STATES, "num_classes": 4}, None)
+    assert loaded.identity == create("states", STATES).identity
+    assert isinstance(loaded.model.head, nn.Identity)
+
+
+def test_weights_that_are_missing():
+    for name, arguments in (("vit_base_patch16_224", {}), ("bert", TINY_BERT)):
+        error = refused(UsageError, "has weights, and none are given", 2, name, arguments, None)
+        assert error.details["where"] == name
+    refused(UsageError, "not named", 2, None, None, None)
+    refused(UsageError, "no such architecture", 2, "zzz", None, None)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as transformers saves its models: `bert`, `clip`, `clip_image`, `clip_text`, `t5`."""
+    root = tmp_path_factory.mktemp("published")
+    sizes = {k: v for k, v in TINY_BERT.items() if k != "length"}
+    tower = {**{k: v for k, v in sizes.items() if k != "vocab_size"}, "projection_dim": 6}
+    words = {**tower, "vocab_size": 20, "eos_token_id": 19, "max_position_embeddings": 9}
+    picture = {**tower, "image_size": 8, "patch_size": 4}
+    clip = transformers.CLIPConfig(text_config=words, vision_config=picture, projection_dim=6)
+    t5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    models = {
+        "bert": transformers.BertForMaskedLM(transformers.BertConfig(**sizes)),
+        "clip": transformers.CLIPModel(clip),
+        "clip_image": transformers.CLIPVisionModelWithProjection(clip.vision_config),
+        "clip_text": transformers.CLIPTextModelWithProjection(clip.text_config),
+        "t5": transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "given"),
+    [
+        ("bert", "bert", {"length": 7}),
+        ("clip", "clip_image", {}),
+        ("clip", "clip_text", {"length": 4}),
+        ("clip_image", "clip_image", {}),
+        ("clip_text", "clip_text", {}),
+        ("t5", "t5", {"length": 6, "answer_length": 3}),
+    ],
+)
+def test_a_folder_of_hugging_face(folder, name, given, published, tmp_path):
+    backbone = load(name, {**given, "num_classes": 3}, published / folder)
+    assert backbone.identity.architecture == name
+    arguments = dict(backbone.identity.arguments)
+    assert json.loads(json.dumps(arguments)) == arguments
+    assert "num_classes" not in arguments
+    assert {k: arguments[k] for k in given} == given
+    width = {"t5": "d_model"}.get(name, "hidden_size")
+    assert arguments[width] == 8
+    examples = backbone.draw(2)
+    assert all(t.shape[1:] == e.shape for t, e in zip(examples, backbone.inputs, strict=True))
+    if "length" in given:
+        assert backbone.inputs[0].shape == (given["length"],)
+    save(tmp_path / "saved", backbone)
+    again = load(None, None, tmp_path / "saved")
+    assert again.identity == backbone.identity
+    with torch.no_grad():
+        assert torch.equal(again.model(*examples), backbone.model(*examples))
+    if folder != "clip":
+        assert load(None, given, published / folder).identity == backbone.identity
+
+
+def test_folders_of_hugging_face_that_are_refused(published, vit, tmp_path):
+    both = refused(UsageError, "two backbones", 2, None, None, published / "clip")
+    assert "--backbone clip_text" in both.details["do"]
+    refused(IncompatibleArtefact, "another kind of model", 4, "t5", None, published / "bert")
+    found = refused(
+        UsageError, "another backbone", 2, vit.identity.architecture, {}, published / "t5"
+    )
+    assert found.details["found"] == "t5"
+    refused(UsageError, "no such architecture", 2, "zzz", {}, published / "t5")
+    wide = {"hidden_size": 16}
+    refused(IncompatibleArtefact, "another shape", 4, "bert", wide, published / "bert")
+    other = tmp_path / "other"
+    other.mkdir()
+    for text in ('{"model_type": "gpt2"}', '{"architecture": "resnet18"}', "{", "[]"):
+        (other / "config.json").write_text(text)
+        refused(IncompatibleArtefact, "no backbone that is written here", 4, None, None, other)
+    refused(IncompatibleArtefact, "cannot be read", 4, "bert", None, other)
+
+
+def test_the_folder_of_a_backbone_goes_before_a_configuration(vit, tmp_path):
+    save(tmp_path / "a", vit)
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "bert"}')
+    assert load(None, None, tmp_path / "a").identity == vit.identity
+
+
+# Classifiers
+
+
+def test_a_head_of_several_layers():
+    """Of an architecture of ours, whose boxes come from three; timm's are one layer each."""
+    backbone = create("mdetr", {**TINY_MDETR, "num_classes": 3})
+    assert backbone.classifiers == ("class_embed", "bbox_embed")
+    assert not isinstance(backbone.model.bbox_embed, nn.Linear | nn.Identity)
+    model = timm.create_model("resnet18", num_classes=3)
+    model.fc = nn.Sequential(nn.Linear(512, 3))
+    with pytest.raises(UsageError, match="not one linear layer") as caught:
+        wrap(model, "resnet18", {})
+    assert caught.value.details["where"] == "resnet18: fc"
+
+
+def test_the_classes_of_boxes_are_read_off_the_file(tmp_path):
+    backbone = create("mdetr", {**TINY_MDETR, "num_classes": 3})
+    path = tmp_path / "boxes.safetensors"
+    save_file(backbone.model.state_dict(), path)
+    loaded = load("mdetr", TINY_MDETR, path)
+    assert loaded.identity == backbone.identity
+    assert loaded.model.class_embed.out_features == 3 + 1  # no object

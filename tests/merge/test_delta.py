@@ -39,14 +39,20 @@ from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
+from utune_deploy.merge.tuners.gpo import Gpo
 from utune_deploy.merge.tuners.head import Head
 from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.ladder import Ladder
 from utune_deploy.merge.tuners.norm import Norm
+from utune_deploy.merge.tuners.perceptron import Perceptron
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
 from utune_deploy.merge.tuners.rotation import Rotation
 from utune_deploy.merge.tuners.side_network import SideNetwork
+from utune_deploy.merge.tuners.unipt import UniPT
+from utune_deploy.merge.tuners.unipt_pyramid import UniPTPyramid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,6 +105,27 @@ def tiny(*, grown: bool = True) -> Delta:
             ),
             "token": Branch(Difference("cls_token", (1, 1, 2)), *[point(":weights")] * 2),
         }
+        first, last, mask = (point(f"{name}:output") for name in ("blocks.0", "blocks.1", "mask"))
+        top, second = point("head:input"), "second"
+        branches |= {
+            "unipt": Branch(
+                UniPT((2,), 2, 1, 3, own="end", guard="clamp", eps=1e-6, masked=True),
+                first, top, (last, mask, point("end:output")),
+            ),
+            "pyramid": Branch(
+                UniPTPyramid((2, 1), 2, 1, 3, "batch", gives="mean", cells=(4, 2)),
+                image, top, (first, last),
+            ),
+            "ladder": Branch(Ladder((2, 2), 2, 2, 3, 3, gives="mean"), first, top, (last,)),
+            "gpo": Branch(Gpo(17, 2, 1, masked=True), last, top, (mask,)),
+            "perceptron": Branch(
+                Perceptron((2,), "gelu", 1e-12),
+                point(f"{second}:input"), point(f"{second}:output"),
+            ),
+            "embedding": Branch(
+                Embedding(2, unit=True), point("third:input"), point("third:output")
+            ),
+        }  # fmt: skip
     sizes = {"in": 2, "out": 3, "r": 2, "c": 2, "d": 1}
     tensors, value = {}, 0
     for branch, where in branches.items():
@@ -167,6 +194,8 @@ def test_settings_that_a_file_does_not_name_are_the_defaults(tmp_path):
     assert branch_of(header(loaded), "shallow")["settings"] == {"joint_softmax": False}
     assert branch_of(header(loaded), "bypass")["tap"] == ["blocks.0:input", "blocks.0:output"]
     assert branch_of(header(loaded), "lora")["tap"] == "blocks.0.attn.qkv:input"
+    assert branch_of(header(loaded), "embedding")["settings"] == {"size": 2, "unit": True}
+    assert branch_of(header(loaded), "gpo")["tap"] == ["blocks.1:output", "mask:output"]
 
 
 def test_defaults_that_a_file_names_are_refused(tmp_path):
@@ -471,15 +500,75 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             ("side", {"network": "vgg"}),
             ("bypass", {"depth": 0}),
             ("bypass", {"activation": "mish"}),
+            ("unipt", {"widths": [0]}),
+            ("unipt", {"widths": [True]}),
+            ("unipt", {"widths": []}),
+            ("unipt", {"widths": 2}),
+            ("unipt", {"width": 1.0}),
+            ("unipt", {"norm": "group"}),
+            ("unipt", {"norm_eps": "small"}),
+            ("unipt", {"masked": "yes"}),
+            ("unipt", {"crossed": 1}),
+            ("unipt", {"eps": 0.0}),
+            ("unipt", {"inner": 4}),
+            ("unipt", {"project": "mlp"}),
+            ("unipt", {"project": "none"}),
+            ("unipt", {"up": "none"}),
+            ("unipt", {"onto": "anchor"}),
+            ("unipt", {"own": "query", "vector": True}),
+            ("pyramid", {"cells": [4]}),
+            ("pyramid", {"cells": [4, 0]}),
+            ("pyramid", {"channels_last": 1}),
+            ("pyramid", {"masked": True}),
+            ("pyramid", {"own": "first"}),
+            ("ladder", {"widths": [2]}),
+            ("ladder", {"heads": 3}),
+            ("ladder", {"eps": None}),
+            ("ladder", {"gives": "last"}),
+            ("ladder", {"masked": []}),
+            ("ladder", {"activation": "mish"}),
+            ("gpo", {"tokens": 0}),
+            ("gpo", {"positions": 3}),
+            ("gpo", {"masked": None}),
+            ("perceptron", {"hidden": []}),
+            ("perceptron", {"hidden": [2.5]}),
+            ("perceptron", {"norm_eps": 1}),
+            ("perceptron", {"activation": "mish"}),
+            ("embedding", {"size": 0}),
+            ("embedding", {"size": True}),
+            ("embedding", {"unit": "no"}),
+            ("embedding", {"eps": -1.0}),
             ("token", {"parameter": "a.b"}),
             ("token", {"shape": [0]}),
             ("token", {"shape": 3}),
             ("token", {"shape": [1.0, 2]}),
         )
     },
-    "head on an input": (
-        lambda h: branch_of(h, "head/head").update(add="head:input"),
-        "a head branch cannot stand here",
+    **{
+        f"{name} on an input": (
+            lambda h, name=name: branch_of(h, name).update(add="head:input"),
+            "branch cannot stand here",
+        )
+        for name in ("head/head", "perceptron", "embedding")
+    },
+    "an embedding of another size": (
+        lambda h: branch_of(h, "embedding")["settings"].update(size=3),
+        "the heads do not have the same classes",
+    ),
+    **{
+        f"{name} with a tap too few": (
+            lambda h, name=name: branch_of(h, name)["tap"].pop(),
+            "branch reads another number of places",
+        )
+        for name in ("unipt", "pyramid", "ladder", "gpo")
+    },
+    "a pyramid on patches": (
+        lambda h: branch_of(h, "pyramid")["tap"].__setitem__(0, "patch_embed.proj:patches"),
+        "a unipt_pyramid branch cannot stand here",
+    ),
+    "what the head replaces": (
+        lambda h: branch_of(h, "ladder").update(add="second:output"),
+        "it would never act",
     ),
     **{
         f"preprocessing without {key}": (

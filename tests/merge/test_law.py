@@ -31,14 +31,20 @@ from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
+from utune_deploy.merge.tuners.gpo import Gpo
 from utune_deploy.merge.tuners.head import Head
 from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.ladder import Ladder
 from utune_deploy.merge.tuners.norm import Norm
+from utune_deploy.merge.tuners.perceptron import Perceptron
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
 from utune_deploy.merge.tuners.rotation import Rotation
 from utune_deploy.merge.tuners.side_network import SideNetwork
+from utune_deploy.merge.tuners.unipt import UniPT
+from utune_deploy.merge.tuners.unipt_pyramid import UniPTPyramid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,12 +56,16 @@ if TYPE_CHECKING:
 
 
 class Op(NamedTuple):
-    """The op that a branch is added to, the channels that it reads and gives, and how often it reads."""
+    """The op that a branch is added to, the channels that it reads and gives, and the values that it taps."""
 
     module: nn.Module
     given: int
     taken: int
-    taps: int
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def taps(self) -> int:
+        return len(self.shapes)
 
 
 class Row(NamedTuple):
@@ -83,6 +93,7 @@ SEQUENCE = {
     "patches": "patch_embed.proj",
     "ladder": "blocks.0:input blocks.0:output blocks.1:output blocks.2:output",
     "top": "norm:input",
+    "pooled": "blocks.2:output",
     "root": "",
     "head": "head",
 }
@@ -97,6 +108,8 @@ WINDOWS = {
     "patches": "patch_embed.proj",
     "ladder": "layers.0.blocks.0:input layers.0.blocks.0:output layers.0.blocks.1:output",
     "top": "layers.1.downsample:input",
+    "pooled": "norm:input",
+    "stages": "patch_embed:output layers.0:output layers.1:output",
     "head": "head.fc",
 }
 MODULES: dict[str, dict[str, Any]] = {
@@ -117,6 +130,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "patches": "stem.0",
         "ladder": "stages.3.blocks.0:input stages.3.blocks.0:output stages.3.blocks.1:output",
         "top": "head.norm:input",
+        "pooled": "stages.3.blocks.1.mlp.fc2:output",
+        "stages": "stages.0:output stages.1:output stages.2:output stages.3:output",
         "head": "head.fc",
     },
     "resnet": {
@@ -128,6 +143,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "patches": "conv1",
         "ladder": "layer4.1:input layer4.1:output",
         "top": "global_pool:input",
+        "pooled": "global_pool:input",
+        "stages": "layer1:output layer2:output layer4:output",
         "buffer": "bn1",
         "head": "fc",
     },
@@ -138,6 +155,44 @@ BESIDE = ("{block}.{linear}:input", "{block}.{linear}:output")
 BEHIND = ("{block}.{linear}:output", "{block}.{linear}:output")
 BEFORE = ("{block}.{linear}:input", "{block}.{linear}:input")
 PLAIN = Bottleneck("identity", bias=True)
+
+
+def side(norm: str, gives: str, **settings: Any) -> Callable[[Op], Tuner]:
+    """A UniPT whose last tap is the anchor."""
+
+    def side(op: Op) -> Tuner:
+        widths = tuple(shape[-1] for shape in op.shapes)
+        fields = {"norm": norm, "gives": gives, **settings}
+        return UniPT(widths[:-1], widths[-1], 6, op.taken, **fields)
+
+    return side
+
+
+def pyramid(norm: str, *, images: bool = False) -> Callable[[Op], Tuner]:
+    """The same on maps, the anchor's the smallest."""
+
+    def pyramid(op: Op) -> Tuner:
+        *maps, anchor = op.shapes
+        last = anchor[1] == anchor[2] and not images  # [1, H, W, C], not [1, C, H, W]
+        rows, channels = (1, 3) if last else (2, 1)
+        return UniPTPyramid(
+            widths=tuple(shape[channels] for shape in maps),
+            anchor=anchor[channels],
+            width=6,
+            out=op.taken,
+            norm=norm,
+            gives="mean",
+            cells=tuple(shape[rows] // anchor[rows] for shape in maps),
+            channels_last=last,
+        )
+
+    return pyramid
+
+
+def ladder(gives: str) -> Callable[[Op], Tuner]:
+    return lambda op: Ladder(
+        tuple(shape[-1] for shape in op.shapes), 6, 2, 9, op.taken, gives=gives
+    )
 
 
 def difference(parameter: str) -> Callable[[Op], Tuner]:
@@ -225,6 +280,46 @@ POINTS: dict[str, dict[str, Row]] = {
             lambda op: Bypass(op.taps - 1, "gelu"), "{ladder}", "{last}:output"
         ),
     },
+    "unipt": {
+        "layer norms": Row(side("layer", "first"), "{ladder}", "{head}:input"),
+        "batch norms": Row(
+            side("batch", "mean", project="mlp", inner=5), "{ladder}", "{head}:input"
+        ),
+        "one vector": Row(
+            side(
+                "none",
+                "tokens",
+                relu_first=True,
+                vector=True,
+                own="first",
+                guard="clamp",
+                eps=1e-6,
+                project="none",
+                up="linear",
+                onto="anchor",
+            ),
+            "{ladder} {head}:input",
+            "{head}:input",
+        ),
+        "tokens": Row(side("none", "tokens", own="none"), "{ladder}", "{last}:output"),
+    },
+    "unipt_pyramid": {
+        "stages": Row(pyramid("batch"), "{stages}", "{head}:input"),
+        "images": Row(
+            pyramid("layer", images=True),
+            "{patches}:input {patches}:input {patches}:output",
+            "{head}:input",
+        ),
+    },
+    "ladder": {
+        "mean": Row(ladder("mean"), "{ladder}", "{head}:input"),
+        "first": Row(ladder("first"), "{ladder}", "{head}:input"),
+    },
+    "gpo": {
+        "pooled": Row(
+            lambda op: Gpo(math.prod(op.shapes[0][1:-1]), 6, 4), "{pooled}", "{head}:input"
+        ),
+    },
     "difference": {
         "weight": Row(difference("weight"), *["{block}.{linear}:weights"] * 2),
         "bias": Row(difference("bias"), *["{block}.{norm}:weights"] * 2),
@@ -232,6 +327,14 @@ POINTS: dict[str, dict[str, Row]] = {
         "buffer": Row(difference("running_mean"), *["{block}.{buffer}:weights"] * 2),
     },
     "head": {"classifier": Row(Head(), "{head}:input", "{head}:output")},
+    "perceptron": {
+        "one hidden": Row(Perceptron((7,)), "{head}:input", "{head}:output"),
+        "norms": Row(Perceptron((7, 6), "gelu", 1e-12), "{head}:input", "{head}:output"),
+    },
+    "embedding": {
+        "as it is": Row(lambda op: Embedding(op.given), "{head}:input", "{head}:output"),
+        "unit": Row(lambda op: Embedding(op.given, unit=True), "{head}:input", "{head}:output"),
+    },
 }
 
 FULL = ("vit", "swin")
@@ -281,11 +384,24 @@ prompt: at attention               | +        r        r        r        +      
 side_network: image                | +        +        +        +        +        +        +        +        +
 bypass: ladder                     | +        +        +        +        +        +        +        u        u
 bypass: into its last stem         | +        +        +        +        +        +        +        u        u
+unipt: layer norms                 | +        +        +        +        +        +        +        u        u
+unipt: batch norms                 | +        +        +        +        +        +        +        u        u
+unipt: one vector                  | +        +        +        +        +        +        +        u        u
+unipt: tokens                      | +        +        +        +        +        +        +        u        u
+unipt_pyramid: stages              | -        -        -        -        -        +        +        +        +
+unipt_pyramid: images              | +        +        +        +        +        +        +        +        +
+ladder: mean                       | +        +        +        +        +        +        +        u        u
+ladder: first                      | +        +        +        +        +        +        +        u        u
+gpo: pooled                        | +        +        +        +        +        +        +        +        u
 difference: weight                 | F        F        F        F        F        F        F        F        F
 difference: bias                   | F        F        F        F        F        F        F        F        F
 difference: token                  | F        F        F        F        F        -        -        -        -
 difference: buffer                 | -        -        -        -        -        -        -        -        F
 head: classifier                   | F        F        F        F        F        F        F        F        F
+perceptron: one hidden             | +        +        +        +        +        +        +        +        +
+perceptron: norms                  | +        +        +        +        +        +        +        +        +
+embedding: as it is                | +        +        +        +        +        +        +        +        +
+embedding: unit                    | +        +        +        +        +        +        +        +        +
 """
 """`F` folds, `+` stays parallel, `-` no such place, and a small letter is refused with a sentence."""
 
@@ -360,6 +476,7 @@ def fully(case: Case) -> bool:
 
 
 full = chosen(fully)
+full_and_broad = chosen(lambda case: fully(case) and TUNERS[case.kind].broadcasts)
 full_and_mixed = chosen(lambda case: fully(case) and mixes(case))
 vit_only = chosen(lambda case: fully(case) and case.family == "vit")
 
@@ -387,7 +504,8 @@ def plant(case: Case, backbone: Backbone, sites) -> dict[str, tuple[Branch, dict
             return sites.channels.get(passed, 8)
 
         module = backbone.model.get_submodule(add.module)
-        op = Op(module, channels(taps[0]), channels(add), len(taps))
+        shapes = tuple(sites.shapes.get(tap, ()) for tap in taps)
+        op = Op(module, channels(taps[0]), channels(add), shapes)
         tuner = case.row.tuner if isinstance(case.row.tuner, Tuner) else case.row.tuner(op)
         sizes = {"in": op.given, "out": op.taken}
         branches[f"{add.module or 'root'}/{case.kind}"] = (
@@ -405,12 +523,14 @@ def make(case: Case, backbone: Backbone, sites_of, random_weights):
         sites = sites_of(backbone)
         planted = plant(case, backbone, sites)
         assert planted, "the family has no such place"
-        if case.kind == "head":
-            planted = {}
+        answer: Tuner = Head()
+        if TUNERS[case.kind].answers:
+            ((branch, _),) = planted.values()
+            answer, planted = branch.tuner, {}
         for classifier in backbone.classifiers:
             name, branch = head_branch(classifier)
             channels = sites.require(branch.tap)
-            planted[name] = branch, {"in": channels, "out": classes}
+            planted[name] = replace(branch, tuner=answer), {"in": channels, "out": classes}
         dtype = next(backbone.model.parameters()).dtype
         tensors = {}
         for number, (name, (branch, sizes)) in enumerate(planted.items()):
@@ -418,7 +538,7 @@ def make(case: Case, backbone: Backbone, sites_of, random_weights):
             tensors[name] = random_weights(branch.tuner, sizes, 100 * seed + number, dtype)
         return Delta(
             task,
-            tuple(f"{task}{i}" for i in range(classes)),
+            () if isinstance(answer, Embedding) else tuple(f"{task}{i}" for i in range(classes)),
             Preprocessing(backbone.image_size),
             backbone.identity,
             {name: branch for name, (branch, _) in planted.items()},
@@ -436,6 +556,12 @@ def without(delta: Delta, task: str) -> Delta:
         branches={name: delta.branches[name] for name in delta.heads},
         tensors={name: delta.tensors[name] for name in delta.heads},
     )
+
+
+def width(delta: Delta) -> int:
+    """How many numbers the task answers with."""
+    tuner = delta.branches[delta.head].tuner
+    return tuner.answer_width(bind(tuner.shapes, delta.tensors[delta.head], where="head"))
 
 
 def forward(backbone: Backbone, weighted, images: Tensor, rows: int | None = None) -> Tensor:
@@ -636,6 +762,42 @@ def test_a_batch_axis_on_the_weights_is_a_run_per_row(case, backbone, make, erro
         assert error(together, alone) < 1e-12
 
 
+@full_and_broad
+def test_a_task_axis_beside_the_examples_is_every_pair(case, backbone, make, sites_of, error):
+    """`branch(x[:, None], w [T, ...])` is `[B, T, ...]`: every example for every task, one by one."""
+    deltas = [make(seed=seed) for seed in range(3)]
+    sites = sites_of(backbone)
+    noise = torch.Generator().manual_seed(5)
+
+    def drawn(tuner: Tuner, point: Point) -> Tensor:
+        if tuner.reads_map:
+            shape = (2, *sites.shapes[point][1:])
+        elif len(sites.shapes.get(point, (1, 1, 1))) == 2:
+            shape = (2, 1, sites.channels[point])
+        else:
+            shape = (2, getattr(tuner, "tokens", 5), sites.channels[point])
+        return torch.randn(shape, generator=noise, dtype=torch.float64)
+
+    seen = 0
+    for name, branch in deltas[0].branches.items():
+        tuner = branch.tuner
+        if tuner.kind != case.kind:
+            continue
+        seen += 1
+        x = tuple(drawn(tuner, point) for point in branch.taps)
+        for served in (False, True):
+            of_tasks = [(tuner.settle if served else dict)(d.tensors[name]) for d in deltas]
+            stacked = {key: torch.stack([w[key] for w in of_tasks]) for key in of_tasks[0]}
+            broad = [value[:, None] for value in x]
+            found = tuner.branch(tuple(broad) if branch.others else broad[0], stacked)
+            alone = [tuner.branch(x if branch.others else x[0], w) for w in of_tasks]
+            wanted = torch.stack(alone, dim=1)  # [B, T, ...]
+            assert found.shape[0] == 2
+            assert found.shape[1] in (1, 3)
+            assert error(found.expand_as(wanted), wanted) < 1e-12
+    assert seen
+
+
 @full
 def test_neutral_weights_are_the_frozen_op(case, backbone, make, error):
     """What a bank holds for a task without the branch: exactly the untuned backbone.
@@ -649,8 +811,8 @@ def test_neutral_weights_are_the_frozen_op(case, backbone, make, error):
     neutral = []
     for name, branch in delta.branches.items():
         tuner = branch.tuner
-        if tuner.join == "replace" and case.kind != "head":
-            continue
+        if tuner.answers and case.kind != "head":
+            continue  # another answer stands there
         sizes = bind(tuner.shapes, delta.tensors[name], where=name)
         weights = {
             key: torch.full(
@@ -709,12 +871,12 @@ def test_padded_is_the_same_as_alone(case, backbone, make, run, sites_of, error)
     bank = stack([lower(backbone, d, sites_of(backbone)) for d in tasks])
     with torch.no_grad():
         mixed = Mixed(backbone, bank)(images, torch.tensor(order))
-    assert mixed.shape == (5, 9)
+    assert mixed.shape == (5, max(width(task) for task in tasks))
     for row, number in enumerate(order):
         task = tasks[number]
         alone = run(backbone, task, images[row : row + 1])
-        assert error(mixed[row : row + 1, : len(task.labels)], alone) < 1e-12
-        assert (mixed[row, len(task.labels) :] == Head.fill["bias"]).all()
+        assert error(mixed[row : row + 1, : width(task)], alone) < 1e-12
+        assert (mixed[row, width(task) :] == Head.fill["bias"]).all()
 
 
 @full
@@ -805,10 +967,13 @@ def test_inert_values(what, vit64, random_delta, random_weights, run, error):
 def test_gradients_reach_every_tensor(case, backbone, make, sites_of):
     """And none reaches the backbone."""
     tuned = restore(backbone, make(), sites_of(backbone)).train()
+    if not list(tuned.trainable()):
+        assert case.kind == "embedding"
+        return
     tuned(backbone.example(2)).square().sum().backward()
     for name, _, weights in tuned.parts():
         for key, parameter in weights.items():
-            if key != "scale":
+            if not tuned.branches[name].tuner.constant(key):
                 assert parameter.grad is not None, f"{name}/{key}"
                 assert parameter.grad.abs().max() > 0, f"{name}/{key}"
     assert all(p.grad is None for p in backbone.model.parameters())

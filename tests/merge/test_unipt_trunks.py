@@ -18,7 +18,8 @@ from torch import nn
 
 from utune_deploy.export.graph import OPSET, clean, serialise
 from utune_deploy.export.passes import rewrite
-from utune_deploy.merge.architectures.clip_vil import BERT, BertLayer, ClipVil
+from utune_deploy.merge.architectures.bert_layers import BertLayer
+from utune_deploy.merge.architectures.clip_vil import BERT, ClipVil
 from utune_deploy.merge.architectures.mdetr import Mdetr, MultiHead, hold_back, sine_positions
 from utune_deploy.merge.errors import UsageError
 
@@ -46,6 +47,8 @@ SMALL_CLIP_VIL = {
     "visual_tokens": 6,
     "num_classes": 9,
 }
+BOXES = {"visual": "boxes", "visual_mask": True, "token_types": True}
+MAP = {"visual": "map", "map_size": [2, 3], "map_positions": 5}
 SMALL_MDETR = {
     "d_model": 12,
     "nhead": 2,
@@ -76,6 +79,13 @@ trunks = pytest.mark.parametrize(
     "make",
     [
         pytest.param(lambda **more: filled(ClipVil(**{**SMALL_CLIP_VIL, **more})), id="clip_vil"),
+        pytest.param(
+            lambda **more: filled(ClipVil(**{**SMALL_CLIP_VIL, **BOXES, **more})),
+            id="clip_vil_boxes",
+        ),
+        pytest.param(
+            lambda **more: filled(ClipVil(**{**SMALL_CLIP_VIL, **MAP, **more})), id="clip_vil_map"
+        ),
         pytest.param(lambda **more: filled(Mdetr(**{**SMALL_MDETR, **more})), id="mdetr"),
         pytest.param(
             lambda **more: filled(Mdetr(**{**SMALL_MDETR, "text": "ids", **more})), id="mdetr_ids"
@@ -483,6 +493,7 @@ def traced(model: Trunk) -> ir.Model:
     """The graph of a model, its inputs named, with a free batch axis."""
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     names = [given.name for given in model.inputs]
+    shapes = tuple({0: batch} for _ in names)
     program = torch.onnx.export(
         model,
         examples(model, 2),
@@ -490,7 +501,7 @@ def traced(model: Trunk) -> ir.Model:
         opset_version=OPSET,
         input_names=names,
         output_names=["logits"],
-        dynamic_shapes=tuple({0: batch} for _ in names),
+        dynamic_shapes=(shapes,) if isinstance(model, ClipVil) else shapes,
         optimize=False,
         verbose=False,
     )
@@ -526,7 +537,7 @@ REFUSED: list[tuple[type[nn.Module], Mapping[str, object], str]] = [
     (Mdetr, {"nhead": 0}, "nhead"),
     (Mdetr, {"map_size": [4]}, "map_size"),
     (Mdetr, {"map_size": 4}, "map_size"),
-    (Mdetr, {"map_size": [4, 0]}, "map_size, width"),
+    (Mdetr, {"map_size": [4, 0]}, "map_size, second"),
     (Mdetr, {"text": "words"}, "words"),
     (Mdetr, {"text": "ids", "text_length": 15}, "text_length"),
     (Mdetr, {"num_queries": 2.5}, "num_queries"),

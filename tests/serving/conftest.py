@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from utune_deploy.export.bundle import (
+    FAN_OUT_FILE,
     IDENTITY,
     Bundle,
     Engine,
@@ -40,81 +41,155 @@ LOWEST = np.finfo(np.float32).min
 TRITON_ENV = "UTUNE_TRITON_ENV"
 
 
-def _write_bundle(folder: Path, names: tuple[str, ...], *, mixes: bool) -> Bundle:
-    """images [B, 3, 8, 8], task [B] -> one linear head per task, gathered by row."""
-    folder.mkdir(parents=True)
+WORDS, LENGTH, HIDDEN = 11, 6, 4  # of the engine that reads text beside features
+
+
+def _pictures() -> tuple[list, dict, tuple[Tensor, ...], int]:
+    """images [B, 3, 8, 8] -> flat [B, 192]."""
+    nodes = [helper.make_node("Flatten", [IMAGES], ["flat"], axis=1)]
+    given = (Tensor(IMAGES, "float32", ("batch", 3, SIZE, SIZE)),)
+    return nodes, {}, given, 3 * SIZE * SIZE
+
+
+def _text() -> tuple[list, dict, tuple[Tensor, ...], int]:
+    """input_ids, attention_mask [B, 6], visual_feats [B, 2, 4] -> flat [B, 4], summed over what is seen."""
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["embedded"]),
+        helper.make_node("Cast", ["attention_mask"], ["seen"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["seen", "last"], ["seen1"]),
+        helper.make_node("Mul", ["embedded", "seen1"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "one"], ["text"], keepdims=0),
+        helper.make_node("ReduceSum", ["visual_feats", "one"], ["seen2"], keepdims=0),
+        helper.make_node("Add", ["text", "seen2"], ["flat"]),
+    ]
+    words = np.random.default_rng(5).standard_normal((WORDS, HIDDEN)).astype(np.float32)
+    constants = {"words": words, "last": np.array([2], dtype=np.int64)}
+    given = (
+        Tensor("input_ids", "int64", ("batch", LENGTH), WORDS),
+        Tensor("attention_mask", "int64", ("batch", LENGTH)),
+        Tensor("visual_feats", "float32", ("batch", 2, HIDDEN)),
+    )
+    return nodes, constants, given, HIDDEN
+
+
+def _make_engine(
+    names: tuple[str, ...], *, form: str, text: bool, labelled: bool
+) -> tuple[onnx.ModelProto, tuple[Tensor, ...], Tensor]:
+    """One linear head per task over the flat rows.
+
+    `multi`: each row's own head, gathered by `task`; `one`: the first task's; `fan-out`: every head.
+    Without labels a task answers with [2, classes of the widest].
+    """
+    nodes, constants, given, features = _text() if text else _pictures()
     random = np.random.default_rng(7)
-    width = max(CLASSES[name] for name in names)
-    features = 3 * SIZE * SIZE
+    width = max(CLASSES[name] for name in names) * (1 if labelled else 2)
+    own = [[k < CLASSES[name] or not labelled for k in range(width)] for name in names]
     bank = random.standard_normal((len(names), features, width)).astype(np.float32)
-    own = np.array([[k < CLASSES[name] for k in range(width)] for name in names])
-    constants = {
+    answer = [width] if labelled else [2, width // 2]
+    per_row = [len(names)] if form == "fan-out" else []
+    constants |= {
         "bank": bank,
-        "own": own,
+        "own": np.array(own),
         "lowest": np.array(LOWEST, dtype=np.float32),
         "one": np.array([1], dtype=np.int64),
+        "two": np.array([2], dtype=np.int64),
+        "both": np.array([1, 2], dtype=np.int64),
+        "row": np.array([0], dtype=np.int64),
+        "shape": np.array([0, *per_row, *answer], dtype=np.int64),
     }
-    if not mixes:
-        constants["row"] = np.array([0], dtype=np.int64)
-    row = TASK if mixes else "row"
-    nodes = [
-        helper.make_node("Flatten", [IMAGES], ["flat"], axis=1),
-        helper.make_node("Unsqueeze", ["flat", "one"], ["lines"]),
-        helper.make_node("Gather", ["bank", row], ["heads"], axis=0),
-        helper.make_node("MatMul", ["lines", "heads"], ["products"]),
-        helper.make_node("Squeeze", ["products", "one"], ["raw"]),
-        helper.make_node("Gather", ["own", row], ["mask"], axis=0),
-        helper.make_node("Where", ["mask", "raw", "lowest"], [LOGITS]),
-    ]
-    shape = ["batch", 3, SIZE, SIZE]
-    inputs = [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, shape)]
-    engine_inputs = [Tensor(IMAGES, "float32", tuple(shape))]
-    if mixes:
-        inputs.append(helper.make_tensor_value_info(TASK, TensorProto.INT64, ["batch"]))
-        engine_inputs.append(Tensor(TASK, "int64", ("batch",)))
+    row = TASK if form == "multi" else "row"
+    if form == "fan-out":
+        nodes += [
+            helper.make_node("Unsqueeze", ["flat", "both"], ["lines"]),
+            helper.make_node("MatMul", ["lines", "bank"], ["products"]),
+            helper.make_node("Squeeze", ["products", "two"], ["raw"]),
+            helper.make_node("Where", ["own", "raw", "lowest"], ["answers"]),
+        ]
+    else:
+        nodes += [
+            helper.make_node("Unsqueeze", ["flat", "one"], ["lines"]),
+            helper.make_node("Gather", ["bank", row], ["heads"], axis=0),
+            helper.make_node("MatMul", ["lines", "heads"], ["products"]),
+            helper.make_node("Squeeze", ["products", "one"], ["raw"]),
+            helper.make_node("Gather", ["own", row], ["mask"], axis=0),
+            helper.make_node("Where", ["mask", "raw", "lowest"], ["answers"]),
+        ]
+    nodes.append(helper.make_node("Reshape", ["answers", "shape"], [LOGITS]))
+    if form == "multi":
+        given = (*given, Tensor(TASK, "int64", ("batch",)))
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    used = {name for node in nodes for name in node.input}
+    logits = Tensor(LOGITS, "float32", ("batch", *per_row, *answer))
     graph = helper.make_graph(
         nodes,
         "tiny",
-        inputs,
-        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", width])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in given],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, logits.shape)],
+        [numpy_helper.from_array(v, name) for name, v in constants.items() if name in used],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
+    return model, given, logits
+
+
+def _write_bundle(
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    form: str = "multi",
+    beside: bool = False,
+    text: bool = False,
+    labelled: bool = True,
+) -> Bundle:
+    """A bundle of one engine, or with a second one beside it that answers every task."""
+    folder.mkdir(parents=True)
+
+    def engine(file: str, form: str) -> tuple[onnx.ModelProto, Engine]:
+        model, inputs, logits = _make_engine(names, form=form, text=text, labelled=labelled)
+        return model, Engine(
+            target="onnxruntime",
+            file=file,
+            precision="fp32",
+            opset=18,
+            max_batch=MAX_BATCH,
+            inputs=inputs,
+            outputs=(logits,),
+        )
+
     tasks = tuple(
         Task(
             name=name,
             row=index,
-            labels=tuple(f"{name}-{k}" for k in range(CLASSES[name])),
+            labels=tuple(f"{name}-{k}" for k in range(CLASSES[name] if labelled else 0)),
             preprocessing=Preprocessing(size=(SIZE, SIZE)),
             delta=f"{index:064x}",
+            width=None if labelled else max(CLASSES[name] for name in names),
         )
         for index, name in enumerate(names)
     )
+    model, main = engine("model.onnx", form)
+    second, fan_out = engine(FAN_OUT_FILE, "fan-out") if beside else (None, None)
     bundle = Bundle(
         path=folder,
         name="tiny",
-        mode="multi" if mixes else "parallel",
+        mode="parallel" if form == "one" else form,
         bank="constants",
-        engine=Engine(
-            target="onnxruntime",
-            file="model.onnx",
-            precision="fp32",
-            opset=18,
-            max_batch=MAX_BATCH,
-            inputs=tuple(engine_inputs),
-            outputs=(Tensor(LOGITS, "float32", ("batch", width)),),
-        ),
+        engine=main,
         tasks=tasks,
         backbone={"architecture": "tiny"},
         plan={},
         check={},
         versions={},
         identity="",
+        fan_out=fan_out,
     )
-    identity = identity_of(bundle.backbone, bundle.mode, bundle.bank, tasks, "fp32")
-    helper.set_model_props(model, {IDENTITY: identity})
-    onnx.save(model, folder / "model.onnx")
+    identity = identity_of(
+        bundle.backbone, bundle.mode, bundle.bank, tasks, "fp32", fan_out=fan_out
+    )
+    for proto, file in ((model, "model.onnx"), (second, FAN_OUT_FILE)):
+        if proto is not None:
+            helper.set_model_props(proto, {IDENTITY: identity})
+            onnx.save(proto, folder / file)
     write_manifest(folder, replace(bundle, identity=identity))
     return open_bundle(folder)
 
@@ -122,13 +197,69 @@ def _write_bundle(folder: Path, names: tuple[str, ...], *, mixes: bool) -> Bundl
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Three tasks of 5, 3 and 2 classes."""
-    return _write_bundle(tmp_path_factory.mktemp("bundles") / "three", tuple(CLASSES), mixes=True)
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "three", tuple(CLASSES))
 
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """One task, and an engine that takes no row."""
-    return _write_bundle(tmp_path_factory.mktemp("bundles") / "one", ("cars",), mixes=False)
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "one", ("cars",), form="one")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Three tasks over three named inputs, two of integers."""
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "text", tuple(CLASSES), text=True)
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Two tasks without labels, each with an answer of [2, 5]."""
+    return _write_bundle(
+        tmp_path_factory.mktemp("bundles") / "arrays", ("pets", "cars"), labelled=False
+    )
+
+
+@pytest.fixture(scope="session")
+def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The three tasks with a second engine beside the first, which answers all of them."""
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "both", tuple(CLASSES), beside=True)
+
+
+@pytest.fixture(scope="session")
+def fan_out(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The three tasks in one engine that answers all of them."""
+    return _write_bundle(
+        tmp_path_factory.mktemp("bundles") / "fan_out", tuple(CLASSES), form="fan-out"
+    )
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Named inputs, tasks without labels, and one engine that answers all of them."""
+    return _write_bundle(
+        tmp_path_factory.mktemp("bundles") / "everything",
+        ("cars", "flowers"),
+        form="fan-out",
+        text=True,
+        labelled=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """`sentences(n, seed)` -> the named inputs of n rows."""
+
+    def make(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(seed)
+        lengths = random.integers(1, LENGTH + 1, (count, 1))
+        return {
+            "input_ids": random.integers(0, WORDS, (count, LENGTH)),
+            "attention_mask": (np.arange(LENGTH) < lengths).astype(np.int64),
+            "visual_feats": random.standard_normal((count, 2, HIDDEN)).astype(np.float32),
+        }
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,11 @@ class GatedSession:
         self.gate = threading.Event()
         self.gate.set()
 
-    def run(self, images, task=None):
+    def run(self, inputs, task=None):
         self.entered.set()
         self.gate.wait()
         self.calls.append(task.tolist())
-        return self.inner.run(images, task)
+        return self.inner.run(inputs, task)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_rows_of_different_requests_and_tasks_share_one_call(gated, service, row
     assert [len(call) for call in gated.session.calls] == [1, 8]
     assert set(gated.session.calls[1]) == {0, 1, 2}
     for request, answer in zip(requests, answers, strict=True):
-        reference = service.answer(request.images, request.tasks)
+        reference = service.answer(request.inputs, request.tasks)
         np.testing.assert_allclose(answer.logits, reference.logits, rtol=1e-5, atol=1e-4)
         assert answer.labels == reference.labels
 

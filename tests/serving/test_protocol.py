@@ -7,7 +7,9 @@ import pytest
 
 from utune_deploy.serving import protocol
 from utune_deploy.serving.protocol import InputTensor, OutputRequest
+from utune_deploy.serving.registry import Registry
 from utune_deploy.serving.rejections import InvalidRequest
+from utune_deploy.serving.service import Service
 
 SHAPE = (2, 3, 8, 8)
 PIXELS = np.arange(2 * 3 * 8 * 8, dtype=np.float32).reshape(SHAPE)
@@ -42,7 +44,7 @@ def _task(content=NAMES, shape=(2, 1), datatype="BYTES") -> InputTensor:
 )
 def test_every_spelling_reads_the_same(service, images, task):
     request = protocol.read_request(service.registry, [task, images])
-    assert request.images.tobytes() == PIXELS.tobytes()
+    assert request.inputs["images"].tobytes() == PIXELS.tobytes()
     assert request.tasks == ("pets", "cars")
 
 
@@ -121,16 +123,93 @@ def test_classes_are_the_rows_own_best_first(service):
 @pytest.mark.parametrize(
     "output", [OutputRequest("x"), OutputRequest("label", 1), OutputRequest("logits", -1)]
 )
-def test_an_output_that_is_not_there_is_refused(output):
+def test_an_output_that_is_not_there_is_refused(service, output):
     with pytest.raises(InvalidRequest):
-        protocol.check_outputs([output])
+        protocol.check_outputs(service.registry, [output])
 
 
 def test_the_task_is_optional_only_where_there_is_one(service, single):
-    from utune_deploy.serving.registry import Registry
-
     several = protocol.model_config(service.registry, max_delay_ms=1)
     alone = protocol.model_config(Registry(single), max_delay_ms=0)
     assert [entry.get("optional", False) for entry in several["input"]] == [False, False]
     assert [entry.get("optional", False) for entry in alone["input"]] == [False, True]
     assert several["dynamic_batching"]["max_queue_delay_microseconds"] == 1000
+
+
+IDS = np.arange(12, dtype=np.int64).reshape(2, 6) % 11
+MASK = InputTensor("attention_mask", "INT64", (2, 6), [1] * 12)
+FEATS = InputTensor("visual_feats", "FP32", (2, 2, 4), [0.5] * 16)
+
+
+@pytest.mark.parametrize("content", [IDS.tobytes(), IDS.tolist(), IDS.ravel().tolist()])
+def test_integers_read_the_same_in_every_spelling(text, content):
+    ids = InputTensor("input_ids", "INT64", (2, 6), content)
+    request = protocol.read_request(Registry(text), [FEATS, _task(), ids, MASK])
+    assert request.inputs["input_ids"].dtype == np.int64
+    assert request.inputs["input_ids"].tolist() == IDS.tolist()
+    assert request.inputs["visual_feats"].tolist() == [[[0.5] * 4] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        (InputTensor("input_ids", "FP32", (2, 6), [1.0] * 12), "wanted: INT64"),
+        (InputTensor("input_ids", "INT64", (2, 6), IDS.tobytes()[:-4]), "wanted: 96 bytes"),
+        (InputTensor("input_ids", "INT64", (2, 6), [1.0] * 12), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), [True] * 12), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), ["1"] * 12), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), [2**63] * 12), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), [2**63, -1] * 6), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), [2**70] * 12), "a list of integers"),
+        (InputTensor("input_ids", "INT64", (2, 6), [2**62] * 12), "out of range"),
+        (InputTensor("input_ids", "INT64", (2, 6), [1] * 11), "does not hold"),
+    ],
+)
+def test_integers_that_are_none_have_their_own_sentence(text, ids, sentence):
+    with pytest.raises(InvalidRequest, match=sentence):
+        protocol.read_request(Registry(text), [ids, MASK, FEATS, _task()])
+
+
+def test_the_metadata_lists_every_input_in_the_engines_order(text):
+    assert protocol.model_metadata(Registry(text))["inputs"] == [
+        {"name": "input_ids", "datatype": "INT64", "shape": [-1, 6]},
+        {"name": "attention_mask", "datatype": "INT64", "shape": [-1, 6]},
+        {"name": "visual_feats", "datatype": "FP32", "shape": [-1, 2, 4]},
+        {"name": "task", "datatype": "BYTES", "shape": [-1, 1]},
+    ]
+    with pytest.raises(InvalidRequest, match="input_ids, attention_mask, visual_feats"):
+        protocol.read_request(Registry(text), [MASK, FEATS])
+
+
+def test_an_answer_without_labels_is_its_logits(arrays):
+    service = Service.open(arrays, threads=1)
+    metadata = protocol.model_metadata(service.registry)
+    assert metadata["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 2, 5]}]
+    answers = service.answer(PIXELS / 100, ["pets", "cars"])
+    (tensor,) = protocol.write_answers(service.registry, answers)
+    assert tensor.array.shape == (2, 2, 5)
+    for output in (OutputRequest("label"), OutputRequest("score"), OutputRequest("logits", 2)):
+        with pytest.raises(InvalidRequest):
+            protocol.check_outputs(service.registry, [output])
+
+
+def test_all_tasks_are_one_model_more(two_engines):
+    every = Service.open(two_engines, threads=1, all_tasks=True)
+    metadata = protocol.model_metadata(every.registry)
+    assert metadata["name"] == "tiny.all"
+    assert [entry["name"] for entry in metadata["inputs"]] == ["images"]
+    tensors = protocol.write_answers(every.registry, every.answer(PIXELS / 100))
+    assert [(t.name, t.datatype, t.array.shape) for t in tensors] == [
+        ("logits", "FP32", (2, 3, 5)),
+        ("task", "BYTES", (2, 3)),
+        ("label", "BYTES", (2, 3)),
+        ("score", "FP32", (2, 3)),
+    ]
+    assert tensors[1].values() == ["pets", "cars", "flowers"] * 2
+    for row, answers in enumerate(every.answer_all(PIXELS / 100)):
+        assert tensors[0].array[row].tobytes() == answers.logits.tobytes()
+        assert [label.decode() for label in tensors[2].array[row]] == list(answers.labels)
+    with pytest.raises(InvalidRequest, match="unknown input"):
+        protocol.read_request(every.registry, [_images(), _task()])
+    with pytest.raises(InvalidRequest, match="cannot be given as classes"):
+        protocol.check_outputs(every.registry, [OutputRequest("logits", 2)])

@@ -53,7 +53,7 @@ def test_a_request_names_rows_of_the_bank(bundle):
 def test_an_unaligned_view_is_copied_to_a_boundary(bundle):
     buffer = b"x" + GOOD.tobytes()
     view = np.frombuffer(memoryview(buffer)[1:], "<f4").reshape(GOOD.shape)
-    assert Registry(bundle).check(view, ["pets"] * 2).images.flags.aligned
+    assert Registry(bundle).check(view, ["pets"] * 2).inputs["images"].flags.aligned
 
 
 def test_the_only_task_need_not_be_named_but_must_be_right(single):
@@ -62,6 +62,114 @@ def test_the_only_task_need_not_be_named_but_must_be_right(single):
     assert registry.check(GOOD, ["cars", "cars"]).tasks == ("cars", "cars")
     with pytest.raises(InvalidRequest, match="unknown task"):
         registry.check(GOOD, ["cars", "pets"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda g: g["input_ids"], "arrays by name: input_ids, attention_mask, visual_feats"),
+        (lambda g: {"input_ids": g["input_ids"]}, "found: input_ids"),
+        (lambda g: {}, "found: none"),
+        (lambda g: {**g, "task": g["input_ids"]}, "not those that the engine reads"),
+        (
+            lambda g: {**g, "input_ids": g["input_ids"].astype(np.int32)},
+            "where: input_ids; wanted: int64; found: int32",
+        ),
+        (
+            lambda g: {**g, "visual_feats": g["visual_feats"].astype(np.float64)},
+            "where: visual_feats; wanted: float32; found: float64",
+        ),
+        (
+            lambda g: {**g, "attention_mask": g["attention_mask"][:, :5]},
+            "where: attention_mask; wanted: [n, 6]; found: [2, 5]",
+        ),
+        (
+            lambda g: {**g, "visual_feats": g["visual_feats"][:1]},
+            "where: visual_feats; wanted: 2, as input_ids has; found: 1",
+        ),
+        (
+            lambda g: {**g, "input_ids": g["input_ids"] + [[0], [11]]},
+            "input_ids, row 1; wanted: 0 to 10",
+        ),
+        (
+            lambda g: {**g, "input_ids": g["input_ids"] - 11},
+            "input_ids, row 0; wanted: 0 to 10; found: -",
+        ),
+        (
+            lambda g: {**g, "visual_feats": g["visual_feats"] + np.float32([[[0]], [[np.inf]]])},
+            "visual_feats, row 1; wanted: finite float32; found: 8 NaN or infinite values",
+        ),
+        (lambda g: {k: v[:0] for k, v in g.items()}, "no rows"),
+        (lambda g: {k: np.repeat(v, 5, 0) for k, v in g.items()}, "wanted: 1 to 8 rows; found: 10"),
+    ],
+)
+def test_a_named_input_that_is_wrong_is_named(text, sentences, change, sentence):
+    given = change(sentences(2))
+    with pytest.raises(InvalidRequest) as refusal:
+        Registry(text).check(given, ["pets"] * 2)
+    assert sentence in one_line(refusal.value)
+
+
+def test_named_inputs_come_in_the_engines_order_and_masks_may_hold_anything(text, sentences):
+    given = sentences(2)
+    given["attention_mask"] = given["attention_mask"] - 7
+    request = Registry(text).check(dict(reversed(given.items())), ["pets", "cars"])
+    assert list(request.inputs) == ["input_ids", "attention_mask", "visual_feats"]
+    assert len(request) == 2
+
+
+@pytest.mark.parametrize("kind", ["two_engines", "fan_out"])
+def test_a_request_of_all_tasks_names_none(request, kind):
+    registry = Registry(request.getfixturevalue(kind), all_tasks=True)
+    assert registry.name == "tiny.all"
+    checked = registry.check(GOOD)
+    assert checked.tasks == ("pets", "cars", "flowers") * 2
+    assert len(checked) == 2
+    with pytest.raises(InvalidRequest) as refusal:
+        registry.check(GOOD, ["pets", "pets"])
+    assert "ask the model tiny" in one_line(refusal.value)
+
+
+def test_tasks_stand_in_the_answer_in_the_order_of_their_rows(fan_out):
+    """Whatever numbers the rows have."""
+    tasks = tuple(replace(task, row=3 * task.row) for task in fan_out.tasks)
+    registry = Registry(replace(fan_out, tasks=tasks))
+    assert registry.check(GOOD, ["flowers", "cars"]).rows.tolist() == [2, 1]
+
+
+def _logits(*sizes) -> tuple[Tensor, ...]:
+    return (Tensor(LOGITS, "float32", ("batch", *sizes)),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("fan_out", {"outputs": _logits(2, 5)}),
+        ("fan_out", {"outputs": _logits("tasks", 5)}),
+        ("fan_out", {"outputs": _logits(5)}),
+        ("fan_out", {"outputs": _logits(3, 2, 5)}),
+        ("fan_out", {"inputs": (Tensor("images", "float32", ("batch", 3, 8, 8)), Tensor("task", "int64", ("batch",)))}),
+        ("arrays", {"outputs": _logits(2, 4)}),
+        ("arrays", {"outputs": _logits("queries", 5)}),
+        ("text", {"inputs": (Tensor("input_ids", "int32", ("batch", 6)), Tensor("task", "int64", ("batch",)))}),
+        ("text", {"inputs": (Tensor("input_ids", "int64", ("batch", "length")), Tensor("task", "int64", ("batch",)))}),
+        ("text", {"inputs": (Tensor("input_ids", "int64", ("batch",)), Tensor("task", "int64", ("batch",)))}),
+    ],
+)  # fmt: skip
+def test_an_engine_of_another_form_is_refused(request, kind, changes):
+    bundle = request.getfixturevalue(kind)
+    with pytest.raises(IncompatibleArtefact):
+        Registry(replace(bundle, engine=replace(bundle.engine, **changes)))
+
+
+def test_the_axis_of_tasks_may_grow_with_a_bank_that_is_an_input(fan_out):
+    bank = Tensor("bank/head", "float32", ("tasks", 192, 5))
+    grows = replace(
+        fan_out.engine, inputs=(*fan_out.engine.inputs, bank), outputs=_logits("tasks", 5)
+    )
+    registry = Registry(replace(fan_out, engine=grows))
+    assert list(registry.inputs) == ["images"]
+    assert registry.answer_shape == (5,)
 
 
 @pytest.mark.parametrize("change", ["free width", "no images", "no rows", "labels"])

@@ -108,3 +108,44 @@ def test_a_model_that_is_there_is_replaced_only_when_asked(bundle, tmp_path):
 def test_a_name_that_cannot_be_a_folder_is_refused(bundle, tmp_path, name):
     with pytest.raises(UsageError, match="cannot be a model's folder"):
         write_repository(replace(bundle, name=name), tmp_path)
+
+
+def test_all_tasks_are_a_second_model(two_engines, tmp_path):
+    model = write_repository(two_engines, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.all"]
+    assert model == tmp_path / "tiny"
+    config = _parsed((tmp_path / "tiny.all" / "config.pbtxt").read_text())
+    assert (config.name, config.max_batch_size) == ("tiny.all", 8)
+    assert [(t.name, list(t.dims)) for t in config.input] == [("images", [3, 8, 8])]
+    assert [(t.name, list(t.dims)) for t in config.output] == [
+        ("logits", [3, 5]), ("task", [3]), ("label", [3]), ("score", [3]),
+    ]  # fmt: skip
+    assert config.parameters["all_tasks"].string_value == "true"
+    assert "all_tasks" not in _parsed((model / "config.pbtxt").read_text()).parameters
+    carried = open_bundle(tmp_path / "tiny.all" / "1" / "bundle")
+    assert carried.fan_out == two_engines.fan_out
+
+
+def test_named_inputs_and_arrays_are_configured(everything):
+    config = _parsed(config_text(everything, all_tasks=True))
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
+        ("input_ids", model_config_pb2.TYPE_INT64, [6]),
+        ("attention_mask", model_config_pb2.TYPE_INT64, [6]),
+        ("visual_feats", model_config_pb2.TYPE_FP32, [2, 4]),
+    ]
+    assert [(t.name, list(t.dims)) for t in config.output] == [
+        ("logits", [2, 2, 3]), ("task", [2]),
+    ]  # fmt: skip
+
+
+def test_neither_model_is_written_over_unasked(two_engines, bundle, tmp_path):
+    write_repository(bundle, tmp_path)
+    with pytest.raises(UsageError, match="already exists"):
+        write_repository(two_engines, tmp_path)
+    assert not (tmp_path / "tiny.all").exists()
+    write_repository(two_engines, tmp_path, force=True)
+    other = write_repository(replace(bundle, name="other.all"), tmp_path)
+    write_repository(replace(bundle, name="other"), tmp_path, force=True)
+    assert other.exists()
+    write_repository(bundle, tmp_path, force=True)
+    assert not (tmp_path / "tiny.all").exists()  # it would answer from the bundle that was replaced

@@ -30,6 +30,7 @@ EPS = 1e-7
 HEADS = ("class_embed.", "bbox_embed.")
 TRUNK = ("transformer.", "query_embed.", "input_proj.", "backbone.")
 TRAINING = ("contrastive_",)  # projections that only its losses read
+ANSWERS = ("qa_embed.", "answer_")  # of checkpoints that answer questions
 
 
 def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> Foreign:
@@ -45,6 +46,12 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
             "the file belongs to an encoder and a decoder, and the backbone has none",
             found=backbone.identity.architecture,
             do="load the backbone that it was trained on: mdetr",
+        )
+    if answers := sorted(key for key in state if key.startswith(ANSWERS)):
+        raise refuse(
+            path,
+            "the checkpoint answers questions, by queries inside the frozen decoder that a task cannot bring",
+            found=", ".join(answers[:5]),
         )
     found = Foreign("UniPT MDETR", labels=())
     mask, memory = Point("encoder_mask", "output"), Point("side_memory", "output")

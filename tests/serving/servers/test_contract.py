@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import tritonclient.grpc
 import tritonclient.http
 
 from utune_deploy.serving.servers import SERVERS
+from utune_deploy.serving.service import Service
 
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
 
 
-@pytest.fixture(scope="module", params=sorted(SERVERS))
-def addresses(request, bundle, service):
+@contextmanager
+def _serving(request, bundle):
     if request.param == "embedded":
-        with request.getfixturevalue("embed")(service) as running:
+        with request.getfixturevalue("embed")(Service.open(bundle, threads=1)) as running:
             yield running
     else:
         from utune_deploy.serving.servers.triton import running
@@ -25,6 +27,26 @@ def addresses(request, bundle, service):
         environment = request.getfixturevalue("triton_environment")
         with running(bundle, environment=environment, threads=1) as process:
             yield process.addresses
+
+
+@pytest.fixture(scope="module", params=sorted(SERVERS))
+def addresses(request, bundle):
+    with _serving(request, bundle) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=sorted(SERVERS))
+def two_models(request, two_engines):
+    """Two engines: one model of one task per row, one of all tasks."""
+    with _serving(request, two_engines) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=sorted(SERVERS))
+def arrays_of_text(request, everything):
+    """Two models over one engine of named inputs, whose answers are arrays without labels."""
+    with _serving(request, everything) as running:
+        yield running
 
 
 class Client:
@@ -278,3 +300,189 @@ def test_an_unknown_model_is_not_found(addresses, rows):
             client.infer("other", inputs)
         assert refused.value.status() == status
         client.close()
+
+
+FRONTS = ["grpc", "binary", "json"]
+
+
+def _ask(front: str, addresses, model: str, rows: dict, tasks=None, **options):
+    """One request of named rows; the reply's tensors by name."""
+    client = Client(front, addresses)
+    kinds = {"float32": "FP32", "int64": "INT64"}
+    inputs = [
+        client.module.InferInput(name, list(array.shape), kinds[str(array.dtype)])
+        .set_data_from_numpy(array, **client.binary)
+        for name, array in rows.items()
+    ]  # fmt: skip
+    if tasks is not None:
+        names = np.array([[task] for task in tasks], dtype=object)
+        tensor = client.module.InferInput("task", list(names.shape), "BYTES")
+        inputs.append(tensor.set_data_from_numpy(names, **client.binary))
+    with closing(client.client):
+        answer = client.client.infer(model, inputs, **options)
+        head = answer.get_response()
+        named = head["outputs"] if isinstance(head, dict) else head.outputs
+        names = [entry["name"] if isinstance(entry, dict) else entry.name for entry in named]
+        return {name: answer.as_numpy(name) for name in names}
+
+
+def _decoded(array) -> list[list[str]]:
+    return [[cell.decode() if isinstance(cell, bytes) else cell for cell in row] for row in array]
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_model_of_all_tasks_answers_each_row_with_every_task(
+    two_models, two_engines, rows, front
+):
+    images, _ = rows(4, seed=1)
+    reply = _ask(front, two_models, "tiny.all", {"images": images})
+    wanted = Service.open(two_engines, threads=1).answer_all(images)
+    assert list(reply) == ["logits", "task", "label", "score"]
+    assert reply["logits"].tobytes() == np.stack([a.logits for a in wanted]).tobytes()
+    assert reply["score"].tobytes() == np.stack([a.scores for a in wanted]).tobytes()
+    assert _decoded(reply["task"]) == [list(CLASSES)] * 4
+    assert _decoded(reply["label"]) == [list(a.labels) for a in wanted]
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_the_model_of_one_task_per_row_stands_beside_it(two_models, service, rows, front):
+    images, tasks = rows(4, seed=1)
+    reply = _ask(front, two_models, "tiny", {"images": images}, tasks)
+    wanted = service.answer(images, tasks)
+    assert reply["logits"].tobytes() == wanted.logits.tobytes()
+    assert [cell for (cell,) in _decoded(reply["label"])] == list(wanted.labels)
+
+
+def test_what_a_client_asks_about_both_models(two_models):
+    web = tritonclient.http.InferenceServerClient(two_models.http)
+    rpc = tritonclient.grpc.InferenceServerClient(two_models.grpc)
+    for client in (web, rpc):
+        assert client.is_server_ready()
+        assert client.is_model_ready("tiny")
+        assert client.is_model_ready("tiny.all", "1")
+        assert not client.is_model_ready("tiny.some")
+    metadata = web.get_model_metadata("tiny.all")
+    assert metadata["name"] == "tiny.all"
+    assert metadata["inputs"] == [{"name": "images", "datatype": "FP32", "shape": [-1, 3, 8, 8]}]
+    assert metadata["outputs"] == [
+        {"name": "logits", "datatype": "FP32", "shape": [-1, 3, 5]},
+        {"name": "task", "datatype": "BYTES", "shape": [-1, 3]},
+        {"name": "label", "datatype": "BYTES", "shape": [-1, 3]},
+        {"name": "score", "datatype": "FP32", "shape": [-1, 3]},
+    ]
+    assert rpc.get_model_metadata("tiny.all").outputs[0].shape == [-1, 3, 5]
+    assert web.get_model_config("tiny.all")["max_batch_size"] == 8
+    assert rpc.get_model_config("tiny.all").config.name == "tiny.all"
+    assert sorted(entry["name"] for entry in web.get_model_repository_index()) == [
+        "tiny",
+        "tiny.all",
+    ]
+    index = rpc.get_model_repository_index().models
+    assert {model.name: model.state for model in index} == {"tiny": "READY", "tiny.all": "READY"}
+    web.close()
+    rpc.close()
+
+
+def test_statistics_are_per_model(two_models, rows):
+    web = tritonclient.http.InferenceServerClient(two_models.http)
+    rpc = tritonclient.grpc.InferenceServerClient(two_models.grpc)
+
+    def read(model: str) -> tuple[int, int]:
+        (entry,) = web.get_inference_statistics(model)["model_stats"]
+        assert entry["name"] == model
+        return entry["inference_stats"]["success"]["count"], entry["inference_count"]
+
+    before = {model: read(model) for model in ("tiny", "tiny.all")}
+    images, _ = rows(3)
+    _ask("grpc", two_models, "tiny.all", {"images": images})
+    requests, inferences = before["tiny.all"]
+    assert read("tiny.all") == (requests + 1, inferences + 3)
+    assert read("tiny") == before["tiny"]
+    assert {entry.name for entry in rpc.get_inference_statistics().model_stats} == {
+        "tiny",
+        "tiny.all",
+    }
+    web.close()
+    rpc.close()
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize(
+    ("rows", "tasks"),
+    [
+        ({"images": GOOD}, ["pets", "pets"]),
+        ({"images": GOOD[:, :, :7]}, None),
+        ({"images": np.zeros((9, 3, 8, 8), np.float32)}, None),
+        ({}, ["pets"]),
+    ],
+    ids=["tasks are named", "wrong shape", "too many rows", "no images"],
+)
+def test_a_bad_request_of_all_tasks_is_refused_with_a_sentence(two_models, front, rows, tasks):
+    with pytest.raises(tritonclient.http.InferenceServerException) as refused:
+        _ask(front, two_models, "tiny.all", rows, tasks)
+    assert refused.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    assert refused.value.message()
+
+
+def test_both_models_answer_rightly_at_once(two_models, two_engines, rows):
+    wrong: list[BaseException] = []
+    reference = Service.open(two_engines, threads=1)
+
+    def ask(front: str, model: str, first: int) -> None:
+        try:
+            for seed in range(first, first + 15):
+                images, tasks = rows(1 + seed % 4, seed=seed)
+                if model == "tiny":
+                    reply = _ask(front, two_models, model, {"images": images}, tasks)
+                    wanted = reference.answer(images, tasks).logits
+                else:
+                    reply = _ask(front, two_models, model, {"images": images})
+                    wanted = np.stack([a.logits for a in reference.answer_all(images)])
+                np.testing.assert_allclose(reply["logits"], wanted, rtol=1e-5, atol=1e-4)
+        except BaseException as error:
+            wrong.append(error)
+
+    cases = [("grpc", "tiny"), ("grpc", "tiny.all"), ("binary", "tiny.all"), ("json", "tiny.all")]
+    threads = [threading.Thread(target=ask, args=(*c, 100 * i)) for i, c in enumerate(cases)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_named_inputs_are_read_and_arrays_answered(arrays_of_text, everything, sentences, front):
+    reference = Service.open(everything, threads=1)
+    given, tasks = sentences(3), ["flowers", "cars", "flowers"]
+    reply = _ask(front, arrays_of_text, "tiny", given, tasks)
+    assert list(reply) == ["logits"]
+    assert reply["logits"].tobytes() == reference.answer(given, tasks).logits.tobytes()
+    every = _ask(front, arrays_of_text, "tiny.all", given)
+    assert list(every) == ["logits", "task"]
+    wanted = np.stack([answers.logits for answers in reference.answer_all(given)])
+    assert wanted.shape == (3, 2, 2, 3)
+    assert every["logits"].tobytes() == wanted.tobytes()
+    assert _decoded(every["task"]) == [["cars", "flowers"]] * 3
+
+
+@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize(
+    ("change", "ours"),
+    [
+        (lambda g: {**g, "input_ids": g["input_ids"] + 11}, "out of range"),
+        (lambda g: {**g, "visual_feats": g["visual_feats"][:1]}, None),
+        (lambda g: {k: v for k, v in g.items() if k != "attention_mask"}, None),
+        (lambda g: {**g, "input_ids": g["input_ids"].astype(np.float32)}, None),
+    ],
+    ids=["an id out of range", "a row too few", "an input is missing", "wrong dtype"],
+)
+def test_a_bad_named_input_is_refused_with_a_sentence(
+    arrays_of_text, sentences, front, change, ours
+):
+    with pytest.raises(tritonclient.http.InferenceServerException) as refused:
+        _ask(front, arrays_of_text, "tiny", change(sentences(2)), ["cars", "cars"])
+    assert refused.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    assert refused.value.message()
+    if ours:
+        assert ours in refused.value.message()

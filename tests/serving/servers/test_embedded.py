@@ -36,10 +36,10 @@ class GatedSession:
         self.entered = threading.Event()
         self.gate = threading.Event()
 
-    def run(self, images, task=None):
+    def run(self, inputs, task=None):
         self.entered.set()
         self.gate.wait()
-        return self.inner.run(images, task)
+        return self.inner.run(inputs, task)
 
 
 def _body() -> bytes:
@@ -230,6 +230,44 @@ def test_typed_contents_of_grpc(embed, service):
             assert unwritten.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_typed_integers_of_grpc(embed, text, sentences):
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    service = Service.open(text, threads=1)
+    given = sentences(1)
+    with embed(service) as addresses, grpc.insecure_channel(addresses.grpc) as channel:
+        request = service_pb2.ModelInferRequest(model_name="tiny")
+        for name, array in given.items():
+            kind = "FP32" if name == "visual_feats" else "INT64"
+            entry = request.inputs.add(name=name, datatype=kind, shape=array.shape)
+            contents = entry.contents
+            typed = contents.fp32_contents if kind == "FP32" else contents.int64_contents
+            typed.extend(array.ravel().tolist())
+        task = request.inputs.add(name="task", datatype="BYTES", shape=[1, 1])
+        task.contents.bytes_contents.append(b"cars")
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        response = stub.ModelInfer(request)
+    logits = service.answer(given, ["cars"]).logits
+    assert response.raw_output_contents[0] == logits.tobytes()
+
+
+def test_a_model_that_drains_is_unavailable_and_so_is_the_server(embed, two_engines, monkeypatch):
+    monkeypatch.setattr(
+        Batcher, "ready", property(lambda self: self.service.registry.name != "tiny.all")
+    )
+    with embed(Service.open(two_engines, threads=1)) as addresses:
+        for module, url in (
+            (tritonclient.http, addresses.http),
+            (tritonclient.grpc, addresses.grpc),
+        ):
+            client = module.InferenceServerClient(url)
+            assert client.is_model_ready("tiny")
+            assert not client.is_model_ready("tiny.all")
+            assert not client.is_server_ready()
+            client.close()
+
+
 def test_a_single_task_bundle_is_served_without_a_name(embed, single):
     service = Service.open(single, threads=1)
     with embed(service) as addresses:
@@ -273,6 +311,17 @@ def test_the_greetings_own_example_runs(embed, bundle, service):
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert service.answer(PIXELS, ["pets"]).labels[0] in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["text", "arrays", "single", "fan_out", "everything"])
+def test_the_greetings_example_runs_whatever_is_served(embed, request, kind):
+    bundle = request.getfixturevalue(kind)
+    with embed(Service.open(bundle, threads=1)) as addresses:
+        text = greeting(bundle, addresses, server="embedded", provider="cpu")
+        example = textwrap.dedent(text.split("<<'END'\n")[1].split("  END\n")[0])
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("tiny.all" in text) == (kind in ("fan_out", "everything"))
 
 
 def test_the_greeting_says_how_to_ask(bundle):

@@ -170,12 +170,12 @@ def test_a_port_in_use_is_said_before_anything_starts(bundle, stand_in, tmp_path
             pass
 
 
-def test_stopping_the_real_one_cuts_no_request(bundle, triton_environment):
-    """Busy clients are answered or refused in words until nobody listens any more."""
+def test_stopping_the_real_one_cuts_no_request(two_engines, triton_environment):
+    """Busy clients of both models are answered or refused in words until nobody listens any more."""
     endings: list[str] = []
     pixels = np.zeros((1, 3, 8, 8), np.float32)
 
-    def ask(address: str, started: threading.Event) -> None:
+    def ask(address: str, model: str, started: threading.Event) -> None:
         client = tritonclient.grpc.InferenceServerClient(address)
         images = tritonclient.grpc.InferInput("images", [1, 3, 8, 8], "FP32")
         task = tritonclient.grpc.InferInput("task", [1, 1], "BYTES")
@@ -183,17 +183,18 @@ def test_stopping_the_real_one_cuts_no_request(bundle, triton_environment):
         task.set_data_from_numpy(np.array([[b"pets"]], dtype=object))
         while True:
             try:
-                client.infer("tiny", [images, task])
+                client.infer(model, [images, task] if model == "tiny" else [images])
                 started.set()
             except tritonclient.grpc.InferenceServerException as error:
                 endings.append(error.status())
                 break
         client.close()
 
-    with triton.running(bundle, environment=triton_environment, threads=1) as process:
+    with triton.running(two_engines, environment=triton_environment, threads=1) as process:
         started = [threading.Event() for _ in range(4)]
         askers = [
-            threading.Thread(target=ask, args=(process.addresses.grpc, event)) for event in started
+            threading.Thread(target=ask, args=(process.addresses.grpc, model, event))
+            for model, event in zip(["tiny", "tiny.all"] * 2, started, strict=True)
         ]
         for asker in askers:
             asker.start()

@@ -11,21 +11,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
-from ..export.engine import Tensor
 from ..export.graph import OPSET, Inputs, clean, serialise, specs, trace
 from ..export.macs import macs
 from ..export.passes import rewrite
+from ..merge.attach import restore
 from ..merge.backbone import create
 from ..merge.bank import Bank, stack
 from ..merge.delta import Delta, require_backbone
-from ..merge.errors import CheckFailed, UsageError
+from ..merge.errors import CheckFailed, IncompatibleArtefact, UsageError
 from ..merge.fan_out import FanOut, Group, share
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
 from ..merge.mixed import Mixed, Single
 from ..merge.sites import Sites, measure
-from ..merge.attach import restore
 from .check import Evidence, check_engine
 from .plan import Plan, make_plan
 from .versions import versions
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from ..export.engine import Tensor
     from ..merge.backbone import Backbone
 
 ENGINE_FILE = "model.onnx"
@@ -109,6 +109,8 @@ def export_bundle(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     every = fan_out or mode == FAN_OUT
+    if every:
+        require_one_preprocessing(deltas)
     groups = fan_out_groups(backbone, deltas, sites) if every else ()
     plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank, groups=groups)
     entries = manifest_tasks(tasks, backbone)
@@ -221,9 +223,25 @@ class _Made(NamedTuple):
     lowered: list[str]
 
 
-def fan_out_groups(
-    backbone: Backbone, deltas: Sequence[Delta], sites: Sites
-) -> tuple[Group, ...]:
+def require_one_preprocessing(deltas: Sequence[Delta]) -> None:
+    """Tasks that answer the same row must read the same pixels.
+
+    Raises:
+        IncompatibleArtefact: Two tasks prepare their pictures differently.
+    """
+    first = deltas[0]
+    for delta in deltas[1:]:
+        if delta.preprocessing != first.preprocessing:
+            raise IncompatibleArtefact(
+                "tasks that answer the same row must prepare their pictures alike",
+                where=f"tasks {first.task} and {delta.task}",
+                wanted=first.preprocessing,
+                found=delta.preprocessing,
+                do="export those that do into one bundle each, or leave out --fan-out",
+            )
+
+
+def fan_out_groups(backbone: Backbone, deltas: Sequence[Delta], sites: Sites) -> tuple[Group, ...]:
     """What tasks share when every row is answered for all of them."""
     double = in_double(backbone)
     return share(

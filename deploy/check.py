@@ -217,9 +217,7 @@ class _Check:
                 used[number] += 1
         return {IMAGES: images}
 
-    def reference(
-        self, inputs: Rows, task: NDArray[np.int64], models: Sequence[Tuned]
-    ) -> NDArray:
+    def reference(self, inputs: Rows, task: NDArray[np.int64], models: Sequence[Tuned]) -> NDArray:
         """Torch's logits `[B, ..., K]`, task by task; absent classes hold 0."""
         logits = np.zeros((len(task), *self.inner, max(self.classes)), dtype=np.float64)
         with torch.no_grad():

@@ -204,7 +204,11 @@ def validate(delta: Delta, *, where: object) -> None:
         _require_side(branch, where=f"{where}: {name}")
         for head in heads:
             at = delta.branches[head].add
-            early = branch.add == at and not branch.tuner.answers and listed.index(name) < listed.index(head)
+            early = (
+                branch.add == at
+                and not branch.tuner.answers
+                and listed.index(name) < listed.index(head)
+            )
             if early or (branch.tuner.join == "weights" and branch.add.module == at.module):
                 raise IncompatibleArtefact(
                     "a branch stands at what the head replaces, so it would never act",

@@ -112,7 +112,10 @@ def _works(backbone: Backbone, delta: Delta, point: Point) -> bool:
     doubled = Bank(
         (delta.task, delta.task),
         twice.slots,
-        {name: tensor.to(backbone.dtype).repeat_interleave(2, 0) for name, tensor in twice.tensors.items()},
+        {
+            name: tensor.to(backbone.dtype).repeat_interleave(2, 0)
+            for name, tensor in twice.tensors.items()
+        },
     )
     inputs = backbone.draw(batch=2)
     trunk = backbone.model
@@ -179,9 +182,7 @@ class FanOut(nn.Module):
             with joined(self.trunk, _weighted(group.bank, spread), rows=examples * count):
                 logits = self.trunk(*(t.repeat_interleave(count, 0) for t in inputs))
         else:
-            with joined(
-                self.trunk, _weighted(group.bank, tensors), fork=Fork(group.fork, count)
-            ):
+            with joined(self.trunk, _weighted(group.bank, tensors), fork=Fork(group.fork, count)):
                 logits = self.trunk(*inputs)
         return logits.unflatten(0, (-1, count))
 

@@ -299,9 +299,7 @@ class _Run:
         if (point, True) in self.taps:
             self.taken[point, True] = _Taken(value, present, self.forked)
         if (point, False) in self.taps:
-            self.taken[point, False] = _Taken(
-                self._rows(value, channel_axis), present, self.forked
-            )
+            self.taken[point, False] = _Taken(self._rows(value, channel_axis), present, self.forked)
         return value
 
     def _replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from ...export.engine import Rows, Tensor
 
 ZIPF_EXPONENT = 1.0
 """Task k is asked for in proportion to `1 / (k + 1) ** ZIPF_EXPONENT`: few popular tasks, a tail."""
@@ -85,10 +87,21 @@ class Case:
         positions = MIXES[self.mix].choose(self.batch, len(rows), generator)
         return np.asarray(rows, np.int64)[positions]
 
-    def images(self, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-        """The `images` input `[B, *shape]`: standard normal noise, the same for the same seed.
+    def rows(self, inputs: Sequence[Tensor], seed: int) -> Rows:
+        """What a call is given, the same for the same seed: the array of a sole input, or arrays by name.
 
-        Latency of a dense network does not depend on what the pictures show.
+        Real numbers are standard normal noise, ids are drawn below their `high`, other integers are ones, as
+        in a mask that leaves nothing out. Latency of a dense network does not depend on what they are.
         """
         generator = np.random.default_rng([seed, self.batch])
-        return generator.standard_normal((self.batch, *shape), np.float32)
+        arrays = {tensor.name: self._draw(tensor, generator) for tensor in inputs}
+        return arrays if len(inputs) > 1 else next(iter(arrays.values()))
+
+    def _draw(self, tensor: Tensor, generator: np.random.Generator) -> NDArray[Any]:
+        """One input `[B, ...]`."""
+        shape = (self.batch, *(int(size) for size in tensor.shape[1:]))
+        if tensor.dtype != "int64":
+            return generator.standard_normal(shape, np.float32)
+        if tensor.high is None:
+            return np.ones(shape, np.int64)
+        return generator.integers(tensor.high, size=shape)

@@ -82,7 +82,7 @@ def measure(
     Args:
         subjects: What to time; the first is the baseline of the ratios.
         cases: Batch sizes and mixes, in the order of the report.
-        about: The bundle whose tasks and picture size are used.
+        about: The bundle whose tasks and inputs are used.
         settings: How long to measure.
         threads: Threads that the engines were opened with, for the report.
         command: The command line, for the report; that of this process unless given.
@@ -169,13 +169,13 @@ def _time_case(
     tell: _Teller,
     clock: Callable[[], int],
 ) -> CaseResult:
-    images = case.images(about.image_shape, settings.seed)
+    given = case.rows(about.reads, settings.seed)
     rows = case.task_rows([task.row for task in about.tasks], settings.seed)
     tell(case, number, 0, 0.0)
     order = orders(len(subjects), settings.seed)
     for _ in range(settings.warmup_rounds):
         for index in range(len(subjects)):
-            _check(subjects[index], case, subjects[index].run(images, rows))
+            _check(subjects[index], case, subjects[index].run(given, rows))
     samples: list[list[float]] = [[] for _ in subjects]
     with _without_collector():
         began, rounds, fraction = clock(), 0, 0.0
@@ -183,9 +183,9 @@ def _time_case(
             for index in next(order):
                 run = subjects[index].run
                 for _ in range(settings.settle_calls):
-                    run(images, rows)
+                    run(given, rows)
                 start = clock()
-                run(images, rows)
+                run(given, rows)
                 # A call that a coarse clock cannot see took one tick, not none: ratios divide.
                 samples[index].append(max(clock() - start, 1) / NS_PER_MS)
             rounds += 1
@@ -216,7 +216,7 @@ def _check(subject: Subject, case: Case, logits: NDArray[np.float32]) -> None:
         raise CheckFailed(
             "a subject does not answer every row",
             where=f"{subject.name}, {case.label}",
-            wanted=f"[{case.batch}, K]",
+            wanted=f"[{case.batch}, ...]",
             found=list(logits.shape),
         )
     if not np.isfinite(logits).all():

@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...export.engine import IMAGES
+from ...export.engine import IMAGES, Tensor, row_inputs
 from ...merge.errors import UsageError
 from ...merge.files import atomic_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ...export.bundle import Bundle
@@ -34,7 +35,7 @@ class TaskFacts:
     Attributes:
         name: Its name.
         row: Its row in the bank, the value of the `task` input.
-        classes: How many labels it has.
+        classes: How many labels it has; without labels, how many values its answer has on its last axis.
     """
 
     name: str
@@ -49,16 +50,23 @@ class About:
     Attributes:
         name: Name of the bundle.
         tasks: Its tasks in row order, at least one.
-        image_shape: `(3, H, W)` of a picture, `(3, T, H, W)` of a clip.
+        image_shape: `(3, H, W)` of a picture, `(3, T, H, W)` of a clip; None where something else is read.
         max_batch: Largest batch that the engines take; None if there is no limit.
         facts: Label and text of what else a reader wants to know, in order.
+        inputs: What a call is given, where that is not pictures of `image_shape`.
     """
 
     name: str
     tasks: tuple[TaskFacts, ...]
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, ...] | None
     max_batch: int | None = None
     facts: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Tensor, ...]:
+        """What a call is given."""
+        return self.inputs or (Tensor(IMAGES, "float32", ("batch", *(self.image_shape or ()))),)
 
 
 @dataclass(frozen=True)
@@ -183,23 +191,40 @@ class Report:
 def about_bundle(bundle: Bundle) -> About:
     """What a report says of a bundle."""
     engine = bundle.engine
-    _, *shape = next(tensor.shape for tensor in engine.inputs if tensor.name == IMAGES)
-    image_shape = tuple(int(size) for size in shape)
+    inputs = row_inputs(engine.inputs)
+    pictures = [tensor.name for tensor in inputs] == [IMAGES]
+    shape = tuple(int(size) for size in inputs[0].shape[1:]) if pictures else None
     facts = (
         ("backbone", str(bundle.backbone.get("architecture", "unknown"))),
         ("mode", bundle.mode),
         ("bank", bundle.bank),
         ("engine", f"{engine.target}, {engine.precision}, opset {engine.opset}"),
-        ("picture" if len(image_shape) == 3 else "clip", " x ".join(map(str, image_shape))),
+        *(_read(inputs) if shape is None else [_picture(shape)]),
         ("identity", bundle.identity),
     )
     return About(
         name=bundle.name,
-        tasks=tuple(TaskFacts(task.name, task.row, len(task.labels)) for task in bundle.tasks),
-        image_shape=image_shape,
+        tasks=tuple(
+            TaskFacts(task.name, task.row, len(task.labels) or task.width or 0)
+            for task in bundle.tasks
+        ),
+        image_shape=shape,
         max_batch=engine.max_batch,
         facts=facts,
+        inputs=() if pictures else inputs,
     )
+
+
+def _picture(shape: tuple[int, ...]) -> tuple[str, str]:
+    return "picture" if len(shape) == 3 else "clip", _sizes(shape)
+
+
+def _read(inputs: Sequence[Tensor]) -> list[tuple[str, str]]:
+    return [(tensor.name, f"{_sizes(tensor.shape[1:])} {tensor.dtype}") for tensor in inputs]
+
+
+def _sizes(shape: Sequence[object]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...export.bundle import FAN_OUT
+from ...export.engine import row_inputs
 from ...export.targets.onnxruntime import OnnxRuntimeSession
 from ...merge.errors import IncompatibleArtefact
 from .case import Case
 from .measure import measure
 from .report import about_bundle
-from .subject import open_subject
+from .subject import EVERY_TASK, open_subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ def bench(
 
     Args:
         bundle: What the verdict is about.
-        others: Other bundles of the same image size, timed in the same run.
+        others: Other bundles that read the same, timed in the same run.
         batches: Batch sizes.
         mixes: Task mixes, keys of `case.MIXES`.
         provider: Of every engine.
@@ -48,14 +50,15 @@ def bench(
 
     Raises:
         UsageError: A batch or a mix that the bundle does not have.
+        IncompatibleArtefact: Another bundle reads something else.
     """
     for other in others:
-        if other.engine.inputs[0].shape[1:] != bundle.engine.inputs[0].shape[1:]:
+        if _reads(other) != _reads(bundle):
             raise IncompatibleArtefact(
-                "the bundles read pictures of different sizes",
+                "the bundles do not read the same inputs",
                 where=other.path,
-                wanted=list(bundle.engine.inputs[0].shape[1:]),
-                found=list(other.engine.inputs[0].shape[1:]),
+                wanted="; ".join(_reads(bundle)),
+                found="; ".join(_reads(other)),
             )
     bare = bare_backbone(bundle)
     subjects = [
@@ -66,16 +69,28 @@ def bench(
             takes_task=False,
         )
     ]
+    options = {"provider": provider, "threads": threads}
     for number, opened in enumerate((bundle, *others)):
         name = opened.name if number == 0 else f"{opened.name} ({number})"
-        subjects.append(
-            open_subject(
-                name,
-                f"{opened.mode}, {len(opened.tasks)} tasks, bank {opened.bank}",
-                lambda opened=opened: opened.open_session(provider=provider, threads=threads),
-                takes_task=opened.mode == "multi",
+        note = f"{opened.mode}, {len(opened.tasks)} tasks, bank {opened.bank}"
+        if opened.mode != FAN_OUT:
+            subjects.append(
+                open_subject(
+                    name,
+                    note,
+                    lambda opened=opened: opened.open_session(**options),
+                    takes_task=opened.mode == "multi",
+                )
             )
-        )
+        if opened.engine_of_all is not None:
+            subjects.append(
+                open_subject(
+                    f"{name}{EVERY_TASK}",
+                    f"each row answered for all {len(opened.tasks)} tasks at once",
+                    lambda opened=opened: opened.open_fan_out(**options),
+                    takes_task=False,
+                )
+            )
     cases = [Case(batch, mix) for batch in batches for mix in mixes]
     return measure(
         subjects,
@@ -87,8 +102,17 @@ def bench(
     )
 
 
+def _reads(bundle: Bundle) -> list[str]:
+    """The row inputs of a bundle, in words."""
+    return [
+        f"{tensor.name} {list(tensor.shape[1:])} {tensor.dtype}"
+        + ("" if tensor.high is None else f" below {tensor.high}")
+        for tensor in row_inputs(bundle.engine.inputs)
+    ]
+
+
 def bare_backbone(bundle: Bundle) -> bytes:
-    """An engine of the bundle's backbone without tuners."""
+    """An engine of the bundle's backbone without tuners; without labels, its classifier left out."""
     from ...merge.backbone import create
     from ..build import backbone_engine
 

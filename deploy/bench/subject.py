@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ...export.engine import Session
+    from ...export.engine import Rows, Session
+
+EVERY_TASK = ", every task"
+"""Behind the name of a subject that answers every row for every task."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,15 @@ class Subject:
     Attributes:
         name: Short, unique in the benchmark.
         note: A sentence that says what it is.
-        run: `(images [B, ...] float32, task [B] int64) -> logits [B, K] float32`; the call that
-            is timed, from host memory to host memory.
+        run: `(rows, task [B] int64) -> logits [B, ...] float32`; the call that is timed, from host
+            memory to host memory. The rows are the array `[B, ...]` of the one input, or arrays by name.
         provider: The execution provider that really runs it, in the runtime's own name.
         opened_bytes: How much the process grew when it was opened (resident set), if measured.
     """
 
     name: str
     note: str
-    run: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
+    run: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]]
     provider: str = "unknown"
     opened_bytes: int | None = None
 
@@ -55,8 +58,8 @@ def open_subject(
     session = open_session()
     grown = process.memory_info().rss - before
 
-    def run_single(images: NDArray[np.float32], task: NDArray[np.int64]) -> NDArray[np.float32]:
-        return session.run(images)
+    def run_single(rows: Rows, task: NDArray[np.int64]) -> NDArray[np.float32]:
+        return session.run(rows)
 
     return Subject(
         name=name,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .subject import EVERY_TASK
+
 if TYPE_CHECKING:
     from .report import CaseResult, Report
 
@@ -56,7 +58,10 @@ def verdict(report: Report) -> str:
         )
     result, baseline = case.results[1], report.subjects[0].name
     assert result.ratio is not None  # only the baseline, subject 0, has none
-    finding = f"{_batch(case)} costs {result.ratio.median:.2f}{NO_BREAK}{TIMES} {baseline}"
+    batch = _batch(case)
+    if result.subject.endswith(EVERY_TASK):
+        batch = f"Every task of {_plain_batch(case).lower()}"
+    finding = f"{batch} costs {result.ratio.median:.2f}{NO_BREAK}{TIMES} {baseline}"
     confidence = (
         f"({percent(result.ratio.confidence)} CI {result.ratio.low:.2f} to {result.ratio.high:.2f})"
     )
@@ -124,4 +129,8 @@ def environment(report: Report) -> tuple[tuple[str, str], ...]:
 def _batch(case: CaseResult) -> str:
     if len(set(case.task_rows)) > 1:
         return f"A mixed batch of {case.case.batch}"
+    return _plain_batch(case)
+
+
+def _plain_batch(case: CaseResult) -> str:
     return f"A batch of {case.case.batch}"

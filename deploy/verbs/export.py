@@ -99,9 +99,7 @@ def command(
         named = [task.delta for task in tasks]
         every = fan_out or mode == "fan-out"
         groups = fan_out_groups(backbone, named, sites) if every else ()
-        plan = make_plan(
-            named, backbone, sites, mode=mode, bank=bank, groups=groups
-        ).to_json()
+        plan = make_plan(named, backbone, sites, mode=mode, bank=bank, groups=groups).to_json()
         _print_plan(console, plan, as_json=as_json)
         return
     pictures = {}

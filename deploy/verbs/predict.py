@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ...export.bundle import Bundle
+    from ...export.bundle import Bundle, Task
     from ...export.engine import Tensor
+    from ...merge.preprocessing import Preprocessing
+    from ...serving.service import Service
     from ..console import Console
 
 SHOWN_NUMBERS = 4
@@ -32,13 +34,23 @@ SHOWN_NUMBERS = 4
     "--task", "tasks", multiple=True, help="One task for all rows, or one per row; repeatable."
 )
 @click.option(
+    "--every-task",
+    is_flag=True,
+    help="Every task for every row, by the engine that export --fan-out makes.",
+)
+@click.option(
     "--tensor",
     type=PATH,
     help="A preprocessed batch [B, C, H, W], or [B, C, T, H, W] of clips (.npy or .safetensors), "
     "instead of files; for an engine of several inputs, all of them by name (.safetensors). Every row is "
     "answered on its own.",
 )
-@click.option("-o", "--output", type=PATH, help="Write the raw logits [B, K] (.npy).")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    help="Write the raw logits [B, K], with --every-task [B, T, K] (.npy).",
+)
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels per row.")
 @provider_option
 @threads_option
@@ -50,6 +62,7 @@ def command(
     bundle: Path,
     pictures: tuple[Path, ...],
     tasks: tuple[str, ...],
+    every_task: bool,
     tensor: Path | None,
     output: Path | None,
     top: int,
@@ -59,6 +72,9 @@ def command(
     force: bool,
 ) -> None:
     """Print the top labels of every IMAGE or VIDEO, each with its own task if you like.
+
+    With --every-task every row is answered for all tasks, the trunk computed once; pictures then want tasks
+    that all prepare them alike.
 
     A VIDEO is an animated file (GIF, WebP, TIFF) or a folder of frames, for tasks that read clips. Its
     logits are the mean over the clips that the task takes from it. Of a task without labels, the size and
@@ -75,9 +91,17 @@ def command(
 
     if bool(pictures) == (tensor is not None):
         raise UsageError("name pictures or --tensor, one of the two")
+    if every_task and tasks:
+        raise UsageError(
+            "tasks are named, and every task is asked for",
+            found=", ".join(tasks),
+            do="leave out --task, or --every-task",
+        )
     if output is not None:
         refuse_existing(output, force=force)
     opened = open_bundle(bundle)
+    if every_task:
+        _require_fan_out(opened)
     inputs = row_inputs(opened.engine.inputs)
     if pictures and [entry.name for entry in inputs] != [IMAGES]:
         raise UsageError(
@@ -88,49 +112,97 @@ def command(
         )
     batch = read_tensors(tensor, inputs) if tensor is not None else {}
     count = len(next(iter(batch.values()))) if batch else len(pictures)
-    names = _tasks(opened, tasks, count)
+    asked = (  # of each row, the tasks that answer it
+        [list(opened.tasks)] * count
+        if every_task
+        else [[opened.task(name)] for name in _tasks(opened, tasks, count)]
+    )
     views = [1] * count
     if not batch:
         read = [
-            read_rows(path, opened.task(name).preprocessing)
-            for path, name in zip(pictures, names, strict=True)
+            read_rows(path, _one_preprocessing(opened, row))
+            for path, row in zip(pictures, asked, strict=True)
         ]
         batch, views = {IMAGES: np.concatenate(read)}, [len(rows) for rows in read]
-    service = Service.open(opened, provider=provider, threads=threads)
-    asked = [name for name, times in zip(names, views, strict=True) for _ in range(times)]
-    size = opened.engine.max_batch
-    logits = np.concatenate(
-        [
-            service.answer(
-                {name: array[at : at + size] for name, array in batch.items()},
-                asked[at : at + size],
-            ).logits
-            for at in range(0, len(asked), size)
-        ]
-    )
-    logits = _mean_of_views(logits, views)
+    service = Service.open(opened, provider=provider, threads=threads, all_tasks=every_task)
+    names = [row[0].name for row, times in zip(asked, views, strict=True) for _ in range(times)]
+    logits = _mean_of_views(_answer(service, batch, None if every_task else names), views)
     if output is not None:
         with atomic_file(output) as temporary, temporary.open("wb") as file:
             np.save(file, logits)
     sources = [str(path) for path in pictures] or [f"{tensor}[{row}]" for row in range(count)]
-    if opened.task(names[0]).labels:
-        _say_labels(console, opened, sources, names, logits, top, as_json)
+    answers = [
+        (source, task, answer)
+        for source, row, answered in zip(sources, asked, logits, strict=True)
+        for task, answer in zip(row, answered if every_task else [answered], strict=True)
+    ]
+    if opened.tasks[0].labels:
+        _say_labels(console, answers, top, as_json)
     else:
-        _say_numbers(console, opened, sources, names, logits, as_json)
+        _say_numbers(console, answers, as_json)
+
+
+def _answer(
+    service: Service, batch: dict[str, NDArray[Any]], names: list[str] | None
+) -> NDArray[np.float32]:
+    """Logits `[B, ...]` of the rows, each for its own task; without names `[B, T, ...]`, for every task."""
+    import numpy as np
+
+    size, parts = service.registry.max_batch, []
+    for at in range(0, len(next(iter(batch.values()))), size):
+        rows = {name: array[at : at + size] for name, array in batch.items()}
+        if names is None:
+            parts.extend(answers.logits[None] for answers in service.answer_all(rows))
+        else:
+            parts.append(service.answer(rows, names[at : at + size]).logits)
+    return np.concatenate(parts)
+
+
+def _require_fan_out(bundle: Bundle) -> None:
+    from ...merge.errors import UsageError
+
+    if bundle.engine_of_all is None:
+        raise UsageError(
+            "the bundle has no engine that answers every task at once",
+            where=bundle.path,
+            found=f"mode {bundle.mode}",
+            do="export it again with --fan-out, or ask for one --task per row",
+        )
+
+
+def _one_preprocessing(bundle: Bundle, tasks: Sequence[Task]) -> Preprocessing | None:
+    """How all these tasks want their pictures.
+
+    Raises:
+        UsageError: Two of them want other pixels of the same picture.
+    """
+    from ...merge.errors import UsageError
+
+    first, *others = tasks
+    for other in others:
+        if other.preprocessing != first.preprocessing:
+            raise UsageError(
+                "two tasks want other pixels of the same picture, so one input cannot serve both",
+                where=bundle.path,
+                wanted=f"{first.name}: {_said(first.preprocessing)}",
+                found=f"{other.name}: {_said(other.preprocessing)}",
+                do="ask for one --task per row",
+            )
+    return first.preprocessing
+
+
+def _said(preprocessing: Preprocessing | None) -> str:
+    if preprocessing is None:
+        return "no pictures"
+    return ", ".join(f"{name} {value}" for name, value in preprocessing.to_json().items())
 
 
 def _say_labels(
-    console: Console,
-    bundle: Bundle,
-    sources: list[str],
-    names: list[str],
-    logits: NDArray[np.float32],
-    top: int,
-    as_json: bool,
+    console: Console, answers: list[tuple[str, Task, NDArray[np.float32]]], top: int, as_json: bool
 ) -> None:
     rows = [
-        {"input": source, "task": name, "top": _best(bundle, name, row, top)}
-        for source, name, row in zip(sources, names, logits, strict=True)
+        {"input": source, "task": task.name, "top": _best(task, answer, top)}
+        for source, task, answer in answers
     ]
     if as_json:
         console.json(rows)
@@ -151,19 +223,14 @@ def _say_labels(
 
 
 def _say_numbers(
-    console: Console,
-    bundle: Bundle,
-    sources: list[str],
-    names: list[str],
-    logits: NDArray[np.float32],
-    as_json: bool,
+    console: Console, answers: list[tuple[str, Task, NDArray[np.float32]]], as_json: bool
 ) -> None:
-    answers = [row[..., : bundle.task(name).width] for name, row in zip(names, logits, strict=True)]
+    own = [(source, task, answer[..., : task.width]) for source, task, answer in answers]
     if as_json:
         console.json(
             [
-                {"input": source, "task": name, "answer": answer.tolist()}
-                for source, name, answer in zip(sources, names, answers, strict=True)
+                {"input": source, "task": task.name, "answer": answer.tolist()}
+                for source, task, answer in own
             ]
         )
         return
@@ -172,12 +239,12 @@ def _say_numbers(
         [
             (
                 source,
-                name,
+                task.name,
                 f"{'embedding' if answer.ndim == 1 else 'array'} of "
                 f"{' x '.join(map(str, answer.shape))} numbers",
                 " ".join(f"{number:.4f}" for number in answer.ravel()[:SHOWN_NUMBERS]),
             )
-            for source, name, answer in zip(sources, names, answers, strict=True)
+            for source, task, answer in own
         ],
     )
 
@@ -250,7 +317,7 @@ def _tasks(bundle: Bundle, given: tuple[str, ...], count: int) -> list[str]:
 
 
 def _mean_of_views(logits: NDArray[np.float32], views: list[int]) -> NDArray[np.float32]:
-    """Raw logits `[rows, K]` averaged over the rows of each input, `[inputs, K]`.
+    """Raw logits `[rows, ...]` averaged over the rows of each input, `[inputs, ...]`.
 
     In float64: absent classes hold numbers so low that no float32 holds their sum.
     """
@@ -261,10 +328,10 @@ def _mean_of_views(logits: NDArray[np.float32], views: list[int]) -> NDArray[np.
     return np.stack([part.mean(axis=0) for part in parts]).astype(np.float32)
 
 
-def _best(bundle: Bundle, name: str, row: NDArray[np.float32], top: int) -> list[dict[str, Any]]:
+def _best(task: Task, row: NDArray[np.float32], top: int) -> list[dict[str, Any]]:
     import numpy as np
 
-    labels = bundle.task(name).labels
+    labels = task.labels
     logits = row[: len(labels)].astype(np.float64)
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()

@@ -56,7 +56,7 @@ def hidden_states(backbone: Backbone, sites: Sites) -> States:
     shrink; or what an architecture of ours names.
 
     Raises:
-        UsageError: None are known.
+        UsageError: None are known, or their sizes do not fit each other.
     """
     model = backbone.model
     stages = getattr(model, "feature_info", None) or ()
@@ -71,15 +71,30 @@ def hidden_states(backbone: Backbone, sites: Sites) -> States:
         points = [Point(found[0], "input"), *(Point(block, "output") for block in found)]
     shapes = [sites.shapes[point] for point in points]
     if len(shapes[-1]) != 4:
+        if len({shape[1:-1] for shape in shapes}) > 1:
+            raise UsageError(
+                "a side network wants hidden states with the same tokens, or stages that timm lists",
+                where=backbone.identity.architecture,
+                found="blocks whose tokens grow fewer",
+            )
         channels = tuple(map(sites.require, points))
         return States(tuple(points), channels, shapes[-1][1], mask=mask)
     last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     grids = [shape[1:3] if last else shape[2:] for shape in shapes]
+    cells = tuple(grid[0] // grids[-1][0] for grid in grids[:-1])
+    for grid, side in zip(grids, cells, strict=False):
+        if tuple(grid) != tuple(side * size for size in grids[-1]):
+            raise UsageError(
+                "a map of the backbone is not a whole number of times as large as its last",
+                where=backbone.identity.architecture,
+                found=f"{list(grid)} and {list(grids[-1])} positions",
+                do="choose another size of images",
+            )
     return States(
         tuple(points),
         tuple(shape[-1 if last else 1] for shape in shapes),
         grids[-1][0] * grids[-1][1],
-        tuple(grid[0] // grids[-1][0] for grid in grids[:-1]),
+        cells,
         last,
     )
 
@@ -143,7 +158,10 @@ def _two_sides(
         for path in ("encoder_mask", "memory_mask")
         if Point(path, "output") in sites.calls
     )
-    for half, add in (("hidden_states", memory), ("decoder_hidden_states", Point("features", "output"))):
+    for half, add in (
+        ("hidden_states", memory),
+        ("decoder_hidden_states", Point("features", "output")),
+    ):
         *targets, anchor = (Point(path, "output") for path in getattr(model, half))
         crossed = add is not memory
         wide = sites.require(anchor)

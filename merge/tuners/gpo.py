@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
+from ..errors import IncompatibleArtefact
 from ..tuner import Shapes, Tuner, Weights, wider
 
 if TYPE_CHECKING:
@@ -112,10 +113,20 @@ class Gpo(Tuner):
         Args:
             x: Features `[B, N, C]`; with a mask also `[B, 1, N]`.
             w: See `shapes`.
+
+        Raises:
+            IncompatibleArtefact: Another number of tokens.
         """
         if "table" not in w:
             w = self._settled_rows(w)
         features, mask = (x[0], x[1]) if self.masked else (x, None)
+        if features.shape[-2] != self.tokens:
+            raise IncompatibleArtefact(
+                "a gpo branch meets another number of tokens than it was made for",
+                where="the tap of the branch",
+                wanted=self.tokens,
+                found=features.shape[-2],
+            )
         if mask is None:
             weights = w["table"]  # [1, N]
         else:

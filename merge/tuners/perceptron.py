@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ class Perceptron(Tuner):
         """Per layer `layerN_weight [out, in]`, `layerN_bias [out]`, and of its norm `layerN_norm_{weight,bias}`."""
         sizes = ("in", *self.hidden, "r")
         shapes: Shapes = {}
-        for number, (given, taken) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for number, (given, taken) in enumerate(itertools.pairwise(sizes)):
             shapes |= {f"layer{number}_weight": (taken, given), f"layer{number}_bias": (taken,)}
             if self.norm_eps and number < len(self.hidden):
                 shapes |= {f"layer{number}_norm_{part}": (taken,) for part in ("weight", "bias")}

@@ -181,7 +181,11 @@ class UniPT(Tuner):
     @staticmethod
     def _linear(name: str, out: int, given: int, norm: str) -> Shapes:
         """`NAME_weight [out, given]`, `NAME_bias [out]`, and what its norm holds, each `[out]`."""
-        parts = {"none": (), "layer": ("weight", "bias"), "batch": ("weight", "bias", "mean", "var")}
+        parts = {
+            "none": (),
+            "layer": ("weight", "bias"),
+            "batch": ("weight", "bias", "mean", "var"),
+        }
         return {
             f"{name}_weight": (out, given),
             f"{name}_bias": (out,),
@@ -242,17 +246,18 @@ class UniPT(Tuner):
         shares = _shares(targets, read.mask)  # [B, 1, N]
         own_mean = anchor if self.vector else shares @ anchor
         means = (shares[..., None, :, :] @ targets).squeeze(-2)  # [B, L, d]
-        confidence = torch.softmax((own_mean * means) @ w["gate"][..., None], dim=-2)  # [B, L, 1]
+        wide = wider(anchor)  # sums of products overflow and underflow in half precision
+        evidence = (own_mean.to(wide) * means.to(wide)) @ w["gate"].to(wide)[..., None]
+        confidence = torch.softmax(evidence, dim=-2)  # [B, L, 1]
         query = anchor[..., :1, :] if self.gives == "first" else anchor
         side_by_side = targets.flatten(-3, -2)  # [B, L N, d]
-        wide = wider(query)  # sums of relu(Q T^T) overflow and underflow in half precision
         scores = query.to(wide) @ side_by_side.to(wide).mT
         scores = scores.unflatten(-1, targets.shape[-3:-1])  # [B, N, L, N]
         if read.mask is not None:
             scores = scores * read.mask[..., None, :, :].to(wide)
-        affinity = self.normalised(torch.relu(scores)) * confidence[..., None, :, :].to(wide)
+        affinity = self.normalised(torch.relu(scores)) * confidence[..., None, :, :]
         merged = affinity.flatten(-2).to(targets.dtype) @ side_by_side  # [B, N, d]
-        merged = merged + self._own_rows(targets, read, confidence)
+        merged = merged + self._own_rows(targets, read, confidence.to(targets.dtype))
         return self._finish(query, read, merged, w)
 
     def _contracted(self, read: Read, w: Mapping[str, Tensor]) -> Tensor:
@@ -261,11 +266,13 @@ class UniPT(Tuner):
         states = torch.relu(states) if self.relu_first else states
         weight, bias = w["target_weight"], w["target_bias"]  # [L, d, C], [L, d]
         query = self._down("anchor", read.anchor, w)  # [B, 1, d]
-        gated = torch.cat([query, query * w["gate"][..., None, :]], dim=-2)  # [B, 2, d]
-        through = gated[..., None, :, :] @ weight  # [B, L, 2, C]
-        offsets = gated[..., None, :, :] @ bias[..., None]  # [B, L, 2, 1]
-        wide = wider(query)
-        scores = through[..., :1, :].to(wide) @ states.mT.to(wide) + offsets[..., :1, :].to(wide)
+        wide = wider(query)  # as in `_side_by_side`
+        gates = w["gate"].to(wide)[..., None, :]
+        gated = torch.cat([query.to(wide), query.to(wide) * gates], dim=-2)  # [B, 2, d]
+        flat = weight.transpose(-3, -2).flatten(-2)  # [d, L C]: all layers in one product
+        through = (gated @ flat.to(wide)).unflatten(-1, (len(self.widths), -1)).transpose(-3, -2)
+        offsets = (gated @ bias.to(wide).mT).mT[..., None]  # [B, L, 2, 1]; through is [B, L, 2, C]
+        scores = through[..., :1, :] @ states.mT.to(wide) + offsets[..., :1, :]
         if read.mask is not None:
             scores = scores * read.mask[..., None, :, :].to(wide)
         affinity = self.normalised(torch.relu(scores)).to(states.dtype)  # [B, L, 1, N]
@@ -273,11 +280,11 @@ class UniPT(Tuner):
         tokens = torch.cat([affinity + self._own_marks(affinity, read), shares], dim=-2)
         summed = tokens @ states  # [B, L, 2, C]
         weights = tokens.sum(-1, keepdim=True)  # [B, L, 2, 1]
-        evidence = (through[..., 1:, :] * summed[..., 1:, :]).sum(-1, keepdim=True)
-        evidence = evidence + offsets[..., 1:, :] * weights[..., 1:, :]
-        confidence = torch.softmax(evidence, dim=-3)  # [B, L, 1, 1]
+        evidence = (through[..., 1:, :] * summed[..., 1:, :].to(wide)).sum(-1, keepdim=True)
+        evidence = evidence + offsets[..., 1:, :] * weights[..., 1:, :].to(wide)
+        confidence = torch.softmax(evidence, dim=-3).to(states.dtype)  # [B, L, 1, 1]
         mixed = (confidence * summed[..., :1, :]).flatten(-3)[..., None, :]  # [B, 1, L C]
-        merged = mixed @ weight.transpose(-3, -2).flatten(-2).mT  # [B, 1, d]
+        merged = mixed @ flat.mT  # [B, 1, d]
         shift = (confidence * weights[..., :1, :]).squeeze(-1).mT @ bias  # [B, 1, d]
         return self._finish(query, read, merged + shift, w)
 
@@ -325,7 +332,9 @@ class UniPT(Tuner):
         if (norm or self.norm) != "layer":
             return y
         normed = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)
-        return normed * w[f"{name}_norm_weight"][..., None, :] + w[f"{name}_norm_bias"][..., None, :]
+        return (
+            normed * w[f"{name}_norm_weight"][..., None, :] + w[f"{name}_norm_bias"][..., None, :]
+        )
 
     def _cross(self, targets: Tensor, read: Read, w: Mapping[str, Tensor]) -> Tensor:
         """Targets with what they take from the memory, through one linear layer each."""
@@ -378,8 +387,9 @@ class UniPT(Tuner):
             y = torch.relu(y) if self.up == "relu" else y
             y = self._down("up", y, w, norm="layer" if self.up_norm else "none")
         if self.onto == "anchor":
-            y = read.anchor + y
-        if self.gives == "mean":
+            first = self.gives == "first" and not every
+            y = (read.anchor[..., :1, :] if first else read.anchor) + y
+        if self.gives == "mean" and not self.vector:
             y = _shares(y, read.mask) @ y
         return y
 

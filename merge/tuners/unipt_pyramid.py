@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..tuner import Shapes
+from ..errors import IncompatibleArtefact
+from ..tuner import wider
 from .unipt import Read, UniPT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from ..tuner import Shapes
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,33 @@ class UniPTPyramid(UniPT):
         """The anchor's tokens, and per target one token for each.
 
         Raises:
-            RuntimeError: A map is not its `cells` times as large as the anchor's.
+            IncompatibleArtefact: A map is not its `cells` times as large as the anchor's.
         """
         *maps, anchor = (t.movedim(-1, -3) for t in x) if self.channels_last else x
         tokens = anchor.flatten(-2).mT  # [B, h w, C]
         targets = []
         for number, (value, side) in enumerate(zip(maps, self.cells, strict=True)):
+            sizes = [side * size for size in anchor.shape[-2:]]
+            if list(value.shape[-2:]) != sizes:
+                raise IncompatibleArtefact(
+                    "a map has another size than the side network was made for",
+                    where=f"target {number} of a unipt_pyramid",
+                    wanted=sizes,
+                    found=list(value.shape[-2:]),
+                )
             wanted = torch.relu(
                 tokens @ w[f"cell{number}_weight"].mT + w[f"cell{number}_bias"][..., None, :]
             )
             targets.append(self._pooled(value, wanted, side, tuple(anchor.shape[-2:])))
         return Read(tuple(targets), tokens, None, None, None)
 
-    def _pooled(
-        self, value: Tensor, wanted: Tensor, side: int, grid: tuple[int, ...]
-    ) -> Tensor:
+    def _pooled(self, value: Tensor, wanted: Tensor, side: int, grid: tuple[int, ...]) -> Tensor:
         """Each cell of a map `[B, C, h r, w r]` summed, `[B, h w, C]`."""
         height, width = grid
         cut = value.unflatten(-1, (width, side)).unflatten(-3, (height, side))  # [B, C, h, r, w, r]
         like = wanted.mT.unflatten(-1, grid)[..., None, :, None]  # [B, C, h, 1, w, 1]
-        scores = torch.relu((cut * like).sum(-5))  # [B, h, r, w, r]
+        wide = wider(value)  # as in `UniPT`
+        scores = torch.relu((cut.to(wide) * like.to(wide)).sum(-5))  # [B, h, r, w, r]
         total = scores.sum((-3, -1), keepdim=True)
-        shares = scores / (total + self.eps) + 1.0 / side**2
+        shares = (scores / (total + self.eps) + 1.0 / side**2).to(value.dtype)
         return (cut * shares[..., None, :, :, :, :]).sum((-3, -1)).flatten(-2).mT

@@ -15,19 +15,25 @@ from utune_deploy.merge.attach import restore
 from utune_deploy.merge.bank import stack
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.mixed import Mixed, Single
-from utune_deploy.merge.tuner import Branch, Point, Tuner
+from utune_deploy.merge.tuner import Branch, Point, Tuner, bind
 from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.difference import Difference
+from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
+from utune_deploy.merge.tuners.gpo import Gpo
 from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.ladder import Ladder
 from utune_deploy.merge.tuners.norm import Norm
+from utune_deploy.merge.tuners.perceptron import Perceptron
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
 from utune_deploy.merge.tuners.rotation import Rotation
 from utune_deploy.merge.tuners.side_network import SideNetwork
+from utune_deploy.merge.tuners.unipt import UniPT
+from utune_deploy.merge.tuners.unipt_pyramid import UniPTPyramid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +47,8 @@ TOLERANCE = 2e-5  # of the largest logit, float32 against float64
 
 Planted = tuple[Tuner, str, str]
 QKV = ("blocks.1.attn.qkv:input", "blocks.1.attn.qkv:output")
+STATES = "blocks.0:input blocks.0:output blocks.1:output blocks.2:output"
+HEAD = ("head:input", "head:output")
 KINDS: dict[str, list[Planted]] = {
     "bottleneck": [
         (Bottleneck("identity", bias=False), *QKV),
@@ -68,15 +76,48 @@ KINDS: dict[str, list[Planted]] = {
     "bypass": [
         (
             Bypass(3, "gelu"),
-            "blocks.0:input blocks.0:output blocks.1:output blocks.2:output",
+            STATES,
             "norm:input",
         )
     ],
+    "unipt": [
+        (UniPT((48, 48, 48), 48, 8, 48), STATES, "norm:input"),
+        (
+            UniPT(
+                (48, 48, 48, 48),
+                48,
+                8,
+                48,
+                "none",
+                relu_first=True,
+                vector=True,
+                own="first",
+                guard="clamp",
+                eps=1e-6,
+                project="none",
+                up="linear",
+                onto="anchor",
+            ),
+            f"{STATES} head:input",
+            "head:input",
+        ),
+    ],
+    "unipt_pyramid": [
+        (
+            UniPTPyramid((3, 3), 48, 8, 48, "batch", gives="mean", cells=(8, 8)),
+            "patch_embed.proj:input patch_embed.proj:input patch_embed.proj:output",
+            "head:input",
+        )
+    ],
+    "ladder": [(Ladder((48,) * 4, 8, 2, 12, 48, gives="mean"), STATES, "head:input")],
+    "gpo": [(Gpo(17, 6, 4), "blocks.2:output", "head:input")],
     "difference": [
         (Difference("weight", (144, 48)), *["blocks.1.attn.qkv:weights"] * 2),
         (Difference("cls_token", (1, 1, 48)), *[":weights"] * 2),
     ],
     "head": [],
+    "perceptron": [(Perceptron((9, 6), "gelu", 1e-12), *HEAD)],
+    "embedding": [(Embedding(48, unit=True), *HEAD)],
 }
 
 
@@ -107,12 +148,21 @@ def tasks(
                 }
             branches[f"{place}/{kind}"] = branch
             tensors[f"{place}/{kind}"] = random_weights(tuner, sizes, 10 * number + place)
+        if TUNERS[kind].answers and branches:  # in the place of the plain task's head
+            made[kind] = replace(plain, branches=branches, tensors=tensors)
+            continue
         made[kind] = replace(
             plain,
             branches={**branches, **plain.branches},
             tensors={**tensors, **plain.tensors},
         )
     return made
+
+
+def width(task: Delta) -> int:
+    """How many numbers the task answers with."""
+    tuner = task.branches[task.head].tuner
+    return tuner.answer_width(bind(tuner.shapes, task.tensors[task.head], where=task.task))
 
 
 @torch.no_grad()
@@ -155,7 +205,7 @@ def test_one_engine_for_all_kinds(vit, vit64, tasks, sites_of, run_onnx) -> None
         }
         (logits,) = run_onnx(made, feeds)
         for row, number in enumerate(order):
-            classes = len(mixable[number].labels)
+            classes = width(mixable[number])
             alone = wanted[number][row : row + 1]
             require_close(logits[row : row + 1, :classes], alone, mixable[number].task)
             assert (logits[row, classes:] < -1e30).all()

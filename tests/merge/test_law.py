@@ -879,6 +879,37 @@ def test_padded_is_the_same_as_alone(case, backbone, make, run, sites_of, error)
         assert (mixed[row, width(task) :] == Head.fill["bias"]).all()
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_tasks_that_answer_by_unlike_heads_share_a_batch(
+    order, vit64, random_delta, random_weights, run, sites_of, error
+):
+    """Classes, layers of unlike sizes, and a vector; none answers for another, nor with its classes."""
+    probe = random_delta(vit64, classes=3, task="probe")
+    at = probe.branches[probe.head]
+    tasks = [probe]
+    for name, tuner, classes in (
+        ("layers", Perceptron((7,)), 5),
+        ("norms", Perceptron((4, 6), "gelu", 1e-12), 2),
+        ("vector", Embedding(48), 0),
+    ):
+        w = random_weights(tuner, {"in": 48, "r": classes}, 1, torch.float64)
+        labels = tuple(f"{name}{number}" for number in range(classes))
+        branch = replace(at, tuner=tuner)
+        tasks.append(
+            replace(probe, task=name, labels=labels, branches={name: branch}, tensors={name: w})
+        )
+    tasks = [tasks[number] for number in order]
+    bank = stack([lower(vit64, task, sites_of(vit64)) for task in tasks], torch.float64)
+    images = vit64.example(4)
+    with torch.no_grad():
+        mixed = Mixed(vit64, bank)(images, torch.arange(4))
+    assert mixed.shape == (4, 48)
+    for row, task in enumerate(tasks):
+        alone = run(vit64, task, images[row : row + 1])
+        assert error(mixed[row : row + 1, : width(task)], alone) < 1e-12
+        assert (mixed[row, width(task) :] == Head.fill["bias"]).all()
+
+
 @full
 def test_every_stored_tensor_is_alive(case, backbone, make, run):
     """Perturbing any stored tensor changes the logits; nothing is inert at these places.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utune_deploy.merge.attach import attach
+from utune_deploy.merge.backbone import create
 from utune_deploy.merge.delta import require_backbone, validate
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.fold import refusals
@@ -21,6 +22,7 @@ from utune_deploy.merge.methods import (
     deep_prompt,
     full,
     ia3,
+    ladder,
     lokr,
     lora,
     norm_tuning,
@@ -32,6 +34,7 @@ from utune_deploy.merge.methods import (
     ssf,
     together,
     u_tuner,
+    unipt,
 )
 from utune_deploy.merge.sites import measure
 from utune_deploy.merge.tuner import Branch, CannotFold, Point
@@ -56,6 +59,9 @@ EVERYWHERE = {
     "shallow": shallow_prompt(2),
     "bypass": bypass(2),
     "side": side_tuning(),
+    "unipt": unipt(6),
+    "unipt, batch norms": unipt(6, norm="batch", pool="mean", project="mlp", inner=5),
+    "ladder": ladder(8),
     "all": together(lora(2), ia3(), ssf(), bitfit(), norm_tuning()),
 }
 
@@ -69,7 +75,8 @@ def test_every_method_starts_at_the_backbone_and_trains(name, vit, sites_of):
         for key, value in bare.head.items():
             value.copy_(tuned.head[key])
         change = (tuned(images) - bare(images)).abs().max()
-    if name not in ("prompt", "shallow", "bypass", "side"):  # these begin beside the backbone
+    beside = ("prompt", "shallow", "bypass", "side", "unipt", "unipt, batch norms", "ladder")
+    if name not in beside:  # these begin beside the backbone
         assert change < 1e-5
     tuned(images).square().sum().backward()
     moved = [p for p in tuned.trainable() if p.grad is not None and p.grad.abs().max() > 0]
@@ -280,3 +287,79 @@ def test_what_does_not_fit_has_a_sentence(method, sentence, host, vit):
 def test_full_differences_fold(vit, sites_of):
     tuned = attach(vit, full(), classes=3, sites=sites_of(vit))
     assert refusals(tuned.delta("a", list("abc")), vit, sites_of(vit)) == []
+
+
+SIDE = {
+    "vit": ("first", ()),
+    "dinov3": ("mean", ()),
+    "eva": ("mean", ()),
+    "beit": ("mean", ()),
+    "deit": None,
+    "swin": ("mean", (2,)),
+    "swinv2": ("mean", (2,)),
+    "convnext": ("mean", (8, 4, 2)),
+    "resnet": ("mean", (8, 4, 2)),
+}
+"""By family how a side network pools, and the cells of its maps; none with several classifiers."""
+
+
+@pytest.mark.parametrize("family", SIDE)
+def test_a_side_network_reads_every_hidden_state(family, host, sites_of, random_delta, run):
+    """UniPT on blocks or on stages; the trunk is untouched, and its classifier reads the network."""
+    backbone = host(family)
+    if SIDE[family] is None:
+        for method in (unipt(8), ladder(8)):
+            with pytest.raises(UsageError, match="several classifiers"):
+                attach(backbone, method, classes=3, sites=sites_of(backbone))
+        return
+    gives, cells = SIDE[family]
+    delta, bare = random_delta(backbone, unipt(8)), random_delta(backbone)
+    (branch,) = (b for b in delta.branches.values() if not b.tuner.answers)
+    assert branch.tuner.kind == ("unipt_pyramid" if cells else "unipt")
+    assert branch.tuner.gives == gives
+    assert getattr(branch.tuner, "cells", ()) == cells
+    assert str(branch.add) == f"{backbone.classifiers[0]}:input"
+    if not cells:
+        found = [f"blocks.{number}:output" for number in range(3)]
+        assert [str(point) for point in branch.taps] == ["blocks.0:input", *found]
+    seen = []
+    handle = backbone.model.get_submodule(branch.taps[-1].module).register_forward_hook(
+        lambda _, args, value: seen.append(value)
+    )
+    images = backbone.example(2)
+    try:
+        for task in (delta, bare):
+            run(backbone, task, images)
+    finally:
+        handle.remove()
+    assert torch.equal(*seen)
+    whole = refusals(delta, backbone, sites_of(backbone))
+    assert [r.reason for r in whole] == [branch.tuner.no_fold]
+    assert "no weight of the backbone holds it" in branch.tuner.no_fold
+
+
+@pytest.mark.parametrize("family", SIDE)
+def test_a_ladder_wants_the_same_tokens(family, host, sites_of):
+    backbone = host(family)
+    if SIDE[family] and not SIDE[family][1]:
+        tuned = attach(backbone, ladder(8, heads=2), classes=3, sites=sites_of(backbone))
+        branch = next(iter(tuned.branches.values()))
+        assert branch.tuner.widths == (48,) * 4
+        assert branch.tuner.gives == SIDE[family][0]
+        return
+    with pytest.raises(UsageError, match=r"several classifiers|with the same tokens") as caught:
+        attach(backbone, ladder(8), classes=3, sites=sites_of(backbone))
+    assert backbone.identity.architecture in caught.value.details["where"]
+
+
+def test_hidden_states_that_do_not_fit_each_other():
+    clips = {"clip_size": [4, 16, 24], "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    clip = create("video_swin_base", {**clips, "window_size": [2, 3, 3]})
+    odd = {"pretrained_cfg_overlay": {"input_size": [3, 72, 72]}, "channels": [8, 8, 8, 8]}
+    resnet = create("resnet18", {**odd, "layers": [1, 1, 1, 1]})
+    for backbone, sentence in ((clip, "tokens grow fewer"), (resnet, "not a whole number")):
+        with pytest.raises(UsageError, match=sentence):
+            attach(backbone, unipt(8), classes=3)
+    bare = create("vgg11", {"pretrained_cfg_overlay": {"input_size": [3, 64, 64]}})
+    with pytest.raises(UsageError, match="with the same tokens"):
+        attach(bare, ladder(8), classes=3)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from utune_deploy.export.graph import OPSET, clean, serialise
 from utune_deploy.merge.architectures.bert import Bert
+from utune_deploy.merge.architectures.caffe_resnet import CaffeResNet
 from utune_deploy.merge.architectures.clip import ClipImage, ClipText, from_openai
 from utune_deploy.merge.architectures.huggingface import architecture_of, read_folder
 from utune_deploy.merge.architectures.states import States
@@ -316,6 +318,49 @@ def test_a_folder_keeps_its_dtype(tmp_path):
     copy.deepcopy(source.model).half().save_pretrained(tmp_path)
     _, tensors = read_folder(tmp_path, "bert")
     assert {t.dtype for t in tensors.values()} == {torch.float16}
+
+
+# timm's own run
+
+
+def test_caffe_s_resnet_is_timm_s_with_its_strides_moved(error):
+    theirs = timm.create_model("resnet50", layers=(1, 2, 1, 1), num_classes=3)
+    model = CaffeResNet(image_size=45, num_classes=3, layers=(1, 2, 1, 1))
+    noise = torch.Generator().manual_seed(0)
+    tensors = {
+        n: t if t.dim() == 0 else t + 0.1 * torch.rand(t.shape, generator=noise)
+        for n, t in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(tensors)
+    model.load_state_dict(tensors)  # strict
+    images = torch.randn(2, 3, 45, 45, generator=noise).double()
+    frozen(theirs).double()
+    frozen(model).double()
+    with watched(model, *model.hidden_states) as seen:
+        answered = model(images)
+    assert error(answered, theirs(images)) > 1e-3  # the same file, and other answers
+    theirs.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    for number in (2, 3, 4):
+        block = theirs.get_submodule(f"layer{number}.0")
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+    with watched(theirs, *model.hidden_states) as wanted:
+        assert error(answered, theirs(images)) < FLOAT64
+    for path in model.hidden_states:
+        assert error(seen[path][1], wanted[path][1]) < FLOAT64
+
+
+def test_arguments_of_caffe_s_resnet_that_are_refused():
+    for arguments, sentence in (
+        ({"layers": [1, 1, 1]}, "not those of four stages"),
+        ({"layers": [1, 1, 1, 0]}, r"layers\[3\] is not a whole number"),
+        ({"stem_width": 0}, "stem_width is not a whole number"),
+        ({"num_classes": -1}, "num_classes is not a number from 0"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            CaffeResNet(**{"stem_width": 4, "layers": [1, 1, 1, 1], **arguments})
+    model = CaffeResNet(image_size=40, stem_width=4)
+    with pytest.raises(UsageError, match="does not have the shape"):
+        model(torch.zeros(1, 3, 41, 40))
 
 
 # Seats

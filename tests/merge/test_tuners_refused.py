@@ -19,12 +19,16 @@ from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.gain import Gain
+from utune_deploy.merge.tuners.gpo import Gpo
 from utune_deploy.merge.tuners.kronecker import Kronecker
+from utune_deploy.merge.tuners.ladder import Ladder
 from utune_deploy.merge.tuners.norm import Norm
 from utune_deploy.merge.tuners.prefix import Prefix
 from utune_deploy.merge.tuners.prompt import Prompt
 from utune_deploy.merge.tuners.rotation import Rotation
 from utune_deploy.merge.tuners.side_network import SideNetwork
+from utune_deploy.merge.tuners.unipt import UniPT
+from utune_deploy.merge.tuners.unipt_pyramid import UniPTPyramid
 
 PLAIN = Bottleneck("relu", bias=True)
 
@@ -72,7 +76,9 @@ def test_points_survive_their_text(module, side):
 
 
 MLP = ("blocks.1.mlp:input", "blocks.1.mlp:output")
-TOP = "norm:input"
+TOP, SEAT = "norm:input", "head:input"
+STATES = "blocks.0:output blocks.1:output"
+IMAGES = "patch_embed.proj:input patch_embed.proj:output"
 WRONG = [
     (PLAIN, *MLP, {"in": 40}, "in=48"),
     (PLAIN, *MLP, {"out": 40}, "out=48"),
@@ -90,6 +96,10 @@ WRONG = [
     (SideNetwork("fcn4"), "blocks.1:input", "head:input", {}, "in=48"),
     (Bypass(1, "relu"), "blocks.2:input blocks.2:output", "norm:input", {"in": 40}, "in=48"),
     (Bypass(1, "relu"), "blocks.2:input blocks.1.attn.qkv:output", "norm:input", {}, "in=144"),
+    (UniPT((40, 48), 48, 8, 48), f"{STATES} blocks.2:output", SEAT, {}, "in=48 at blocks.0:output"),
+    (UniPT((48, 48), 40, 8, 48), f"{STATES} blocks.2:output", SEAT, {}, "in=48 at blocks.2:output"),
+    (Ladder((48, 40), 8, 2, 8, 48), STATES, SEAT, {}, "in=48 at blocks.1:output"),
+    (UniPTPyramid((4,), 48, 8, 48, cells=(8,)), IMAGES, SEAT, {}, "in=3 at patch_embed.proj:input"),
 ]
 
 
@@ -109,6 +119,8 @@ def test_wrong_channels(tuner, taps, add, sizes, wanted, planted, vit64, sites_o
         (PLAIN, "blocks.2:output", "blocks.0:output"),
         (Bypass(2, "relu"), "blocks.0:input blocks.0:output blocks.2:output", "blocks.1:output"),
         (PLAIN, "blocks.1:output", "patch_embed.proj:output"),
+        (UniPT((48,), 48, 8, 48), STATES, "blocks.0:output"),
+        (Ladder((48, 48), 8, 2, 8, 48), STATES, "blocks.1:input"),
         (Prompt(), "blocks.2:tokens", "blocks.0:tokens"),
     ],
 )
@@ -143,6 +155,17 @@ STRANGE = {
     "fewer taps than levels": (at(Bypass(3, "relu"), "blocks.0:input blocks.0:output", TOP), {}),
     "more taps than levels": (
         at(Bypass(1, "relu"), "blocks.0:input blocks.0:output blocks.1:output", TOP),
+        {},
+    ),
+    "fewer taps than targets": (at(UniPT((48, 48), 48, 8, 48), STATES, SEAT), {}),
+    "a mask that is no tap": (at(UniPT((48,), 48, 8, 48, masked=True), STATES, SEAT), {}),
+    "a map of another size": (
+        at(UniPTPyramid((3,), 48, 8, 48, gives="mean", cells=(4,)), IMAGES, SEAT),
+        {},
+    ),
+    "tokens that are more than gpo knows": (at(Gpo(9, 4, 2), "blocks.2:output", SEAT), {}),
+    "channels that the head does not read": (
+        at(UniPT((48,), 48, 8, 40, gives="first"), STATES, SEAT),
         {},
     ),
     "a ladder of one tap": (at(Bypass(1, "relu"), "blocks.0:input", TOP), {}),

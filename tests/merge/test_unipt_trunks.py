@@ -281,6 +281,8 @@ def test_the_inputs_say_what_forward_takes(make):
         "attention_mask": "mask",
         "feature_mask": "mask",
         "text_mask": "mask",
+        "visual_mask": "mask",
+        "token_type_ids": "ids",
     }
     assert [given.values for given in model.inputs] == [
         kinds.get(given.name, "normal") for given in model.inputs
@@ -331,6 +333,39 @@ def test_clip_vil_s_seats():
     assert torch.equal(found["mask"][:, :7], tensors[1].float())
     assert (found["mask"][:, 7:] == 1).all()
     assert torch.equal(found["features"], found[layers[-1]])
+
+
+def test_a_map_is_its_cells_with_two_positions(error):
+    model = filled(ClipVil(**{**SMALL_CLIP_VIL, **MAP})).double()
+    plain = ClipVil(**SMALL_CLIP_VIL).double().eval()
+    own = {n: t for n, t in model.state_dict().items() if "visual_pos" not in n}
+    plain.load_state_dict(own)
+    ids, mask, cells = examples(model, 2, torch.float64)
+    first, second = (table.weight for table in model.bert.encoder.visual_pos.children())
+    assert first.shape == (5, 20)
+    tokens = [cells[:, :, x, y] + first[x] + second[y] for x in range(2) for y in range(3)]
+    with torch.no_grad():
+        wanted = plain(ids, mask, torch.stack(tokens, dim=1))
+        assert error(model(ids, mask, cells), wanted) < 1e-14
+
+
+def test_boxes_masks_and_types(error):
+    model = filled(ClipVil(**{**SMALL_CLIP_VIL, **BOXES})).double()
+    ids, mask, feats, boxes, visible, types = examples(model, 3, torch.float64)
+    visible[:, 0], visible[:, 3], types[:, 1] = 0, 0, 1  # holes
+    bert = model.bert
+    embed = bert.encoder.visn_fc
+    with torch.no_grad():
+        found = seen(model, ("joint", "mask"), ids, mask, feats, boxes, visible, types)
+        feature = embed.visn_layer_norm(embed.visn_fc(feats))
+        box = embed.box_layer_norm(embed.box_fc(boxes))
+        assert error(found["joint"][:, 7:], (feature + box) / 2) < 1e-14
+        words = bert.embeddings(ids, torch.arange(7), types)
+        assert torch.equal(found["joint"][:, :7], words)
+        assert not torch.allclose(words, bert.embeddings(ids, torch.arange(7)))
+        assert torch.equal(found["mask"], torch.cat([mask, visible], dim=1).double())
+        junk = torch.where(visible[..., None] == 0, feats + 9, feats)
+        assert error(model(ids, mask, junk, boxes, visible, types), found[""]) < 1e-14
 
 
 def test_mdetr_s_seats():
@@ -532,6 +567,9 @@ REFUSED: list[tuple[type[nn.Module], Mapping[str, object], str]] = [
     (ClipVil, {"num_attention_heads": 5}, "num_attention_heads"),
     (ClipVil, {"length": 25}, "length"),
     (ClipVil, {"visual_tokens": True}, "visual_tokens"),
+    (ClipVil, {"visual": "pixels"}, "visual"),
+    (ClipVil, {"visual": "map", "map_size": [26, 2]}, "map_size"),
+    (ClipVil, {"visual": "map", "map_size": 6}, "map_size"),
     (Mdetr, {"d_model": 14, "nhead": 2}, "d_model"),
     (Mdetr, {"nhead": 5}, "nhead"),
     (Mdetr, {"nhead": 0}, "nhead"),

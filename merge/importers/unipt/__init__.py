@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..foreign import Foreign, read_pickle, refuse
+from ...errors import IncompatibleArtefact
+from ..foreign import Foreign, read_pickle
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil
 from .mdetr import read_mdetr
@@ -39,9 +40,9 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
         return read_mdetr(path, backbone, merged)
     if any(key.startswith(("side_tuning_module.", "gpool.", "image_encoder.")) for key in merged):
         return read_vse(path, backbone, saved, settings)
-    raise refuse(
-        path,
+    raise IncompatibleArtefact(
         "the file is no checkpoint of UniPT",
+        where=path,
+        wanted="keys such as side_tuning_module., image_adapter., encoder.side_ or transformer.side_",
         found=", ".join(list(merged)[:3]) or "no tensors",
-        do="wanted: keys such as side_tuning_module., image_adapter., encoder.side_ or transformer.side_",
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...errors import IncompatibleArtefact
 from ...methods.side_networks import hidden_states
 from ...sites import measure
 from ...tuner import Branch, Point
 from ...tuners.embedding import Embedding
 from ...tuners.unipt import UniPT
-from ..foreign import Foreign, refuse
-from .parts import linear, require_known, require_states, require_trunk, take
+from ..foreign import Foreign
+from .parts import Checkpoint, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,18 +42,24 @@ def read_clip4clip(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) 
     side = "text" if text else "image"
     prefix = f"{side}_adapter."
     if not any(key.startswith(prefix) for key in state):
-        raise refuse(path, f"the file has no {side} side", found="the other side alone")
+        raise IncompatibleArtefact(
+            f"the file has no {side} side, and the backbone is one of {side}",
+            where=path,
+            wanted=f"tensors under {prefix}",
+            found=", ".join(sorted({key.partition(".")[0] for key in state})),
+            do="load the backbone of the other side",
+        )
     states = hidden_states(backbone, sites)
     anchor = Point("pooled", "output")
-    downs = {key.split(".")[2] for key in state if key.startswith(f"{prefix}downsample_layers.")}
-    depth = len(downs)
+    file = Checkpoint(path, state)
+    depth = file.count(f"{prefix}downsample_layers.")
     require_states(path, states.points, depth)
     found = Foreign(f"UniPT CLIP4Clip ({side})", labels=())
-    w: Weights = {"gate": take(path, state, f"{prefix}gate_layer.weight")[0]}
+    w: Weights = {"gate": file.gate(f"{prefix}gate_layer")}
     for number in range(depth):
-        w |= linear(path, state, f"{prefix}downsample_layers.{number}.1", f"target{number}")
-    w |= linear(path, state, f"{prefix}downsample_layer.1", "anchor")
-    w |= linear(path, state, f"{prefix}upsample_layer.1", "up")
+        w |= file.linear(f"{prefix}downsample_layers.{number}.1", f"target{number}")
+    w |= file.linear(f"{prefix}downsample_layer.1", "anchor")
+    w |= file.linear(f"{prefix}upsample_layer.1", "up")
     width, embedding = w["anchor_weight"].shape
     tuner = UniPT(
         widths=tuple(w[f"target{n}_weight"].shape[1] for n in range(depth)),
@@ -77,7 +84,7 @@ def read_clip4clip(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) 
     if (scale := state.get("clip.logit_scale")) is not None:
         found.notes["logit_scale"] = repr(float(scale))
     _require_trunk(path, backbone, state, found)
-    require_known(path, state, (*(f"{other}_adapter." for other in SIDES), "clip."))
+    file.require_seen(*(f"{other}_adapter." for other in SIDES if other != side), "clip.")
     return found
 
 

@@ -13,7 +13,7 @@ from ...tuner import Branch, Point
 from ...tuners.perceptron import Perceptron
 from ...tuners.unipt import UniPT
 from ..foreign import Foreign
-from .parts import linear, require_known, require_states, require_trunk, take
+from .parts import Checkpoint, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TRUNK = "lxrt_encoder.model.bert."
 SIDE = f"{TRUNK}encoder.side_"
+PICTURES = f"{TRUNK}encoder.visual_model."  # the picture's trunk, which is no part of ours
+POSITIONS = f"{TRUNK}encoder.visual_pos."  # where the visual features come with their positions
 HEAD = "logit_fc."
 EPS = 1e-6
 NORM_EPS = 1e-5  # of the side network; BERT's own are 1e-12
@@ -42,20 +44,20 @@ def read_clip_vil(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -
     sites = measure(backbone)
     states = hidden_states(backbone, sites)
     found = Foreign("UniPT CLIP-ViL")
-    depth = len({k.split(".")[5] for k in state if k.startswith(f"{SIDE}downsamples_l.")})
+    file = Checkpoint(path, state)
+    depth = file.count(f"{SIDE}downsamples_l.")
     require_states(path, states.points, depth + 1)
     first = f"{SIDE}first_downsample_l"
-    w: Weights = {"gate": take(path, state, f"{SIDE}gate_layer_l.weight")[0]}
-    w |= linear(path, state, f"{first}.0", "target0", norm=f"{first}.1")
+    w: Weights = {"gate": file.gate(f"{SIDE}gate_layer_l")}
+    w |= file.linear(f"{first}.0", "target0", norm=f"{first}.1")
     for number in range(depth):
         down = f"{SIDE}downsamples_l.{number}"
         name = "anchor" if number == depth - 1 else f"target{number + 1}"
-        w |= linear(path, state, f"{down}.0", name, norm=f"{down}.1")
-    w |= linear(path, state, f"{SIDE}projection_l.0", "project_in")
-    w |= linear(
-        path, state, f"{SIDE}projection_l.2", "project", norm=f"{SIDE}projection_l.3"
-    )
-    w |= linear(path, state, f"{SIDE}final_upsample_l.0", "up")
+        w |= file.linear(f"{down}.0", name, norm=f"{down}.1")
+    project = f"{SIDE}projection_l"
+    w |= file.linear(f"{project}.0", "project_in")
+    w |= file.linear(f"{project}.2", "project", norm=f"{project}.3")
+    w |= file.linear(f"{SIDE}final_upsample_l.0", "up")
     width, hidden = w["anchor_weight"].shape
     tuner = UniPT(
         widths=(hidden,) * depth,
@@ -74,15 +76,21 @@ def read_clip_vil(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -
     others = (*states.points[1:], Point("mask", "output"))
     found.plant("features/unipt", Branch(tuner, states.points[0], add, others), w)
     head = {
-        **linear(path, state, f"{HEAD}0", "layer0", norm=f"{HEAD}2"),
-        **linear(path, state, f"{HEAD}3", "layer1"),
+        **file.linear(f"{HEAD}0", "layer0", norm=f"{HEAD}2"),
+        **file.linear(f"{HEAD}3", "layer1"),
     }
     classifier = backbone.classifiers[0]
     answers = Perceptron((head["layer0_weight"].shape[0],), "gelu", HEAD_EPS)
     branch = Branch(answers, Point(classifier, "input"), Point(classifier, "output"))
     found.plant(f"{classifier}/head", branch, head)
-    require_trunk(path, backbone, {k: v for k, v in state.items() if "side_" not in k}, found)
-    require_known(path, state, (TRUNK, HEAD))
+    trunk = {k: v for k, v in state.items() if k.startswith(TRUNK) and not k.startswith(SIDE)}
+    require_trunk(path, backbone, trunk, found, outside=(PICTURES, POSITIONS))
+    own = backbone.model.state_dict()
+    if any(key.startswith(POSITIONS) and key not in own for key in state):
+        found.notes["pictures"] = (
+            "the file adds positions to visual features, and the backbone takes them as they come"
+        )
+    file.require_seen(TRUNK, own=SIDE)
     return found
 
 

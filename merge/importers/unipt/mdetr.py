@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...errors import IncompatibleArtefact
 from ...tuner import Branch, Point
 from ...tuners.perceptron import Perceptron
 from ...tuners.unipt import UniPT
-from ..foreign import Foreign, refuse
-from .parts import linear, outputs, require_known, require_trunk, take
+from ..foreign import Foreign
+from .parts import Checkpoint, outputs, require_trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -41,37 +42,40 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
     """
     model = backbone.model
     if not hasattr(model, "decoder_hidden_states"):
-        raise refuse(
-            path,
+        raise IncompatibleArtefact(
             "the file belongs to an encoder and a decoder, and the backbone has none",
+            where=path,
+            wanted="mdetr",
             found=backbone.identity.architecture,
-            do="load the backbone that it was trained on: mdetr",
+            do="load the backbone that it was trained on",
         )
     if answers := sorted(key for key in state if key.startswith(ANSWERS)):
-        raise refuse(
-            path,
+        raise IncompatibleArtefact(
             "the checkpoint answers questions, by queries inside the frozen decoder that a task cannot bring",
+            where=path,
+            wanted="boxes and their classes alone",
             found=", ".join(answers[:5]),
         )
     found = Foreign("UniPT MDETR", labels=())
     mask, memory = Point("encoder_mask", "output"), Point("side_memory", "output")
     encoder = outputs(model.hidden_states)  # type: ignore[arg-type]
     decoder = outputs(model.decoder_hidden_states)  # type: ignore[arg-type]
-    w = _network(path, state, "encoder")
-    targets = [encoder[layer] for layer in LAYERS if layer < len(encoder) - 1]
+    file = Checkpoint(path, state)
+    w = _network(file, "encoder")
+    targets = _targets(path, encoder)
     tuner = _tuner(w, len(targets), masked=True)
     found.plant(
         "side_memory/unipt",
         Branch(tuner, targets[0], memory, (*targets[1:], encoder[-1], mask)),
         {name: w[name] for name in tuner.shapes},
     )
-    w = _network(path, state, "decoder")
+    w = _network(file, "decoder")
     for number in range(len(LAYERS)):
         crosser = f"{SIDE}projection_crosser.{number}"
-        w |= linear(path, state, f"{crosser}.0", f"cross{number}", norm=f"{crosser}.1")
+        w |= file.linear(f"{crosser}.0", f"cross{number}", norm=f"{crosser}.1")
     final = f"{SIDE}final_upsample"
-    w |= linear(path, state, f"{final}.1", "up", norm=f"{final}.2")
-    targets = [decoder[layer] for layer in LAYERS if layer < len(decoder) - 1]
+    w |= file.linear(f"{final}.1", "up", norm=f"{final}.2")
+    targets = _targets(path, decoder)
     tuner = _tuner(w, len(targets), crossed=True)
     found.plant(
         "features/unipt",
@@ -83,28 +87,46 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
         ),
         {name: w[name] for name in tuner.shapes},
     )
-    _heads(path, backbone, state, found)
+    _heads(file, backbone, found)
     trunk = {
         key: tensor
         for key, tensor in state.items()
         if not key.startswith((SIDE, *HEADS, *TRAINING, "backbone."))
     }
     require_trunk(path, backbone, trunk, found)
-    require_known(path, state, (*TRUNK, *HEADS, *TRAINING))
+    file.require_seen(*TRUNK, *TRAINING, own=SIDE)
     return found
 
 
-def _network(path: Path, state: Mapping[str, Tensor], half: str) -> Weights:
+def _targets(path: Path, states: Sequence[Point]) -> list[Point]:
+    """The states in front of `LAYERS`, as far as there are such layers; the last state is the anchor.
+
+    Raises:
+        IncompatibleArtefact: There is none.
+    """
+    targets = [states[layer] for layer in LAYERS if layer < len(states) - 1]
+    if not targets:
+        raise IncompatibleArtefact(
+            "the backbone has no layer whose input the side network reads",
+            where=path,
+            wanted=f"at least {LAYERS[0] + 1} layers in the encoder, and in the decoder",
+            found=len(states) - 1,
+            do="load the backbone that it was trained on",
+        )
+    return targets
+
+
+def _network(file: Checkpoint, half: str) -> Weights:
     """Down, projection and gate of one half."""
-    w: Weights = {"gate": take(path, state, f"{SIDE}gate_layer_{half}.weight")[0]}
+    w: Weights = {"gate": file.gate(f"{SIDE}gate_layer_{half}")}
     anchor = f"{SIDE}downsample0_{half}"
-    w |= linear(path, state, f"{anchor}.0", "anchor", norm=f"{anchor}.1")
+    w |= file.linear(f"{anchor}.0", "anchor", norm=f"{anchor}.1")
     for number in range(len(LAYERS)):
         down = f"{SIDE}downsamples_{half}.{number}"
-        w |= linear(path, state, f"{down}.0", f"target{number}", norm=f"{down}.1")
+        w |= file.linear(f"{down}.0", f"target{number}", norm=f"{down}.1")
     project = f"{SIDE}projection_{half}"
-    w |= linear(path, state, f"{project}.0", "project_in")
-    return w | linear(path, state, f"{project}.2", "project", norm=f"{project}.3")
+    w |= file.linear(f"{project}.0", "project_in")
+    return w | file.linear(f"{project}.2", "project", norm=f"{project}.3")
 
 
 def _tuner(w: Weights, depth: int, *, masked: bool = False, crossed: bool = False) -> UniPT:
@@ -125,14 +147,14 @@ def _tuner(w: Weights, depth: int, *, masked: bool = False, crossed: bool = Fals
     )
 
 
-def _heads(path: Path, backbone: Backbone, state: Mapping[str, Tensor], found: Foreign) -> None:
+def _heads(file: Checkpoint, backbone: Backbone, found: Foreign) -> None:
     """Classes, one linear layer, and boxes, several with a ReLU between them."""
-    weight = take(path, state, "class_embed.weight")
-    found.plant_head(backbone, weight, take(path, state, "class_embed.bias"))
-    depth = len({key.split(".")[2] for key in state if key.startswith("bbox_embed.layers.")})
+    classes = file.linear("class_embed", "classes")
+    found.plant_head(backbone, classes["classes_weight"], classes["classes_bias"])
+    depth = file.count("bbox_embed.layers.")
     layers: Weights = {}
     for number in range(depth):
-        layers |= linear(path, state, f"bbox_embed.layers.{number}", f"layer{number}")
+        layers |= file.linear(f"bbox_embed.layers.{number}", f"layer{number}")
     hidden = tuple(layers[f"layer{n}_weight"].shape[0] for n in range(depth - 1))
     boxes = Point("bbox_embed", "input"), Point("bbox_embed", "output")
     found.plant("bbox_embed/head", Branch(Perceptron(hidden), *boxes), layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...errors import IncompatibleArtefact
 from ...methods.side_networks import hidden_states
 from ...sites import measure
 from ...tuner import Branch, Point
@@ -16,8 +17,8 @@ from ...tuners.embedding import Embedding
 from ...tuners.gpo import BACK, GRU, Gpo
 from ...tuners.unipt import UniPT
 from ...tuners.unipt_pyramid import UniPTPyramid
-from ..foreign import Foreign, refuse
-from .parts import linear, require_known, require_states, require_trunk, take
+from ..foreign import Foreign
+from .parts import Checkpoint, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 SIDE = "side_tuning_module."
 POOLS = {"image": "image_encoder", "text": "gpool"}
 TRUNKS = {"image": "backbone.", "text": "bert."}
+DOWNS = f"{SIDE}downsample_layers.0.0."
 COPIES = ("backbone.base.", "backbone.top.")  # of modules under backbone.resnet
+POOLER = "bert.pooler."  # which nothing reads
 EPS = 1e-8
 
 
@@ -56,13 +59,14 @@ def read_vse(
     maps = bool(states.cells)
     side = "image" if maps else "text"
     state = _side(path, saved, side)
+    file = Checkpoint(path, state)
     found = Foreign(f"UniPT VSE-infinity ({side})", labels=())
     add = Point(backbone.classifiers[0], "input")
     out, tap = states.channels[-1], states.points[-1]
     if any(key.startswith(SIDE) for key in state):
-        out, tap = _side_network(path, state, states, add, found), add
+        out, tap = _side_network(file, states, add, found), add
     pool = next((p for p in POOLS.values() if f"{p}.linear.weight" in state), POOLS[side])
-    _gpo(path, state, pool, states, tap, add, found)
+    _gpo(file, pool, states, tap, add, found)
     unit = not (settings.get("no_norm", bool) or False)
     answer = Branch(Embedding(out, unit, EPS), add, Point(add.module, "output"))
     found.plant(f"{add.module}/embedding", answer, {})
@@ -71,8 +75,8 @@ def read_vse(
         for key, tensor in state.items()
         if key.startswith(TRUNKS[side]) and not key.startswith(COPIES)
     }
-    require_trunk(path, backbone, trunk, found)
-    require_known(path, state, (SIDE, *(f"{pool}." for pool in POOLS.values()), *TRUNKS.values()))
+    require_trunk(path, backbone, trunk, found, outside=(POOLER,))
+    file.require_seen(TRUNKS[side])
     if maps:
         found.notes["pictures"] = (
             "the release stretches pictures to the backbone's size, without keeping their shape"
@@ -82,39 +86,39 @@ def read_vse(
 
 def _side(path: Path, saved: Sequence[Mapping[str, Tensor]], side: str) -> Mapping[str, Tensor]:
     """The state of a side: by its pooling's name where there is one, by the form of its layers otherwise."""
-    wanted = {"image": 4, "text": 2}[side]
+    pools = tuple(f"{pool}." for pool in POOLS.values())
+    found = []
     for state in saved:
-        downs = [v.dim() for k, v in state.items() if k.startswith(f"{SIDE}downsample_layers.0.0.w")]
-        if downs and downs[0] == wanted:
-            return state
-        if not downs and any(key.startswith(tuple(f"{p}." for p in POOLS.values())) for key in state):
-            return state
-    raise refuse(
-        path,
+        downs = (key for key in state if key.startswith(DOWNS) and key.endswith(".weight"))
+        first = next(downs, None)
+        if first is None and any(key.startswith(pools) for key in state):
+            return state  # pooling alone
+        if first is not None:
+            found.append("image" if state[first].dim() == 4 else "text")
+            if found[-1] == side:
+                return state
+    raise IncompatibleArtefact(
         f"the file has no {side} side, and the backbone is one of {side}",
-        found=f"{len([s for s in saved if s])} states",
+        where=path,
+        wanted=f"a state of the {side} side",
+        found=" and ".join(found) or "no side network",
         do="load the backbone of the other side",
     )
 
 
-def _side_network(
-    path: Path,
-    state: Mapping[str, Tensor],
-    states: States,
-    add: Point,
-    found: Foreign,
-) -> int:
+def _side_network(file: Checkpoint, states: States, add: Point, found: Foreign) -> int:
     """Plant the network; the channels that it gives."""
-    depth = len({key.split(".")[2] for key in state if key.startswith(f"{SIDE}downsample_layers.")})
-    require_states(path, states.points, depth)
-    w: Weights = {"gate": take(path, state, f"{SIDE}gate_layer.weight")[0]}
+    depth = file.count(f"{SIDE}downsample_layers.")
+    require_states(file.path, states.points, depth)
+    w: Weights = {"gate": file.gate(f"{SIDE}gate_layer")}
+    batch = bool(states.cells)
     names = [*(f"target{n}" for n in range(depth - 1)), "anchor"]
     for number, name in enumerate(names):
         down = f"{SIDE}downsample_layers.{number}"
-        w |= linear(path, state, f"{down}.0", name, norm=f"{down}.1")
+        w |= file.linear(f"{down}.0", name, norm=f"{down}.1", batch=batch)
     project = f"{SIDE}projection_layer"
-    w |= linear(path, state, f"{project}.0", "project", norm=f"{project}.1")
-    w |= linear(path, state, f"{SIDE}upsample_layer.1", "up")
+    w |= file.linear(f"{project}.0", "project", norm=f"{project}.1", batch=batch)
+    w |= file.linear(f"{SIDE}upsample_layer.1", "up")
     fields = {
         "widths": tuple(w[f"target{n}_weight"].shape[1] for n in range(depth - 1)),
         "anchor": w["anchor_weight"].shape[1],
@@ -125,7 +129,7 @@ def _side_network(
     others = states.points[1:]
     if states.cells:
         for number in range(depth - 1):
-            w |= linear(path, state, f"{SIDE}identity_layers.{number}.0", f"cell{number}")
+            w |= file.linear(f"{SIDE}identity_layers.{number}.0", f"cell{number}")
         tuner: UniPT = UniPTPyramid(
             **fields, norm="batch", cells=states.cells, channels_last=states.channels_last
         )
@@ -137,8 +141,7 @@ def _side_network(
 
 
 def _gpo(
-    path: Path,
-    state: Mapping[str, Tensor],
+    file: Checkpoint,
     pool: str,
     states: States,
     tap: Point,
@@ -146,12 +149,13 @@ def _gpo(
     found: Foreign,
 ) -> None:
     """Plant the pooling."""
+    axes = {name: [None] * (2 if name.startswith("weight") else 1) for name in GRU}
     w = {
-        f"{name}{end}": take(path, state, f"{pool}.gru.{name}_l0{end}")
+        f"{name}{end}": file.take(f"{pool}.gru.{name}_l0{end}", *axes[name])
         for name in GRU
         for end in ("", BACK)
     }
-    w["score"] = take(path, state, f"{pool}.linear.weight")[0]
+    w["score"] = file.gate(f"{pool}.linear")
     three, positions = w["weight_ih"].shape
     tuner = Gpo(states.tokens, positions, three // 3, masked=states.mask is not None)
     others = () if states.mask is None else (states.mask,)

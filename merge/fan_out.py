@@ -65,17 +65,17 @@ def share(
         UsageError: See `bank.stack`.
         IncompatibleArtefact: See `bank.stack`.
     """
-    known: dict[Point, Point | None] = {}
+    known: dict[tuple[Point, ...], Point | None] = {}
     members: dict[Point | None, list[int]] = {}
     alone: list[int] = []
     for row, delta in enumerate(deltas):
         if any(branch.tuner.no_bank for branch in delta.branches.values()):
             alone.append(row)
             continue
-        first = _first_join(delta, sites)
-        if first not in known:
-            known[first] = _fork(backbone, delta, first, sites)
-        members.setdefault(known[first], []).append(row)
+        joins = _joins(delta, sites)
+        if joins not in known:
+            known[joins] = _fork(backbone, delta, joins, sites)
+        members.setdefault(known[joins], []).append(row)
     order = list(sites.channels)
     forks = sorted(members, key=lambda fork: -1 if fork is None else order.index(fork))[::-1]
     groups = [
@@ -85,24 +85,28 @@ def share(
     return (*groups, *(Group(None, stack([deltas[row]], dtype), (row,)) for row in alone))
 
 
-def _first_join(delta: Delta, sites: Sites) -> Point:
-    """The first point, as an example passes them, where the trunk's value changes."""
+def _joins(delta: Delta, sites: Sites) -> tuple[Point, ...]:
+    """Where values change, as an example passes these points."""
     order = list(sites.channels)
     points = [b.tap if b.tuner.join == "tokens" else b.add for b in delta.branches.values()]
-    passed = [Point(p.module, "input") if p.side in ("tokens", "keys") else p for p in points]
-    return min(passed, key=order.index)
+    passed = {Point(p.module, "input") if p.side in ("tokens", "keys") else p for p in points}
+    return tuple(sorted(passed, key=order.index))
 
 
-def _fork(backbone: Backbone, delta: Delta, first: Point, sites: Sites) -> Point | None:
-    """The last place, at this point or in front of a module around it, where examples can fork."""
-    path = first.module
-    candidates = [first]
-    while path:
-        candidates.append(Point(path, "input"))
-        path = path.rpartition(".")[0]
-    for point in candidates:
-        if sites.calls.get(point, 0) == 1 and _works(backbone, delta, point):
-            return point
+def _fork(backbone: Backbone, delta: Delta, joins: Sequence[Point], sites: Sites) -> Point | None:
+    """Where examples can fork: at the first join, or in front of a module around it.
+
+    A later join comes into question where the ones before it stand at seats that the trunk reads nothing from.
+    """
+    for first in joins:
+        path = first.module
+        candidates = [first]
+        while path:
+            candidates.append(Point(path, "input"))
+            path = path.rpartition(".")[0]
+        for point in candidates:
+            if sites.calls.get(point, 0) == 1 and _works(backbone, delta, point):
+                return point
     return None
 
 

@@ -287,9 +287,11 @@ class _Run:
     def at(self, point: Point, value: Any, channel_axis: int) -> Any:
         """The value at a point with its branches joined, kept for those that tap it."""
         axes = value.dim() if isinstance(value, Tensor) else 0
+        forked = self.forked
         for branch, weights in self.joins.get(point, []):
             if branch.tuner.join == "replace":
                 value = self._replace(branch, weights, value, channel_axis)
+                forked = self.fork is not None  # at a seat that the trunk reads nothing from
             else:
                 value = self._add(branch, weights, value, channel_axis)
             self.joined.add(point)
@@ -297,9 +299,12 @@ class _Run:
             value = value.flatten(1)
         present = self.crowd.present()
         if (point, True) in self.taps:
-            self.taken[point, True] = _Taken(value, present, self.forked)
+            self.taken[point, True] = _Taken(value, present, forked)
         if (point, False) in self.taps:
-            self.taken[point, False] = _Taken(self._rows(value, channel_axis), present, self.forked)
+            rows = value.shape[0] if forked and not self.forked else None
+            self.taken[point, False] = _Taken(
+                self._rows(value, channel_axis, rows), present, forked
+            )
         return value
 
     def _replace(
@@ -321,6 +326,8 @@ class _Run:
             for t in read
         ]
         given = self._given(branch, weights, read)
+        if self.fork and not self.forked:
+            value = value.repeat_interleave(self.fork.tasks, 0)
         if value.dim() == 2 and given.shape[1] == 1:
             given = given.flatten(1)
         elif value.dim() > 3:
@@ -374,13 +381,14 @@ class _Run:
         given = self._like(self._given(branch, weights, taken), left, axis)
         return torch.cat([left + given, value[:, own:]], dim=1)
 
-    def _rows(self, value: Tensor, channel_axis: int) -> Tensor:
+    def _rows(self, value: Tensor, channel_axis: int, rows: int | None = None) -> Tensor:
         """`[B, N, C]`, whatever layout, windows or frames the op works in."""
+        rows = rows if rows is not None else self.rows
         if channel_axis != -1:
             value = value.movedim(channel_axis, -1)
-        if value.dim() == 3 and self.rows is None:
+        if value.dim() == 3 and rows is None:
             return value
-        rows = value.shape[0] if self.rows is None else self.rows
+        rows = value.shape[0] if rows is None else rows
         if value.dim() == 3 and value.shape[0] == rows:
             return value
         return value.reshape(rows, -1, value.shape[-1])

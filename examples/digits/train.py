@@ -1,10 +1,12 @@
-"""Train a small backbone on one part of the digits, freeze it, and tune it for seven tasks in seven ways.
+"""Train a small backbone on one part of the digits, freeze it, and tune it for nine tasks in nine ways.
 
     python examples/digits/train.py
+    python examples/digits/train.py --only prime three      # on the backbone that is there
 
 The backbone learns to tell 0, 1, 2, 3 and 4 apart in the four quarters of a turn, and never sees
 another digit. Each task then gets two models on that frozen backbone, both judged on the same held-out pictures: a linear
-probe, and a tuner whose head starts from the probe's. What differs between them is the tuner.
+probe, and a tuner whose head starts from the probe's. What differs between them is the tuner. (A side
+network's head starts there too, but what it reads is the network's own, new from the start.)
 
 The recipes and the pairing of tasks with tuners were settled by looking at the held-out numbers, as
 there is no third split: read them as a working example, not as a comparison of methods.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from data import PREPROCESSING, TASKS, Example, examples, pictures, quarters, tensors
+from data import (
+    EVERY_TASK,
+    PREPROCESSING,
+    SIDE_TASKS,
+    TASKS,
+    Example,
+    examples,
+    pictures,
+    quarters,
+    tensors,
+)
 from torch.nn import functional as F
 
 from utune_deploy.merge.attach import Tuned, attach
@@ -36,9 +49,11 @@ from utune_deploy.merge.methods import (
     bitfit,
     deep_prompt,
     dual_adapter,
+    ladder,
     lora,
     prefix,
     serial_adapter,
+    unipt,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +103,10 @@ RECIPES = {
     "at-least-five": Recipe("deep_prompt(16)", deep_prompt(16), 1e-1, 16, 0.06),
     "quarter": Recipe("serial_adapter(8)", serial_adapter(8), 1e-2, 8, 0.06),
     "mirrored": Recipe("bapat(8, 8)", bapat(8, 8, scale=1.0), 1e-2, 16, 0.06),
+    "prime": Recipe("unipt(24)", unipt(24), 5e-3, 16, 0.06),
+    "three": Recipe("ladder(16)", ladder(16), 5e-3, 24, 0.06),
 }
+TABLES = {"tasks": TASKS, "side_tasks": SIDE_TASKS}  # by their keys in the results
 
 
 def wobbled(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
@@ -241,7 +259,7 @@ def tune(
 
 def run(name: str, backbone: Backbone, deltas: Path) -> dict[str, Any]:
     """Probe and tune one task, write its delta, and say how both did on the held-out pictures."""
-    task, recipe = TASKS[name], RECIPES[name]
+    task, recipe = EVERY_TASK[name], RECIPES[name]
     images, classes = tensors(examples(task, "train"))
     held_out = tensors(examples(task, "test"))
     began = time.perf_counter()
@@ -288,37 +306,22 @@ def run(name: str, backbone: Backbone, deltas: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train everything and write `backbone/`, `deltas/` and `results.json`."""
-    parser = argparse.ArgumentParser(description="Train the digits example.")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    out = parser.parse_args().out
-    torch.set_num_threads(1)  # small matrices: more threads wait for each other
-    torch.use_deterministic_algorithms(mode=True)
+def start_over(out: Path) -> tuple[Backbone, dict[str, Any]]:
+    """Train the backbone, and begin the results with what does not depend on a task."""
     began = time.perf_counter()
     backbone = train_backbone(out / "backbone")
     seconds = time.perf_counter() - began
     held_out = backbone_pictures("test")
     right, count = correct(backbone.model, *held_out), len(held_out[1])
     print(f"backbone: {right} of {count} held-out pictures of 0 to 4, {seconds:.0f} s", flush=True)
-    print(f"{'task':14} {'tuner':18} {'values':>7} {'probe':>7} {'tuner':>7} {'seconds':>8}")
-    tasks = {}
-    for name in TASKS:
-        tasks[name] = row = run(name, backbone, out / "deltas")
-        print(
-            f"{name:14} {row['method']:18} {row['tuner']['parameters']:7}"
-            f" {row['probe']['accuracy']:7.1%} {row['tuner']['accuracy']:7.1%}"
-            f" {row['tuner']['seconds']:8.0f}",
-            flush=True,
-        )
-    results = {
+    return backbone, {
         "command": COMMAND,
         "seed": SEED,
         "versions": {
             name: version(name) for name in ("torch", "timm", "numpy", "pillow", "scikit-learn")
         },
         "machine": f"{platform.machine()}, 1 thread, {torch.backends.cpu.get_cpu_capability()}",
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": 0.0,
         "backbone": {
             "architecture": backbone.identity.architecture,
             "arguments": dict(backbone.identity.arguments),
@@ -328,10 +331,53 @@ def main() -> None:
             "correct": right,
             "seconds": round(seconds, 1),
         },
-        "tasks": tasks,
     }
+
+
+def take_up(out: Path) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone and the results that an earlier run wrote.
+
+    Leaves the program if they are not of one run.
+    """
+    backbone = load(None, None, out / "backbone")
+    results = json.loads((out / "results.json").read_text())
+    if results["backbone"]["fingerprint"] != backbone.identity.fingerprint:
+        sys.exit(f"{out / 'results.json'} is not about the backbone beside it: train without --only")
+    return backbone, results
+
+
+def main() -> None:
+    """Train everything and write `backbone/`, `deltas/` and `results.json`; or some tasks' part of them."""
+    parser = argparse.ArgumentParser(description="Train the digits example.")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument(
+        "--only", nargs="+", choices=EVERY_TASK, metavar="TASK",
+        help="train these tasks on the backbone in that folder, and leave everything else in it alone",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    out, chosen = arguments.out, arguments.only or list(EVERY_TASK)
+    torch.set_num_threads(1)  # small matrices: more threads wait for each other
+    torch.use_deterministic_algorithms(mode=True)
+    began = time.perf_counter()
+    backbone, results = take_up(out) if arguments.only else start_over(out)
+    print(f"{'task':14} {'tuner':18} {'values':>7} {'probe':>7} {'tuner':>7} {'seconds':>8}")
+    for key, table in TABLES.items():
+        rows = results.setdefault(key, {})
+        for name in table:
+            if name not in chosen:
+                continue
+            rows[name] = row = run(name, backbone, out / "deltas")
+            print(
+                f"{name:14} {row['method']:18} {row['tuner']['parameters']:7}"
+                f" {row['probe']['accuracy']:7.1%} {row['tuner']['accuracy']:7.1%}"
+                f" {row['tuner']['seconds']:8.0f}",
+                flush=True,
+            )
+    seconds = round(time.perf_counter() - began, 1)
+    if not arguments.only:
+        results["seconds"] = seconds  # of everything
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {out} in {results['seconds']:.0f} s")
+    print(f"written to {out} in {seconds} s")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from PIL import Image
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import load
 from utune_deploy.merge.delta import load_delta
+from utune_deploy.merge.fan_out import share
 from utune_deploy.merge.sites import measure
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 RESULTS = json.loads((FOLDER / "results.json").read_text())
+ROWS = {**RESULTS["tasks"], **RESULTS["side_tasks"]}
 BUDGET = 4_000_000  # bytes of everything that the example commits
 
 
@@ -60,7 +63,9 @@ def _one_thread():
 def test_the_results_are_about_the_committed_files(backbone, example):
     assert backbone.identity.fingerprint == RESULTS["backbone"]["fingerprint"]
     names = sorted(path.stem for path in (FOLDER / "deltas").glob("*.safetensors"))
-    assert names == sorted(RESULTS["tasks"]) == sorted(example.data.TASKS)
+    assert list(RESULTS["tasks"]) == list(example.data.TASKS)
+    assert list(RESULTS["side_tasks"]) == list(example.data.SIDE_TASKS)
+    assert names == sorted(ROWS) == sorted(example.train.RECIPES)
     assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.suffix != ".pyc") < BUDGET
 
 
@@ -81,9 +86,23 @@ def test_the_tasks_differ_in_tuner_and_in_number_of_classes():
     assert {len(delta.labels) for delta in deltas} == {2, 3, 4, 10}
 
 
-@pytest.mark.parametrize("name", RESULTS["tasks"])
+def test_side_tasks_share_the_whole_trunk_and_another_tuner_does_not(backbone, sites):
+    names = [*RESULTS["side_tasks"], "digit"]
+    deltas = [load_delta(FOLDER / "deltas" / f"{name}.safetensors") for name in names]
+    tuners = [next(iter(delta.branches.values())).tuner.kind for delta in deltas]
+    assert tuners == ["unipt", "ladder", "bottleneck"]
+    side, other = share(backbone, deltas, sites)
+    assert side.rows == (0, 1)
+    assert side.fork is not None
+    assert side.fork.module == backbone.classifiers[0]
+    assert other.rows == (2,)
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_tuner_answers_as_its_results_say(name, example, backbone, sites):
-    task, row = example.data.TASKS[name], RESULTS["tasks"][name]
+    task, row = example.data.EVERY_TASK[name], ROWS[name]
+    recipe = example.train.RECIPES[name]
+    assert row["method"] == recipe.method
     delta = load_delta(FOLDER / "deltas" / f"{name}.safetensors")
     assert delta.task == name
     assert delta.labels == task.labels
@@ -100,12 +119,12 @@ def test_a_tuner_answers_as_its_results_say(name, example, backbone, sites):
     assert right > row["probe"]["correct"]
 
 
-@pytest.mark.parametrize("name", RESULTS["tasks"])
+@pytest.mark.parametrize("name", ROWS)
 def test_training_still_learns(name, example, backbone):
     images, classes = example.data.tensors(
-        example.data.examples(example.data.TASKS[name], "train")[:192]
+        example.data.examples(example.data.EVERY_TASK[name], "train")[:192]
     )
-    start = example.train.probe(backbone, images, classes, RESULTS["tasks"][name]["classes"])
+    start = example.train.probe(backbone, images, classes, ROWS[name]["classes"])
     with torch.no_grad():
         for value in start.weights[-1].values():
             value.zero_()  # from no knowledge at all, so that one epoch has something to learn
@@ -115,6 +134,41 @@ def test_training_still_learns(name, example, backbone):
     assert example.train.correct(trained, images, classes) > len(classes) // len(
         trained.weights[-1]["bias"]
     )
+
+
+def test_one_task_trained_again_leaves_the_others_alone(tmp_path, example, monkeypatch):
+    out = tmp_path / "digits"
+    shutil.copytree(FOLDER, out, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    every = example.data.examples
+    monkeypatch.setattr(example.train, "examples", lambda task, split: every(task, split)[:64])
+    quick = replace(example.train.RECIPES["three"], epochs=1)
+    monkeypatch.setitem(example.train.RECIPES, "three", quick)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--only", "three", "--out", str(out)])
+    try:
+        example.train.main()
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    changed = [
+        path.name
+        for path in sorted(FOLDER.rglob("*"))
+        if path.suffix in (".safetensors", ".json")
+        and path.read_bytes() != (out / path.relative_to(FOLDER)).read_bytes()
+    ]
+    assert changed == ["three.safetensors", "results.json"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["side_tasks"].pop("three")["held_out"] == 64
+    assert results == {
+        **RESULTS,
+        "side_tasks": {n: row for n, row in RESULTS["side_tasks"].items() if n != "three"},
+    }
+
+
+def test_results_about_another_backbone_are_not_added_to(tmp_path, example):
+    shutil.copytree(FOLDER / "backbone", tmp_path / "backbone")
+    other = {**RESULTS, "backbone": {**RESULTS["backbone"], "fingerprint": "0" * 64}}
+    (tmp_path / "results.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="not about the backbone beside it"):
+        example.train.take_up(tmp_path)
 
 
 def test_a_backbone_can_be_trained_again(tmp_path, example, monkeypatch):

@@ -48,12 +48,18 @@ class BackboneChoice:
     Attributes:
         architecture: timm's name, or None when `weights` is a folder.
         arguments: For `timm.create_model`.
-        weights: A safetensors file with timm's keys, or a folder that `save` wrote.
+        weights: A safetensors file with the architecture's keys, a folder that `save` wrote, or one of
+            Hugging Face; None for an architecture without weights.
     """
 
     architecture: str | None
     arguments: dict[str, Any]
-    weights: Path
+    weights: Path | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read."""
+        return () if self.weights is None else (self.weights,)
 
     def load(self) -> Backbone:
         """The backbone itself."""
@@ -68,7 +74,8 @@ def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--backbone",
         metavar="TIMM_NAME",
-        help="timm's name of the architecture, or video_swin_base.",
+        help="timm's name of the architecture, or one of ours: video_swin_base, bert, clip_image, clip_text, "
+        "t5, clip_vil, mdetr, caffe_resnet, states.",
     )
     @click.option(
         "--backbone-arg",
@@ -80,12 +87,16 @@ def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--weights",
         type=PATH,
-        required=True,
-        help="Frozen weights: safetensors with timm's keys, or a folder that `save` wrote.",
+        help="Frozen weights: safetensors with the architecture's keys, a folder that `save` wrote, or a Hugging "
+        "Face folder (bert, clip_image, clip_text, t5).",
     )
     @functools.wraps(verb)
     def with_choice(
-        *args: Any, backbone: str | None, arguments: tuple[str, ...], weights: Path, **kwargs: Any
+        *args: Any,
+        backbone: str | None,
+        arguments: tuple[str, ...],
+        weights: Path | None,
+        **kwargs: Any,
     ) -> Any:
         choice = BackboneChoice(backbone, dict(map(_argument, arguments)), weights)
         return verb(*args, choice=choice, **kwargs)

@@ -208,7 +208,7 @@ def attach(
         if branch.tuner.join != "weights":
             named = {axis for axes in branch.tuner.shapes.values() for axis in axes}
             for axis, point in (("in", branch.tap), ("out", branch.add)):
-                if axis in named:
+                if axis in named or point not in sites.unclear:
                     sizes[axis] = replaced.get(point) or sites.require(point)
         if (
             branch.add in [Point(path, "output") for path in backbone.classifiers]

@@ -296,7 +296,7 @@ class _Run:
                 value = self._add(branch, weights, value, channel_axis)
             self.joined.add(point)
         if axes == 2 and value.dim() == 3:  # one vector per row again
-            value = value.flatten(1)
+            value = value.squeeze(1)
         present = self.crowd.present()
         if (point, True) in self.taps:
             self.taken[point, True] = _Taken(value, present, forked)
@@ -329,7 +329,7 @@ class _Run:
         if self.fork and not self.forked:
             value = value.repeat_interleave(self.fork.tasks, 0)
         if value.dim() == 2 and given.shape[1] == 1:
-            given = given.flatten(1)
+            given = given.squeeze(1)
         elif value.dim() > 3:
             given = given.reshape(*value.shape[:-1], given.shape[-1])
         if (present := weights.get("present")) is None or present.dim() == 0:
@@ -388,6 +388,8 @@ class _Run:
             value = value.movedim(channel_axis, -1)
         if value.dim() == 3 and rows is None:
             return value
+        if value.dim() == 2 and (rows is None or value.shape[0] == rows):
+            return value[:, None]
         rows = value.shape[0] if rows is None else rows
         if value.dim() == 3 and value.shape[0] == rows:
             return value

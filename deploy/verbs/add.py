@@ -45,7 +45,7 @@ def command(
     from ..check import Evidence
     from ..pictures import read_folder
 
-    refuse_existing(output, force=force, inputs=(*deltas, bundle, choice.weights))
+    refuse_existing(output, force=force, inputs=(*deltas, bundle, *choice.files))
     opened = open_bundle(bundle)
     tasks = [Task(load_delta(path), digest(path)) for path in deltas]
     pictures = {}

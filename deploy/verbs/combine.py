@@ -90,7 +90,7 @@ def command(
     from ...merge.files import refuse_existing
 
     if not dry_run:
-        refuse_existing(output, force=force, inputs=(*deltas, choice.weights))
+        refuse_existing(output, force=force, inputs=(*deltas, *choice.files))
     ranks = None if rank is None and energy is None else Ranks(rank, energy)
     recipe = Recipe(method, density, seed, ranks)
     names = read_labels(labels)

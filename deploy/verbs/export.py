@@ -89,7 +89,7 @@ def command(
     from ..plan import make_plan
 
     if not dry_run:
-        refuse_existing(output, force=force, inputs=(*deltas, choice.weights))
+        refuse_existing(output, force=force, inputs=(*deltas, *choice.files))
     tasks = [Task(load_delta(path), digest(path)) for path in deltas]
     backbone = choice.load()
     if dry_run:

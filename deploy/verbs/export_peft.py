@@ -37,7 +37,7 @@ def command(
     from ...merge.files import refuse_existing
     from ...merge.to_peft import to_peft, write_peft
 
-    refuse_existing(output, force=force, inputs=(delta, choice.weights))
+    refuse_existing(output, force=force, inputs=(delta, *choice.files))
     task = load_delta(delta)
     adapter = to_peft(task, choice.load())
     write_peft(output, adapter)

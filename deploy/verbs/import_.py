@@ -71,7 +71,7 @@ def command(
     from ...merge.importers import read
     from ...merge.sites import measure
 
-    refuse_existing(output, force=force, inputs=(file, choice.weights))
+    refuse_existing(output, force=force, inputs=(file, *choice.files))
     names = read_labels(labels)
     backbone = choice.load()
     foreign = read(source, file, backbone, dict(map(setting, settings)))

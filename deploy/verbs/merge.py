@@ -65,7 +65,7 @@ def command(
     from ...merge.fold import report as loss_report
 
     if not dry_run:
-        inputs = (delta, choice.weights)
+        inputs = (delta, *choice.files)
         refuse_existing(output, force=force, inputs=inputs)
         if report is not None:
             refuse_existing(report, force=force, inputs=inputs)

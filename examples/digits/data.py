@@ -205,7 +205,9 @@ def main() -> None:
     """Write the test pictures."""
     parser = argparse.ArgumentParser(description="Write the held-out pictures of the tasks.")
     parser.add_argument("--png", type=Path, required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--task", choices=EVERY_TASK, action="append", help="only this one; repeatable")
+    parser.add_argument(
+        "--task", choices=EVERY_TASK, action="append", help="only this one; repeatable"
+    )
     arguments = parser.parse_args()
     chosen = [EVERY_TASK[name] for name in arguments.task or EVERY_TASK]
     count = write_png(arguments.png, chosen)

@@ -3,8 +3,8 @@
     python examples/digits/demo.py
 
 Runs the command line as a person would (every command is printed), asks the servers over HTTP and
-gRPC with tasks mixed in flight, compares every answer with torch, and ends with a report in
-`runs/demo/`. Whatever it starts it stops.
+gRPC with tasks mixed in flight, compares every answer with torch, asks one picture for every task in
+one run of another engine, and ends with a report in `runs/demo/`. Whatever it starts it stops.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tritonclient.grpc as grpc
 import tritonclient.http as http
-from data import TASKS, examples, tensors, write_png
+from data import EVERY_TASK, SIDE_TASKS, TASKS, examples, tensors, write_png
 
 from utune_deploy.deploy.bench.page import Section, write_html
 from utune_deploy.deploy.bench.report import Settings, write_json
@@ -55,6 +55,7 @@ RUNS = ROOT / "runs" / "demo"
 TRITON = ROOT / ".venv-triton"
 MAX_BATCH = 16
 CLIENTS = 4  # of each protocol, at once
+AT_ONCE = (*SIDE_TASKS, "digit")  # the last tunes the trunk itself, and shares less of it
 START_SECONDS = 90
 
 
@@ -96,19 +97,19 @@ def main() -> None:
     began = time.perf_counter()
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
-    deltas = [str(HERE / "deltas" / f"{task}.safetensors") for task in TASKS]
-    deltas = [os.path.relpath(path) for path in deltas]
+    stored = {task: relative(HERE / "deltas" / f"{task}.safetensors") for task in EVERY_TASK}
+    deltas = [stored[task] for task in TASKS]
     weights = ["--weights", os.path.relpath(BACKBONE)]
     pictures = RUNS / "pictures"
-    write_png(pictures)
+    write_png(pictures, EVERY_TASK.values())
 
     title("1  Merge what folds")
     for task in ("digit", "rotated"):
         merged = RUNS / f"{task}-merged.safetensors"
-        run("merge", delta(deltas, task), *weights, "-o", relative(merged))
+        run("merge", stored[task], *weights, "-o", relative(merged))
     say("A tuner with an activation inside does not fold, and is refused:")
     refused = RUNS / "parity-merged.safetensors"
-    run("merge", delta(deltas, "parity"), *weights, "-o", relative(refused), expect=2)
+    run("merge", stored["parity"], *weights, "-o", relative(refused), expect=2)
 
     title(f"2  Export one engine for {len(TASKS)} tasks, each tuned in another way")
     bundle = RUNS / "digits"
@@ -139,7 +140,18 @@ def main() -> None:
         answers, seconds = ask_server(server, options, bundle, truths)
         wrong += compare(server, answers, truths, seconds, sections)
 
-    title("6  Latency, against the bare backbone in the same run")
+    title("6  One picture, every task: the trunk runs once, as far as tasks agree on it")
+    every = RUNS / "every"
+    run(
+        "export", *(stored[task] for task in AT_ONCE), *weights, "--fan-out",
+        "-o", relative(every), "--images", relative(pictures), "--max-batch", str(MAX_BATCH),
+    )  # fmt: skip
+    digits = sorted((pictures / "digit").iterdir())
+    three = next(path for path in digits if path.stem.endswith("-3"))  # prime, and a multiple
+    run("predict", relative(every), "--every-task", relative(three))
+    wrong += compare_at_once(every, sections)
+
+    title("7  Latency, against the bare backbone in the same run")
     engine = open_bundle(bundle)
     report = bench(
         engine, [], batches=(1, 8, MAX_BATCH), mixes=("uniform",), provider="cpu", threads=1,
@@ -159,7 +171,7 @@ def main() -> None:
     if wrong:
         say(f"FAILED  {wrong} answers differ from torch's")
         sys.exit(1)
-    say("done    every answer of every server equals torch's, image by image")
+    say("done    every answer of every server and engine equals torch's, image by image")
 
 
 def title(text: str) -> None:
@@ -175,11 +187,6 @@ def say(text: str) -> None:
 def relative(path: Path) -> str:
     """A path as a person would type it."""
     return os.path.relpath(path)
-
-
-def delta(deltas: Sequence[str], task: str) -> str:
-    """The delta of a task."""
-    return next(path for path in deltas if Path(path).stem == task)
 
 
 def command(*words: str) -> list[str]:
@@ -198,7 +205,7 @@ def run(*words: str, expect: int = 0) -> None:
 def truth(task: str) -> Truth:
     """Torch's answers to a task's test pictures, from its delta alone."""
     stored = load_delta(HERE / "deltas" / f"{task}.safetensors")
-    images, classes = tensors(examples(TASKS[task], "test"), stored.preprocessing)
+    images, classes = tensors(examples(EVERY_TASK[task], "test"), stored.preprocessing)
     model = restore(load(None, None, BACKBONE), stored).eval()
     with torch.no_grad():
         logits = model(images)
@@ -348,9 +355,7 @@ def compare(
         rows.append((task, str(count), *shares, str(differ), f"{error:.1e}"))
     total = sum(len(found) for found in answers.values())
     title(f"   {server}: {total} answers in {seconds:.1f} s, {2 * CLIENTS} clients at once")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        say("   " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
+    say_rows(rows)
     some = answers[server, "gRPC"]
     for task, known in truths.items():
         labels = [f"{known.labels[known.classes[n]]} -> {some[Row(task, n)][1]}" for n in range(5)]
@@ -358,6 +363,50 @@ def compare(
     note = f"{total} answers over HTTP and gRPC, {2 * CLIENTS} clients at once, tasks mixed in every batch."
     sections.append(Section(f"Accuracy through the {server} server", rows, note))
     return wrong
+
+
+def compare_at_once(bundle: Path, sections: list[Section]) -> int:
+    """Ask the fan-out engine for all held-out pictures, and hold every task's answers to torch.
+
+    Returns:
+        The number of labels that differ.
+    """
+    opened = open_bundle(bundle)
+    session = opened.open_fan_out(threads=1)
+    truths = {task.name: truth(task.name) for task in opened.tasks}
+    images = truths[AT_ONCE[0]].images
+    if not all(np.array_equal(known.images, images) for known in truths.values()):
+        sys.exit(f"{', '.join(truths)} do not show the same pictures: no run can answer them all")
+    began = time.perf_counter()
+    answers = np.concatenate(
+        [session.run(images[at : at + MAX_BATCH]) for at in range(0, len(images), MAX_BATCH)]
+    )  # [n, T, K]
+    seconds = time.perf_counter() - began
+    rows = [("task", "pictures", "torch", "fan-out", "labels differ", "largest logit error")]
+    wrong = 0
+    for row, (task, known) in enumerate(truths.items()):
+        found = answers[:, row, : len(known.labels)]
+        shares = [
+            f"{(logits.argmax(1) == known.classes).mean():.1%}" for logits in (known.logits, found)
+        ]
+        differ = int((found.argmax(1) != known.logits.argmax(1)).sum())
+        error = float(np.abs(found - known.logits).max())
+        wrong += differ
+        rows.append((task, str(len(images)), *shares, str(differ), f"{error:.1e}"))
+    title(
+        f"   fan-out: {len(images)} pictures, {answers[..., 0].size} answers in {seconds:.1f} s, one thread"
+    )
+    say_rows(rows)
+    note = f"All {len(truths)} tasks of a picture in one run of one engine: {bundle.name}."
+    sections.append(Section("One picture, every task", rows, note))
+    return wrong
+
+
+def say_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A table, its first row the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        say("   " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
 
 
 @contextmanager

@@ -342,7 +342,9 @@ def take_up(out: Path) -> tuple[Backbone, dict[str, Any]]:
     backbone = load(None, None, out / "backbone")
     results = json.loads((out / "results.json").read_text())
     if results["backbone"]["fingerprint"] != backbone.identity.fingerprint:
-        sys.exit(f"{out / 'results.json'} is not about the backbone beside it: train without --only")
+        sys.exit(
+            f"{out / 'results.json'} is not about the backbone beside it: train without --only"
+        )
     return backbone, results
 
 

@@ -444,6 +444,8 @@ def test_predict_reads_safetensors_as_it_reads_npy(
         (["--tensor", "lora.safetensors", "--task", "lora"], "the file does not hold one tensor"),
         (["--tensor", "flat.npy", "--task", "lora"], "the tensor is no preprocessed batch"),
         (["--tensor", "small.npy", "--task", "lora"], ""),
+        (["pictures/0.png", "--every-task"], "the bundle has no engine that answers every task"),
+        (["pictures/0.png", "--every-task", "--task", "lora"], "tasks are named, and every task"),
     ],
 )
 def test_predict_refuses_what_it_cannot_answer(
@@ -469,14 +471,29 @@ def test_inspect_says_what_a_delta_and_a_bundle_hold(cli: Any, files: Path, bund
     said = cli("inspect", files / "lora.safetensors")
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("delta: lora\n")
+    assert "  3 x bottleneck activation identity, bias False\n" in said.out
+    assert "preprocessing: size [32, 32], interpolation bicubic" in said.out
     held = cli("inspect", files / "lora.safetensors", "--json").json
     assert held["kinds"] == {"bottleneck": 3, "head": 1}
+    assert held["labels"] == [f"lora{number}" for number in range(5)]
+    assert held["branches"][0] == {
+        "name": "blocks.0.attn.qkv/lora",
+        "kind": "bottleneck",
+        "tap": "blocks.0.attn.qkv:input",
+        "add": "blocks.0.attn.qkv:output",
+        "settings": {"activation": "identity", "bias": False},
+    }
     said = cli("inspect", bundle)
     assert (said.code, said.err) == (0, "")
     assert "mode: multi, bank constants" in said.out
     held = cli("inspect", bundle, "--json").json
     assert held["check"] == "passed"
     assert held["identity"] == open_bundle(bundle).identity
+    assert [task["labels"] for task in held["tasks"]] == [
+        list(task.labels) for task in open_bundle(bundle).tasks
+    ]
+    assert [tensor["name"] for tensor in held["engine"]["inputs"]] == ["images", "task"]
+    assert (held["fan_out"], held["shared"], held["macs"]) == (None, [], None)
 
 
 @pytest.mark.parametrize("name", ["nothing", "batch.npy", "pictures"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from utune_deploy.deploy.bench.case import MIXES, Case
+from utune_deploy.export.engine import Tensor
 from utune_deploy.merge.errors import UsageError
 
 ROWS = (0, 2, 5)
@@ -37,11 +38,33 @@ def test_another_seed_draws_other_rows():
     assert case.task_rows(ROWS, 1).tolist() != case.task_rows(ROWS, 2).tolist()
 
 
-def test_images_are_seeded_noise_of_the_asked_shape():
-    images = Case(2).images((3, 4, 5), 0)
+def test_pictures_are_seeded_noise_of_the_asked_shape():
+    images = Case(2).rows([Tensor("images", "float32", ("batch", 3, 4, 5))], 0)
+    assert isinstance(images, np.ndarray)
     assert images.dtype == np.float32
     assert images.shape == (2, 3, 4, 5)
-    np.testing.assert_array_equal(images, Case(2, "one").images((3, 4, 5), 0))
+    again = Case(2, "one").rows([Tensor("images", "float32", ("batch", 3, 4, 5))], 0)
+    np.testing.assert_array_equal(images, again)
+
+
+def test_several_inputs_are_drawn_as_an_engine_may_read_them():
+    inputs = [
+        Tensor("ids", "int64", ("batch", 50), 7),
+        Tensor("mask", "int64", ("batch", 50)),
+        Tensor("feats", "float32", ("batch", 2, 3)),
+    ]
+    rows = Case(4).rows(inputs, 0)
+    assert isinstance(rows, dict)
+    assert {name: (array.dtype.name, array.shape) for name, array in rows.items()} == {
+        "ids": ("int64", (4, 50)),
+        "mask": ("int64", (4, 50)),
+        "feats": ("float32", (4, 2, 3)),
+    }
+    assert set(rows["ids"].ravel().tolist()) == set(range(7))
+    assert set(rows["mask"].ravel().tolist()) == {1}
+    for name, array in Case(4).rows(inputs, 0).items():
+        np.testing.assert_array_equal(array, rows[name])
+    assert (Case(4).rows(inputs, 1)["ids"] != rows["ids"]).any()
 
 
 @pytest.mark.parametrize(("batch", "mix"), [(0, "one"), (1, "some")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,14 @@ def test_a_bundle_says_what_a_report_is_about():
     assert about.max_batch == 8
     assert ("engine", "onnxruntime, fp32, opset 20") in about.facts
     assert ("backbone", "vit_tiny_patch16_224") in about.facts
+    assert about.inputs == ()
+    assert about.reads == (Tensor("images", "float32", ("batch", 3, 64, 32)),)
+    ids = Tensor("ids", "int64", ("batch", 8), 30)
+    features = Tensor("feats", "float32", ("batch", 4, 6))
+    engine = replace(bundle.engine, inputs=(ids, features, bundle.engine.inputs[-1]))
+    plain = tuple(replace(task, labels=(), width=6) for task in bundle.tasks)
+    about = about_bundle(replace(bundle, engine=engine, tasks=plain))
+    assert about.image_shape is None
+    assert about.inputs == about.reads == (ids, features)
+    assert [task.classes for task in about.tasks] == [6, 6]
+    assert {("ids", "8 int64"), ("feats", "4 x 6 float32")} <= set(about.facts)

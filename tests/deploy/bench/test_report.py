@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import jsonschema
@@ -8,6 +9,7 @@ import pytest
 
 from utune_deploy.deploy.bench.case import MIXES
 from utune_deploy.deploy.bench.report import VERSION, write_json
+from utune_deploy.export.engine import Tensor
 
 PACKAGE = "utune_deploy.deploy.bench"
 
@@ -31,6 +33,12 @@ def objects(schema):
 def test_a_report_keeps_to_the_schema(report, schema):
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report.to_json(), schema)
+
+
+def test_a_report_of_named_inputs_keeps_to_the_schema(report, schema):
+    inputs = (Tensor("ids", "int64", ("batch", 8), 30), Tensor("mask", "int64", ("batch", 8)))
+    about = replace(report.about, image_shape=None, inputs=inputs)
+    jsonschema.validate(replace(report, about=about).to_json(), schema)
 
 
 def test_the_schema_is_closed_and_asks_for_every_field(schema):

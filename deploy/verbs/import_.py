@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--from",
     "source",
-    type=click.Choice(["modelscope", "vpetl", "peft", "swift", "timm"]),
+    type=click.Choice(["modelscope", "vpetl", "peft", "swift", "timm", "unipt"]),
     required=True,
     help="modelscope: vision_efficient_tuning (U-Tuning). vpetl: PATT, AdaptFormer, BAPAT. peft: an adapter "
     "folder. swift: an ms-swift folder. timm: a whole fine-tuned checkpoint.",
@@ -64,7 +64,9 @@ def command(
 
     Settings that some files lack: vpetl att_prefix_mode, att_prefix_scale, ffn_option,
     ffn_adapter_scalar, ffn_adapter_layernorm_option; swift order, lora_alpha, enable_lora, head; timm rank
-    or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file).
+    or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file);
+    unipt no_norm (the vector keeps its length). A unipt file of two sides is read for the side that the backbone
+    is of.
     """
     from ...merge.delta import require_backbone, save_delta
     from ...merge.files import refuse_existing
@@ -90,7 +92,8 @@ def command(
         console.json(found)
     else:
         console.result(
-            f"wrote {output}: task {task}, {len(delta.labels)} classes, {', '.join(kinds)}"
+            f"wrote {output}: task {task}, "
+            f"{f'{len(delta.labels)} classes' if delta.labels else 'no labels'}, {', '.join(kinds)}"
         )
         for name, note in foreign.notes.items():
             console.result(f"  {name}: {note}")

@@ -90,7 +90,7 @@ class FolderOfFrames:
 
 
 def read_folder(
-    folder: Path, tasks: Iterable[tuple[str, Preprocessing]]
+    folder: Path, tasks: Iterable[tuple[str, Preprocessing | None]]
 ) -> dict[str, NDArray[np.float32]]:
     """Rows `[n, C, H, W]` or `[n, C, T, H, W]` by task, from `folder/TASK` where there is one, else `folder`.
 

@@ -146,6 +146,8 @@ class FanOut(nn.Module):
         groups: See `share`.
     """
 
+    order: Tensor
+
     def __init__(self, backbone: Backbone, groups: Sequence[Group]) -> None:
         super().__init__()
         self.trunk = backbone.model

@@ -34,6 +34,8 @@ IMPORTERS: dict[str, Callable[[Path, Backbone, Settings], Foreign]] = {
     "unipt": read_unipt,
 }
 
+OF_PICTURES = ("modelscope", "vpetl", "swift")  # their preprocessing is part of what is read
+
 
 def read(
     source: str, path: Path, backbone: Backbone, settings: Mapping[str, str] | None = None
@@ -53,6 +55,14 @@ def read(
     """
     if source not in IMPORTERS:
         raise UsageError("unknown source", wanted=f"one of {sorted(IMPORTERS)}", found=source)
+    if source in OF_PICTURES and not backbone.pictures:
+        raise UsageError(
+            f"a checkpoint of {source} belongs to a backbone that reads pictures",
+            where=path,
+            found=f"{backbone.identity.architecture}, which reads "
+            + ", ".join(entry.name for entry in backbone.inputs),
+            do="load the backbone that it was trained on",
+        )
     given = Settings(settings)
     foreign = IMPORTERS[source](path, backbone, given)
     given.require_used()

@@ -112,6 +112,7 @@ def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]
 def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preprocessing:
     """The backbone's own with what the run's arguments say of frames, views and normalisation."""
     plain = backbone.preprocessing()
+    assert plain is not None  # it reads clips
     if arguments.get("inception"):
         plain = replace(plain, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     if plain.clip is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +18,7 @@ from ..errors import IncompatibleArtefact
 from ..tuner import Shapes, Tuner, Weights, wider
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 TEMPERATURE = 0.1
 LOWEST = -10_000.0  # of padding, as published
@@ -107,11 +107,11 @@ class Gpo(Tuner):
         scores = both[0].unflatten(-1, (2, self.hidden)).mean(-2) @ w["score"].double()
         return torch.cat([torch.softmax(scores / TEMPERATURE, 0), weights[length:]])
 
-    def branch(self, x: Tensor | Sequence[Tensor], w: Mapping[str, Tensor]) -> Tensor:
+    def branch(self, x: Any, w: Mapping[str, Tensor]) -> Tensor:
         """The pooled vector, `[B, 1, C]`.
 
         Args:
-            x: Features `[B, N, C]`; with a mask also `[B, 1, N]`.
+            x: Features `[B, N, C]`; with a mask the two, `[B, 1, N]` behind.
             w: See `shapes`.
 
         Raises:
@@ -119,7 +119,8 @@ class Gpo(Tuner):
         """
         if "table" not in w:
             w = self._settled_rows(w)
-        features, mask = (x[0], x[1]) if self.masked else (x, None)
+        features: Tensor = x[0] if self.masked else x
+        mask: Tensor | None = x[1] if self.masked else None
         if features.shape[-2] != self.tokens:
             raise IncompatibleArtefact(
                 "a gpo branch meets another number of tokens than it was made for",

@@ -156,9 +156,9 @@ def test_tasks_that_want_other_pixels_are_not_fanned_out(
 # check
 
 
-def check(cli: Any, files: Path, bundle: Path, tasks: Any = TASKS) -> Any:
+def check(cli: Any, files: Path, bundle: Path) -> Any:
     return cli(
-        "check", bundle, *(files / f"{name}.safetensors" for name in tasks),
+        "check", bundle, *(files / f"{name}.safetensors" for name in TASKS),
         "--weights", files / "backbone", "--threads", 1,
     )  # fmt: skip
 
@@ -430,11 +430,18 @@ TRUNKS: dict[str, tuple[dict[str, Any], int | None]] = {
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_named_inputs_from_export_to_answers(name: str, cli: Any, tmp_path: Path) -> None:
+def test_named_inputs_from_export_to_answers(
+    name: str, cli: Any, tmp_path: Path, bundles: Any
+) -> None:
     arguments, classes = TRUNKS[name]
     torch.manual_seed(0)
     backbone = create(name, arguments)
-    save(tmp_path / "backbone", backbone)
+    if name == "states":  # has no weights
+        given = [part for k, v in arguments.items() for part in ("--backbone-arg", f"{k}={v}")]
+        trunk = ("--backbone", name, *given)
+    else:
+        save(tmp_path / "backbone", backbone)
+        trunk = ("--weights", tmp_path / "backbone")
     models = {}
     for number, task in enumerate(("first", "second")):
         tuned = attach(backbone, methods.unipt(8), classes=classes, seed=number).eval()
@@ -446,12 +453,10 @@ def test_named_inputs_from_export_to_answers(name: str, cli: Any, tmp_path: Path
         save_delta(tmp_path / f"{task}.safetensors", tuned.delta(task, labels))
     form = ("--fan-out",) if name == "bert" else ("--mode", "fan-out")
     bundle = tmp_path / "bundle"
-    said = cli(
-        "export", *(tmp_path / f"{task}.safetensors" for task in models),
-        "--weights", tmp_path / "backbone", "-o", bundle, "--max-batch", 2, "--threads", 1, *form,
-    )  # fmt: skip
+    deltas = [tmp_path / f"{task}.safetensors" for task in models]
+    said = cli("export", *deltas, *trunk, "-o", bundle, "--max-batch", 2, "--threads", 1, *form)
     assert said.code == 0, said.err
-    assert check(cli, tmp_path, bundle, models).code == 0
+    assert cli("check", bundle, *deltas, *trunk, "--threads", 1).code == 0
     drawn = backbone.draw(batch=3)
     names = [entry.name for entry in backbone.inputs]
     save_file(
@@ -481,3 +486,7 @@ def test_named_inputs_from_export_to_answers(name: str, cli: Any, tmp_path: Path
     assert [tensor["name"] for tensor in said.json["about"]["inputs"]] == names
     assert said.json["about"]["image_shape"] is None
     assert said.json["subjects"][-1]["name"] == "bundle, every task"
+    said = cli("bench", bundle, "--against", bundles("merged").path, *quick)
+    assert (said.code, said.out) == (4, "")
+    assert said.err.startswith("error: the bundles do not read the same inputs")
+    assert "found:  images [3, 32, 32] float32" in said.err

@@ -316,8 +316,9 @@ def test_no_such_file(tmp_path):
     assert caught.value.exit_code == 2
 
 
-def test_truncated_at_every_tenth_byte(written, tmp_path):
-    whole = written.read_bytes()
+def test_truncated_at_every_tenth_byte(tmp_path):
+    save_delta(tmp_path / "whole", tiny(age=0))
+    whole = (tmp_path / "whole").read_bytes()
     path = tmp_path / "short"
     for length in [*range(0, len(whole), 10), len(whole) - 1]:
         path.write_bytes(whole[:length])

@@ -77,7 +77,7 @@ def test_a_bundle_says_what_a_report_is_about():
             opset=20,
             max_batch=8,
             inputs=(
-                Tensor("bank.down", "float32", (2, 8, 4)),
+                Tensor("bank/down", "float32", (2, 8, 4)),
                 Tensor("images", "float32", ("batch", 3, 64, 32)),
                 Tensor("task", "int64", ("batch",)),
             ),

@@ -153,6 +153,6 @@ def _print_plan(console: Console, plan, *, as_json: bool) -> None:
     if counted := plan.get("macs"):
         every, alone = counted["every task"], counted["tasks one by one"]
         console.result(
-            f"every task of one example: {every / 1e9:.2f} G multiply-accumulates, "
-            f"{every / alone:.3f} of the tasks one by one ({alone / 1e9:.2f} G)"
+            f"every task of one example: {every / 1e6:,.1f} M multiply-accumulates, "
+            f"{every / alone:.3f} of the tasks one by one ({alone / 1e6:,.1f} M)"
         )

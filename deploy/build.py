@@ -108,6 +108,7 @@ def export_bundle(
     sites = measure(backbone)
     for delta in deltas:
         require_backbone(delta, backbone, sites)
+    require_one_kind_of_answer(deltas)
     every = fan_out or mode == FAN_OUT
     if every:
         require_one_preprocessing(deltas)
@@ -221,6 +222,21 @@ class _Made(NamedTuple):
     model: ir.Model
     bank: Bank | None
     lowered: list[str]
+
+
+def require_one_kind_of_answer(deltas: Sequence[Delta]) -> None:
+    """Tasks of one bundle all name classes, or none does.
+
+    Raises:
+        UsageError: Some do.
+    """
+    without = [delta.task for delta in deltas if not delta.labels]
+    if 0 < len(without) < len(deltas):
+        raise UsageError(
+            "some tasks have labels and others answer with vectors, and one server tells both alike",
+            found=f"no labels: {', '.join(without)}",
+            do="export them into two bundles",
+        )
 
 
 def require_one_preprocessing(deltas: Sequence[Delta]) -> None:

@@ -54,8 +54,8 @@ class Tuned(nn.Module):
         learned: Collection[str] = (),
     ) -> None:
         super().__init__()
-        own = widest([t.dtype for named in tensors.values() for t in named.values()])
         dtype = backbone.dtype
+        own = widest([t.dtype for named in tensors.values() for t in named.values()] or [dtype])
         if dtype in HALF and widest([own, dtype]) != dtype:
             raise IncompatibleArtefact(
                 "the backbone is in half precision and would round the tuner's tensors",

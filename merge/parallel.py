@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attention import ReadLinears
 from .errors import UsageError
 from .ops import channels_first, patches
 from .tokens import Crowd, LongerKeys, Tokens
 from .tuner import Branch, Point
+from .tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +114,11 @@ def read_inside(model: nn.Module, paths: set[str]) -> dict[str, list[str]]:
             if code is not None and "linear" in code.co_names:
                 found.setdefault(parent, []).append(path)
     return found
+
+
+def _lowest(answer: Tensor) -> float:
+    """Of a class that a task does not have."""
+    return max(NO_CLASS, torch.finfo(answer.dtype).min)
 
 
 class _Taken(NamedTuple):
@@ -332,12 +339,22 @@ class _Run:
             given = given.squeeze(1)
         elif value.dim() > 3:
             given = given.reshape(*value.shape[:-1], given.shape[-1])
-        if (present := weights.get("present")) is None or present.dim() == 0:
+        present = weights.get("present")
+        if present is not None and present.dim() > 0:
+            present = self._spread({"": present})[""].reshape(-1, *[1] * (given.dim() - 1))
+            same = given.shape[1:] == value.shape[1:] and not branch.tuner.answers
+            other = _lowest(given) if branch.tuner.answers else torch.nan
+            kept = value if same else torch.full_like(given, other)  # never something else's answer
+            given = torch.where(present > 0, given, kept)
+        if not branch.tuner.answers or branch.add not in self.joined:
             return given
-        present = self._spread({"": present})[""].reshape(-1, *[1] * (given.dim() - 1))
-        same = given.shape[1:] == value.shape[1:]
-        kept = value if same else torch.full_like(given, torch.nan)  # never something else's answer
-        return torch.where(present > 0, given, kept)
+        # Tasks that answer by other kinds of heads: an absent one holds no class.
+        widest = max(given.shape[-1], value.shape[-1])
+        both = (
+            F.pad(answer, (0, widest - answer.shape[-1]), value=_lowest(answer))
+            for answer in (value, given)
+        )
+        return torch.maximum(*both)
 
     def _arrive(self, arrivals: Sequence[Weighted], value: Tensor) -> Tensor:
         """The sequence with more tokens behind it."""

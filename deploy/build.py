@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
-from ..export.graph import OPSET, Inputs, clean, serialise, specs, trace
+from ..export.graph import OPSET, Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
 from ..export.passes import rewrite
 from ..merge.attach import restore
@@ -109,6 +109,8 @@ def export_bundle(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     require_one_kind_of_answer(deltas)
+    for delta in deltas:
+        _require_servable(delta, backbone, sites)
     every = fan_out or mode == FAN_OUT
     if every:
         require_one_preprocessing(deltas)
@@ -117,10 +119,10 @@ def export_bundle(
     entries = manifest_tasks(tasks, backbone)
     progress("trace")
     if plan.mode == FAN_OUT:
-        made = [_Made(_traced(FanOut(backbone, groups), backbone), None, [])]
+        made = [_fan_out(backbone, groups)]
     else:
         made = [_graph(plan, backbone, deltas, sites)]
-        made += [_Made(_traced(FanOut(backbone, groups), backbone), None, [])] if fan_out else []
+        made += [_fan_out(backbone, groups)] if fan_out else []
     progress("rewrite")
     rewritten = [rewrite(graph.model) for graph in made]
     for graph in made:
@@ -239,6 +241,26 @@ def require_one_kind_of_answer(deltas: Sequence[Delta]) -> None:
         )
 
 
+def _require_servable(delta: Delta, backbone: Backbone, sites: Sites) -> None:
+    """A task with labels answers with one vector per row.
+
+    Raises:
+        IncompatibleArtefact: It answers with several.
+    """
+    if not delta.labels:
+        return
+    with torch.no_grad():
+        answer = restore(backbone, delta, sites).eval()(*backbone.draw())
+    if answer.dim() != 2:
+        raise IncompatibleArtefact(
+            "a task with labels answers with several vectors per row",
+            where=f"task {delta.task}",
+            wanted="[B, K], K labels",
+            found=list(answer.shape),
+            do="train it without labels: attach(..., classes=None)",
+        )
+
+
 def require_one_preprocessing(deltas: Sequence[Delta]) -> None:
     """Tasks that answer the same row must read the same pixels.
 
@@ -276,6 +298,11 @@ def _counted(
             restore(backbone, delta, sites).eval()(*inputs)
         alone += counter.get_total_flops() // 2
     return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
+
+
+def _fan_out(backbone: Backbone, groups: Sequence[Group]) -> _Made:
+    """The engine for every task; each group runs the trunk, and what they share of it becomes one."""
+    return _Made(merge_equal(_traced(FanOut(backbone, groups), backbone)), None, [])
 
 
 def _traced(module: torch.nn.Module, backbone: Backbone) -> ir.Model:

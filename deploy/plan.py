@@ -151,7 +151,12 @@ def _shared(group: Group) -> Shared:
     elif group.fork is None:
         why = "they change the trunk from its first layer on, so each runs all of it"
     else:
-        why = f"the trunk runs once per example until {group.fork}, and once per task from there on"
+        why = f"the trunk runs once per example until {group.fork}"
+        why += (
+            ", and once per task from there on"
+            if len(tasks) > 1
+            else ", and for this task from there on"
+        )
     return Shared(tasks, str(group.fork or ""), why)
 
 

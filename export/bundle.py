@@ -141,7 +141,7 @@ class Bundle:
                 where=self.path,
                 wanted="a fan-out engine",
                 found=f"mode {self.mode}",
-                do="export it again with a fan-out engine",
+                do="export it again with --fan-out",
             )
         return self.engine_of_all
 

@@ -135,6 +135,20 @@ def clean(model: ir.Model) -> ir.Model:
     return model
 
 
+def merge_equal(model: ir.Model) -> ir.Model:
+    """What is computed several times, once: equal constants become one, and then equal nodes.
+
+    Not for an engine whose bank is told by the names of its tensors: two tasks may hold equal ones.
+    """
+    for step in (
+        common.DeduplicateInitializersPass(size_limit=UNLIMITED),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        step(model)
+    return model
+
+
 def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
     """The model as one ONNX file without external data.
 

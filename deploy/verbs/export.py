@@ -83,7 +83,7 @@ def command(
     from ...merge.delta import load_delta, require_backbone
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
-    from ..build import Task, export_bundle, fan_out_groups
+    from ..build import Task, export_bundle, fan_out_groups, require_one_preprocessing
     from ..check import Evidence
     from ..pictures import read_folder
     from ..plan import make_plan
@@ -98,6 +98,8 @@ def command(
             require_backbone(task.delta, backbone, sites)
         named = [task.delta for task in tasks]
         every = fan_out or mode == "fan-out"
+        if every:
+            require_one_preprocessing(named)
         groups = fan_out_groups(backbone, named, sites) if every else ()
         plan = make_plan(named, backbone, sites, mode=mode, bank=bank, groups=groups).to_json()
         _print_plan(console, plan, as_json=as_json)

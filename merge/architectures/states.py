@@ -67,7 +67,7 @@ class States(nn.Module):
             if mask:
                 inputs.append(Input("mask", (tokens,), "mask"))
             if end:
-                inputs.append(Input("end", (), "ids", high=tokens))
+                inputs.append(Input("end", (1,), "ids", high=tokens))
         self.inputs = tuple(inputs)
         self.pretrained_cfg: dict[str, Any] = {"classifier": "head"}
         self.num_features = anchor or rows[-1][0 if len(rows[-1]) == 3 else 1]
@@ -98,7 +98,7 @@ class States(nn.Module):
         mask = None if self.mask is None else self.mask(given.pop(0).to(self.unit.dtype))
         if self.end is not None:
             (tokens,) = {s.shape[1] for s in states if s.dim() == 3}
-            self.end(F.one_hot(given.pop(0), tokens).to(self.unit.dtype))
+            self.end(F.one_hot(given.pop(0)[:, 0], tokens).to(self.unit.dtype))
         x = self.features(states[-1])
         return self.head(self.pooled(_mean(x, mask) if vector is None else vector))
 

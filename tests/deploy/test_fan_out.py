@@ -120,6 +120,15 @@ def test_export_says_what_tasks_share(beside: Path, only: Path) -> None:
         assert engine.outputs[0].shape == ("batch", len(TASKS), max(TASKS.values()))
 
 
+def test_the_trunk_is_in_the_engine_once_as_far_as_tasks_agree(beside: Path) -> None:
+    """Three blocks for those beside it, one more behind the late fork, three more behind the early one."""
+    graph = onnx.load(beside / FAN_OUT_FILE).graph
+    assert sum(node.op_type == "Attention" for node in graph.node) == 3 + 1 + 3
+    largest = max(graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    copies = [t.name for t in graph.initializer if t.raw_data == largest.raw_data]
+    assert copies == [largest.name]
+
+
 def test_a_dry_run_shows_what_tasks_share_and_writes_nothing(
     cli: Any, files: Path, tmp_path: Path
 ) -> None:

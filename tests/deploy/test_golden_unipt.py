@@ -171,7 +171,7 @@ def _clip4clip(folder: Path, config: dict[str, Any], io: dict[str, Tensor]) -> l
             inputs = (*states, embedding)
             if side == "text":
                 ids = io["input.text.input_ids"]
-                inputs = (*inputs, (ids != 0).long(), ids.argmax(-1))
+                inputs = (*inputs, (ids != 0).long(), ids.argmax(-1, keepdim=True))
             backbone = _given(
                 states, anchor=embedding.shape[1], mask=side == "text", end=side == "text"
             )

@@ -464,7 +464,7 @@ def test_seats_of_states(error):
     assert torch.equal(seen["states.0"][0], first)
     assert torch.equal(seen["features"][0], last)
     assert torch.equal(seen["mask"][0], mask.float())
-    assert torch.equal(seen["end"][0], torch.eye(6)[end])
+    assert torch.equal(seen["end"][0], torch.eye(6)[end[:, 0]])
     wanted = [x[m == 1].mean(0) for x, m in zip(last, mask, strict=True)]
     assert error(seen["pooled"][0], torch.stack(wanted)) < 1e-6
     model.double()

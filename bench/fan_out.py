@@ -30,7 +30,7 @@ from utune_deploy.deploy.bench.measure import measure
 from utune_deploy.deploy.bench.page import write_html
 from utune_deploy.deploy.bench.report import About, Settings, TaskFacts, write_json
 from utune_deploy.deploy.bench.subject import Subject, open_subject
-from utune_deploy.export.graph import Inputs, clean, serialise, trace
+from utune_deploy.export.graph import Inputs, clean, merge_equal, serialise, trace
 from utune_deploy.export.macs import macs
 from utune_deploy.export.passes import rewrite
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
@@ -105,7 +105,7 @@ def sixteen_tasks(name: str, settings: Settings, output: Path) -> list[tuple[str
     bank = stack(deltas, torch.float32)
     single = build(Single(backbone, stack(deltas[:1], torch.float32)), Inputs(images))
     groups = share(backbone, deltas, sites, torch.float32)
-    every = build(FanOut(backbone, groups), Inputs(images))
+    every = build(FanOut(backbone, groups), Inputs(images), shared=True)
     mixed = build(Mixed(backbone, bank), Inputs(images, torch.tensor([0, 1])))
     bare = build(backbone.model, Inputs(images))
     sessions = {
@@ -197,9 +197,11 @@ class _Side(nn.Module):
         return form(x, w)[:, 0]
 
 
-def build(module: nn.Module, inputs: Inputs) -> Built:
-    """Trace, rewrite, count."""
+def build(module: nn.Module, inputs: Inputs, *, shared: bool = False) -> Built:
+    """Trace, rewrite, count; `shared` where several groups run the trunk."""
     model = trace(module.eval(), inputs)
+    if shared:
+        merge_equal(model)
     rewrite(model)
     return Built(serialise(clean(model), {}), macs(ir.from_proto(ir.to_proto(model))).total)
 

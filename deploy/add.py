@@ -16,7 +16,7 @@ from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
-from .build import manifest_tasks
+from .build import manifest_tasks, require_one_kind_of_answer
 from .check import Evidence, check_engine, require_same_backbone
 
 if TYPE_CHECKING:
@@ -99,6 +99,9 @@ def add_tasks(
             where=bundle.path,
             found=", ".join(c.name for c in verdict.failures),
         )
+    require_one_kind_of_answer(
+        [*(task.labels for task in bundle.tasks), *(d.labels for d in deltas)]
+    )
     added = manifest_tasks(tasks, backbone, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
@@ -110,4 +113,5 @@ def add_tasks(
             metadata={bundles.TASKS: bundles.tasks_digest(grown.tasks)},
         )
         bundles.write_manifest(folder, grown)
+        bundles.open_bundle(folder)  # what cannot be opened does not replace what can
     return bundles.open_bundle(output)

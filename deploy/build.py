@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from ..export.engine import Tensor
     from ..merge.backbone import Backbone
+    from ..merge.tuner import Branch
 
 ENGINE_FILE = "model.onnx"
 SERVABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # what Triton takes as a model's name
@@ -108,7 +108,7 @@ def export_bundle(
     sites = measure(backbone)
     for delta in deltas:
         require_backbone(delta, backbone, sites)
-    require_one_kind_of_answer(deltas)
+    require_one_kind_of_answer([delta.labels for delta in deltas])
     for delta in deltas:
         _require_servable(delta, backbone, sites)
     every = fan_out or mode == FAN_OUT
@@ -214,6 +214,7 @@ def export_bundle(
             about = {bundles.TASKS: bundles.tasks_digest(entries)}
             save_file(bank_tensors, folder / bundles.BANK, metadata=about)
         bundles.write_manifest(folder, replace(result, path=folder))
+        bundles.open_bundle(folder)  # what cannot be opened does not replace what can
     progress("done")
     return bundles.open_bundle(output)
 
@@ -226,17 +227,18 @@ class _Made(NamedTuple):
     lowered: list[str]
 
 
-def require_one_kind_of_answer(deltas: Sequence[Delta]) -> None:
+def require_one_kind_of_answer(labels: Sequence[tuple[str, ...]]) -> None:
     """Tasks of one bundle all name classes, or none does.
 
     Raises:
         UsageError: Some do.
     """
-    without = [delta.task for delta in deltas if not delta.labels]
-    if 0 < len(without) < len(deltas):
+    without = sum(not names for names in labels)
+    if 0 < without < len(labels):
         raise UsageError(
-            "some tasks have labels and others answer with vectors, and one server tells both alike",
-            found=f"no labels: {', '.join(without)}",
+            "some tasks have labels and others answer with vectors",
+            wanted="labels for all tasks of a bundle, or for none",
+            found=f"none for {without} of {len(labels)}",
             do="export them into two bundles",
         )
 
@@ -291,12 +293,17 @@ def _counted(
     model: ir.Model, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
 ) -> dict[str, dict[str, int]]:
     """Multiply-accumulates for one example: of the engine for all tasks, and of the tasks one by one."""
-    inputs = backbone.draw()
+    double = in_double(backbone)
+    counted: dict[tuple[frozenset[Branch], int], int] = {}
     alone = 0
     for delta in deltas:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            restore(backbone, delta, sites).eval()(*inputs)
-        alone += counter.get_total_flops() // 2
+        kind = frozenset(delta.branches.values()), delta.parameters
+        if kind not in counted:
+            bank = stack([lower(backbone, delta, sites, double)], torch.float32)
+            single = _traced(Single(backbone, bank), backbone)
+            rewrite(single)
+            counted[kind] = macs(single).total
+        alone += counted[kind]
     return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
 
 

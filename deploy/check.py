@@ -187,6 +187,8 @@ class _Check:
             found.append(self.row_isolation())
         if self.mixes or self.fans:
             found.append(self.permutation())
+        if self.fans:
+            found.append(self.every_cell())
         if self.mixes:
             found.append(self.outside_rows())
             if len(self.deltas) > 1:
@@ -230,18 +232,24 @@ class _Check:
     def answer(
         self, inputs: Rows, task: NDArray[np.int64], session: Session | None = None
     ) -> NDArray:
-        """The engine's logits `[B, ..., K]`; absent classes hold 0 after making sure that they cannot win."""
+        """The engine's logits `[B, ..., K]`; see `own_classes`."""
         session = session or self.session
         if self.fans:
             logits = session.run(inputs)[np.arange(len(task)), task].astype(np.float64)
         else:
             logits = session.run(inputs, task if self.mixes else None).astype(np.float64)
+        return self.own_classes(logits, task)
+
+    def own_classes(self, logits: NDArray, task: NDArray[np.int64]) -> NDArray:
+        """Logits with 0 for the classes that a row's task does not have; NaN where one of them could win."""
+        found = np.full((*logits.shape[:-1], max(self.classes)), np.nan)
         for row, number in enumerate(task):
             own, absent = np.split(logits[row], [self.classes[number]], axis=-1)
             if absent.size and not (absent < own.min(axis=-1, keepdims=True)).all():
-                return np.full_like(logits, np.nan)
-            absent[...] = 0.0
-        return logits[..., : max(self.classes)]
+                continue  # a class that the task does not have could win
+            found[row, ..., : own.shape[-1]] = own
+            found[row, ..., self.classes[number] :] = 0.0
+        return found
 
     # what is compared
 
@@ -271,6 +279,20 @@ class _Check:
         found = np.concatenate([self.answer(chosen(inputs, p), task[p]) for p in parts])
         return _Case(inputs, task, exact, plain).compare("parity of every task", found, exact)
 
+    def every_cell(self) -> Comparison:
+        """Every task of every row of one call."""
+        inputs, task = self.batch(min(self.max_batch, ODD))
+        rows = len(task)
+        cells = np.repeat(np.arange(len(self.deltas)), rows)
+        repeated = chosen(inputs, np.tile(np.arange(rows), len(self.deltas)))
+        exact, plain = (self.reference(repeated, cells, m) for m in (self.exact, self.models))
+        together = np.moveaxis(self.session.run(inputs), 1, 0)  # [T, B, ..., K]
+        found = self.own_classes(
+            together.reshape(-1, *together.shape[2:]).astype(np.float64), cells
+        )
+        case = _Case(repeated, cells, exact, plain)
+        return case.compare("every task of every row", found, exact)
+
     def row_isolation(self) -> Comparison:
         case = self.case(self.max_batch, real=bool(self.evidence.images))
         alone = np.concatenate(
@@ -285,6 +307,8 @@ class _Check:
     def permutation(self) -> Comparison:
         case = self.case(self.max_batch, real=False)
         order = np.random.default_rng(self.evidence.seed).permutation(len(case.task))
+        if (order == np.arange(len(order))).all():
+            order = np.roll(order, 1)
         shuffled = np.empty_like(case.exact)
         shuffled[order] = self.answer(chosen(case.inputs, order), case.task[order])
         straight = self.answer(case.inputs, case.task)

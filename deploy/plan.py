@@ -149,7 +149,7 @@ def _shared(group: Group) -> Shared:
     if len(tasks) == 1 and group.fork is None:
         why = "it shares the trunk with the others as far as their values are the same"
     elif group.fork is None:
-        why = "they change the trunk from its first layer on, so each runs all of it"
+        why = "no place was found where they could part, so each runs all of the trunk"
     else:
         why = f"the trunk runs once per example until {group.fork}"
         why += (

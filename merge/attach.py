@@ -32,7 +32,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Tuned(nn.Module):
-    """A frozen backbone with one task's branches: images `[B, C, H, W]` to logits `[B, K]`.
+    """A frozen backbone with one task's branches: its inputs, such as images `[B, C, H, W]`, to logits `[B, K]`.
 
     The backbone is shared, not copied, and stays in eval mode; only the branches train.
 

@@ -63,7 +63,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen model of pictures or of clips.
+    """A frozen model: of pictures, of clips, or of what its `inputs` name.
 
     Attributes:
         model: In eval mode, without gradients, in the dtype of its file.
@@ -104,8 +104,18 @@ class Backbone:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width in pixels.
+
+        Raises:
+            UsageError: It reads no pictures.
+        """
         if own := getattr(self.model, "inputs", None):
+            if not self.pictures:
+                raise UsageError(
+                    "the backbone reads no pictures",
+                    where=self.identity.architecture,
+                    found=", ".join(entry.name for entry in own),
+                )
             height, width = own[0].shape[-2:]
             return height, width
         if self.frames is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import Bank, stack
+from .errors import UtuneError
 from .parallel import Fork, joined
 from .tuner import Point
 from .tuners.head import NO_CLASS
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .delta import Delta
     from .sites import Sites
+    from .tuner import Branch
 
 AGREES = 1e-3  # relative, float32: a wrong fork is wrong by far more
+OTHER = 0.75  # times a task's tensors is another task
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,17 @@ def share(
         UsageError: See `bank.stack`.
         IncompatibleArtefact: See `bank.stack`.
     """
-    known: dict[tuple[Point, ...], Point | None] = {}
+    known: dict[frozenset[Branch], Point | None] = {}
     members: dict[Point | None, list[int]] = {}
     alone: list[int] = []
     for row, delta in enumerate(deltas):
         if any(branch.tuner.no_bank for branch in delta.branches.values()):
             alone.append(row)
             continue
-        joins = _joins(delta, sites)
-        if joins not in known:
-            known[joins] = _fork(backbone, delta, joins, sites)
-        members.setdefault(known[joins], []).append(row)
+        kind = frozenset(delta.branches.values())
+        if kind not in known:
+            known[kind] = _fork(backbone, delta, _joins(delta, sites), sites)
+        members.setdefault(known[kind], []).append(row)
     order = list(sites.channels)
     forks = sorted(members, key=lambda fork: -1 if fork is None else order.index(fork))[::-1]
     groups = [
@@ -111,30 +114,27 @@ def _fork(backbone: Backbone, delta: Delta, joins: Sequence[Point], sites: Sites
 
 
 def _works(backbone: Backbone, delta: Delta, point: Point) -> bool:
-    """Two examples, each for the same task twice, give the answers of that task."""
-    twice = stack([delta])
-    doubled = Bank(
-        (delta.task, delta.task),
-        twice.slots,
-        {
-            name: tensor.to(backbone.dtype).repeat_interleave(2, 0)
-            for name, tensor in twice.tensors.items()
-        },
-    )
-    inputs = backbone.draw(batch=2)
-    trunk = backbone.model
+    """Two examples, each for the task and for one with other numbers, give the answers of both."""
+    bank = stack([delta])
+    two = {
+        name: torch.cat([tensor, OTHER * tensor]).to(backbone.dtype)
+        for name, tensor in bank.tensors.items()
+    }
+    inputs, trunk = backbone.draw(batch=2), backbone.model
     try:
         with torch.no_grad():
-            with joined(trunk, _weighted(doubled, doubled.tensors), fork=Fork(point, 2)):
+            with joined(trunk, _weighted(bank, two), fork=Fork(point, 2)):
                 forked = trunk(*inputs)
-            alone = {name: tensor[0] for name, tensor in doubled.tensors.items()}
-            with joined(trunk, _weighted(doubled, alone)):
-                plain = trunk(*inputs)
-    except (RuntimeError, ValueError):
+            plain = []
+            for row in range(2):
+                alone = {name: tensor[row] for name, tensor in two.items()}
+                with joined(trunk, _weighted(bank, alone)):
+                    plain.append(trunk(*inputs))
+    except (RuntimeError, ValueError, UtuneError):
         return False
-    if len(forked) != 4:
+    wanted = torch.stack(plain, dim=1).flatten(0, 1)
+    if forked.shape != wanted.shape:
         return False
-    wanted = plain.repeat_interleave(2, 0)
     return bool((forked - wanted).abs().max() <= AGREES * wanted.abs().max())
 
 

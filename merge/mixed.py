@@ -63,7 +63,7 @@ class Mixed(nn.Module):
 
 
 class Single(nn.Module):
-    """A frozen backbone with one task's served branches: images to logits `[B, K]`.
+    """A frozen backbone with one task's served branches: its inputs to logits `[B, K]`.
 
     Args:
         backbone: The frozen backbone, shared.

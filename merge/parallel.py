@@ -36,7 +36,8 @@ class Fork:
 
     Attributes:
         point: In front of it, an input, or behind it, an output, every row is repeated for each task, the
-            tasks of one example in turn. Nothing joins before it.
+            tasks of one example in turn. In front of it values are only replaced, at seats that the trunk
+            reads nothing from.
         tasks: How many; the leading axis of all weights.
     """
 
@@ -198,6 +199,7 @@ class _Run:
                 self.taken[patched] = _Taken(patches(value, module), (), self.forked)
             value = self._arrive([arrival for arrival in arrivals if arrival[0].serial], value)
             if extends:
+                self._require_forked()
                 longer = [(branch, self._spread(weights)) for branch, weights in extends]
                 self.open.append(LongerKeys(longer, self.rows, self.crowd))
                 self.open[-1].__enter__()
@@ -217,6 +219,7 @@ class _Run:
             self.inside.discard(path)
             value = self._split(Point(path, "output"), value)
             if extends:
+                self._require_forked()
                 longer = self.open.pop()
                 longer.__exit__(None, None, None)
                 if longer.acted:
@@ -245,6 +248,10 @@ class _Run:
         self.rows = self.crowd.rows = value.shape[0]
         return value
 
+    def _require_forked(self) -> None:
+        if self.fork and not self.forked:
+            raise ValueError("a branch joins in front of the fork")
+
     def _spread(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights `[T, ...]` as `[B T, ...]`."""
         if self.fork is None or self.examples is None:
@@ -265,6 +272,8 @@ class _Run:
             values = [
                 t.value.unflatten(0, (-1, tasks)) if t.forked else t.value[:, None] for t in read
             ]
+            if len({t.forked for t in read}) > 1:  # some taps stand in front of the fork
+                values = [v.expand(-1, tasks, *v.shape[2:]) for v in values]
             given = tuner.branch(tuple(values) if branch.others else values[0], weights)
             return given.expand(-1, tasks, *given.shape[2:]).flatten(0, 1)
         values = [t.value if t.forked else t.value.repeat_interleave(tasks, 0) for t in read]
@@ -295,12 +304,14 @@ class _Run:
         """The value at a point with its branches joined, kept for those that tap it."""
         axes = value.dim() if isinstance(value, Tensor) else 0
         forked = self.forked
+        alone = value  # what a head reads, whatever heads of other tasks stand there
         for branch, weights in self.joins.get(point, []):
             if branch.tuner.join == "replace":
-                value = self._replace(branch, weights, value, channel_axis)
+                value = self._replace(branch, weights, value, alone, channel_axis)
+                alone = alone if branch.tuner.answers else value
                 forked = self.fork is not None  # at a seat that the trunk reads nothing from
             else:
-                value = self._add(branch, weights, value, channel_axis)
+                alone = value = self._add(branch, weights, value, channel_axis)
             self.joined.add(point)
         if axes == 2 and value.dim() == 3:  # one vector per row again
             value = value.squeeze(1)
@@ -315,13 +326,19 @@ class _Run:
         return value
 
     def _replace(
-        self, branch: Branch, weights: Mapping[str, Tensor], value: Tensor, axis: int
+        self,
+        branch: Branch,
+        weights: Mapping[str, Tensor],
+        value: Tensor,
+        alone: Tensor,
+        axis: int,
     ) -> Tensor:
         """What a branch gives, in the place of a value; where it is not present, the value.
 
         It reads the trunk's own tokens: the prompts of other tasks are in the sequence too.
         """
-        here = _Taken(self._rows(value, axis), (), self.forked)
+        own = alone if branch.tuner.answers else value
+        here = _Taken(self._rows(own, axis), (), self.forked)
         read = [
             here if point == branch.add else self.taken[point, branch.tuner.reads_map]
             for point in branch.taps
@@ -358,6 +375,8 @@ class _Run:
 
     def _arrive(self, arrivals: Sequence[Weighted], value: Tensor) -> Tensor:
         """The sequence with more tokens behind it."""
+        if arrivals:
+            self._require_forked()
         for branch, weights in arrivals:
             tokens, mask = branch.tuner.branch(value, self._spread(weights))
             tokens = tokens.expand(value.shape[0], *tokens.shape[-2:])
@@ -371,8 +390,12 @@ class _Run:
     ) -> Tensor:
         """The value with a branch added.
 
+        Raises:
+            ValueError: It stands in front of the fork, where rows are not those of tasks yet.
+
         Prompts come and go between a tap and the add point: the branch acts on the tokens of both.
         """
+        self._require_forked()
         here = self.crowd.present()
         if branch.serial:
             x = value if branch.tuner.reads_map else self._rows(value, axis)

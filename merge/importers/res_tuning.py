@@ -170,7 +170,7 @@ def _given_straight(backbone: Backbone, giver: str, taker: str) -> bool:
         backbone.model.get_submodule(taker).register_forward_pre_hook(take),
     ]
     try:
-        backbone.model(backbone.example())
+        backbone.model(*backbone.draw())
     finally:
         for handle in handles:
             handle.remove()

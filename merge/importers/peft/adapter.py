@@ -193,7 +193,7 @@ class Adapter:
         layers = [path for read in read_inside(model, paths).values() for path in read]
         seen = _Biases({path: model.get_submodule(path) for path in layers})
         with torch.no_grad(), seen:
-            model(self.backbone.example())
+            model(*self.backbone.draw())
         return seen.biases
 
 

@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..merge.bank import require_mixable
+from ..merge.bank import require_mixable, require_same_values
 from ..merge.errors import UsageError
 from ..merge.fold import refusals
+from ..merge.sites import measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,6 +126,8 @@ def make_plan(
     if mode == "multi" or (len(deltas) > 1 and mode != "fan-out"):
         for delta in deltas:
             require_mixable(delta)
+    if len(deltas) > 1:
+        require_same_values(deltas, sites or measure(backbone))
     refused = {delta.task: refusals(delta, backbone, sites) for delta in deltas}
     if mode == "auto":
         alone = deltas[0].task

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .delta import Delta
+    from .sites import Sites
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,48 @@ def require_mixable(delta: Delta) -> None:
                 found=f"a {branch.tuner.kind}: {branch.tuner.no_bank}",
                 do="export it alone: it folds",
             )
+
+
+def require_same_values(deltas: Sequence[Delta], sites: Sites) -> None:
+    """Refuse tasks that would leave values of unlike channels at one place of a shared batch.
+
+    Raises:
+        IncompatibleArtefact: Two tasks replace a value by ones of unlike channels, or one replaces it by one
+            that the trunk's own cannot stand beside; or heads that stand side by side are of unlike sizes.
+    """
+    given = [_replaced(delta) for delta in deltas]
+    for point in {point for own in given for point in own}:
+        widths = {
+            delta.task: own.get(point, sites.channels.get(point))
+            for delta, own in zip(deltas, given, strict=True)
+        }
+        if len(set(widths.values())) > 1:
+            _refuse_unlike(f"what stands at {point} has unlike channels", widths)
+    if any(not delta.labels and len(delta.heads) > 1 for delta in deltas):
+        sizes = {delta.task: tuple(map(delta.answer_width, delta.heads)) for delta in deltas}
+        if len(set(sizes.values())) > 1:
+            _refuse_unlike("heads that answer side by side are of unlike sizes", sizes)
+
+
+def _replaced(delta: Delta) -> dict[Point, int | None]:
+    """What stands at the points where a task replaces a value: channels, or None for a vector of pooled tokens."""
+    return {
+        branch.add: branch.tuner.channels(
+            bind(branch.tuner.shapes, delta.tensors[name], where=name)
+        )[1]
+        for name, branch in delta.branches.items()
+        if branch.tuner.join == "replace" and not branch.tuner.answers
+    }
+
+
+def _refuse_unlike(what: str, by_task: Mapping[str, object]) -> None:
+    shown = ", ".join(f"{task} {value}" for task, value in list(by_task.items())[:4])
+    raise IncompatibleArtefact(
+        f"{what}, so these tasks cannot share a batch",
+        where="tasks of one engine",
+        found=shown + (", ..." if len(by_task) > 4 else ""),
+        do="export them into bundles of their own",
+    )
 
 
 def fill_row(

@@ -77,6 +77,11 @@ class Delta:
         """The name of the first head's branch."""
         return self.heads[0]
 
+    def answer_width(self, head: str) -> int:
+        """How many numbers a head answers with."""
+        tuner = self.branches[head].tuner
+        return tuner.answer_width(bind(tuner.shapes, self.tensors[head], where=head))
+
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of its tensors."""
@@ -233,12 +238,7 @@ def validate(delta: Delta, *, where: object) -> None:
                 )
     if not delta.labels and any(delta.branches[name].tuner.kind != "head" for name in heads):
         return
-    counts = {
-        name: delta.branches[name].tuner.answer_width(
-            bind(delta.branches[name].tuner.shapes, delta.tensors[name], where=where)
-        )
-        for name in heads
-    }
+    counts = {name: delta.answer_width(name) for name in heads}
     classes = counts[heads[0]]
     if classes < 1:
         raise IncompatibleArtefact("the head has no class", where=f"{where}: {heads[0]}")

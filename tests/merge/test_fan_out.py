@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
 from utune_deploy.export.passes import rewrite
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
-from utune_deploy.merge.bank import stack
-from utune_deploy.merge.errors import UsageError
+from utune_deploy.merge.attach import attach, restore
+from utune_deploy.merge.backbone import create
+from utune_deploy.merge.bank import require_same_values, stack
+from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.fan_out import FanOut, share
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.methods import (
@@ -30,7 +33,9 @@ from utune_deploy.merge.methods import (
     side_tuning,
     unipt,
 )
+from utune_deploy.merge.mixed import Mixed
 from utune_deploy.merge.parallel import Fork, joined
+from utune_deploy.merge.sites import measure
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.head import NO_CLASS
@@ -303,3 +308,88 @@ def test_the_engine_gives_the_same(fanned, vit):
         assert np.abs(found - wanted)[there].max() < TOLERANCE * np.abs(wanted[there]).max()
     ops = Counter(node.op_type for node in model.graph)
     assert ops["Conv"] == 2, "the trunk's, and that of the task with all parameters of its own"
+
+
+def test_a_shift_inside_a_text_trunk_is_not_spread_over_tokens():
+    """Biases join in front of every place where examples could part, whatever the number of tokens."""
+    backbone = create("bert", {**SMALL_BERT, "length": 8})
+    deltas = [_tuned(backbone, [bitfit()], number) for number in range(2)]
+    _agree(backbone, deltas)
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_networks_beside_an_encoder_and_a_decoder(length):
+    backbone = create(
+        "t5",
+        {"length": 8, "answer_length": length, "vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48,
+         "num_layers": 2, "num_heads": 4},
+    )  # fmt: skip
+    groups = _agree(backbone, [_tuned(backbone, [unipt(6)], n, classes=None) for n in range(2)])
+    assert [str(group.fork) for group in groups] == ["features:output"]
+
+
+def test_a_network_that_reads_in_front_of_the_fork_and_behind_it():
+    backbone = create("vit_base_patch16_224", SMALL_VIT)
+    both = [lora(2, blocks=(1,)), unipt(6)]
+    groups = _agree(backbone, [_tuned(backbone, both, number) for number in range(2)])
+    assert [str(group.fork) for group in groups] == ["blocks.1:input"]
+
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+SMALL_BERT = {
+    "vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 32, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def _tuned(backbone, methods, seed, classes=3):
+    """A task whose every tensor was drawn."""
+    tuned = attach(backbone, *methods, classes=classes, seed=seed)
+    drawn = torch.Generator().manual_seed(seed)
+    for parameter in tuned.trainable():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=drawn)
+    return tuned.delta(f"task{seed}", [f"class {k}" for k in range(classes or 0)])
+
+
+def _agree(backbone, deltas):
+    """Every task of a fan-out equals the task alone; the groups."""
+    sites = measure(backbone)
+    groups = share(backbone, deltas, sites)
+    inputs = backbone.draw(3)
+    with torch.no_grad():
+        found = FanOut(backbone, groups).eval()(*inputs)
+        for row, delta in enumerate(deltas):
+            wanted = restore(backbone, delta, sites).eval()(*inputs)
+            assert (found[:, row] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    return groups
+
+
+def test_values_of_unlike_channels_at_one_place_are_refused():
+    backbone = create(
+        "t5",
+        {"length": 8, "answer_length": 3, "vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48,
+         "num_layers": 2, "num_heads": 4},
+    )  # fmt: skip
+    deltas = [_tuned(backbone, [unipt(width)], width, classes=None) for width in (5, 6)]
+    with pytest.raises(IncompatibleArtefact, match="side_memory:output has unlike channels"):
+        require_same_values(deltas, measure(backbone))
+
+
+def test_vectors_of_unlike_heads_do_not_read_one_another():
+    """One task at unit length, one as it is: each head reads what stood there before any head."""
+    backbone = create("states", {"shapes": [[6, 24], [6, 24], [6, 16]]})
+    deltas = []
+    for number, unit in enumerate((True, False)):
+        delta = _tuned(backbone, [unipt(8)], number, classes=None)
+        branches = dict(delta.branches)
+        head = branches["head/head"]
+        branches["head/head"] = replace(head, tuner=replace(head.tuner, unit=unit))
+        deltas.append(replace(delta, branches=branches))
+    _agree(backbone, deltas)
+    module = Mixed(backbone, stack(deltas)).eval()
+    inputs = backbone.draw(2)
+    with torch.no_grad():
+        found = module(*inputs, torch.tensor([0, 1]))
+        for row, delta in enumerate(deltas):
+            wanted = restore(backbone, delta).eval()(*inputs)[row]
+            assert torch.allclose(found[row], wanted, atol=1e-5)

@@ -118,7 +118,13 @@ def test_every_import_from_outside_is_a_declared_dependency(project: dict) -> No
         for entry in project["project"]["dependencies"]
     }
     own = {"utune_deploy", *sys.stdlib_module_names}
-    optional = {"tensorrt", "transformers", "tritonserver", "triton_python_backend_utils", "pytriton"}
+    optional = {
+        "tensorrt",
+        "transformers",
+        "tritonserver",
+        "triton_python_backend_utils",
+        "pytriton",
+    }
     missing = {}
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):

@@ -29,7 +29,7 @@ from utune_deploy.deploy.bench.case import Case
 from utune_deploy.deploy.bench.measure import measure
 from utune_deploy.deploy.bench.page import write_html
 from utune_deploy.deploy.bench.report import About, Settings, TaskFacts, write_json
-from utune_deploy.deploy.bench.subject import Subject, open_subject
+from utune_deploy.deploy.bench.subject import Subject
 from utune_deploy.export.graph import Inputs, clean, merge_equal, serialise, trace
 from utune_deploy.export.macs import macs
 from utune_deploy.export.passes import rewrite
@@ -120,8 +120,8 @@ def sixteen_tasks(name: str, settings: Settings, output: Path) -> list[tuple[str
             "every_task",
             [
                 _calls("tasks one by one", sessions["one"], TASKS, together=True),
-                _subject("every task at once", "the fan-out engine", sessions["every"]),
-                _subject("backbone only", "without any tuner", sessions["bare"]),
+                _subject("every task at once", "the fan-out engine.", sessions["every"]),
+                _subject("backbone only", "without any tuner.", sessions["bare"]),
             ],
             1,
             every.macs / (TASKS * single.macs),
@@ -130,8 +130,8 @@ def sixteen_tasks(name: str, settings: Settings, output: Path) -> list[tuple[str
             "mixed_rows",
             [
                 _calls("an engine per row", sessions["one"], 1, together=False),
-                _subject("one engine, mixed rows", "a task per row", sessions["mixed"], task=True),
-                _subject("backbone only", "without any tuner", sessions["bare"]),
+                _subject("one engine, mixed rows", "a task per row.", sessions["mixed"], task=True),
+                _subject("backbone only", "without any tuner.", sessions["bare"]),
             ],
             TASKS,
             mixed.macs / single.macs,
@@ -167,7 +167,7 @@ def clip4clip(settings: Settings, output: Path) -> list[tuple[str, ...]]:
     subjects = [
         Subject(
             name,
-            f"{b.macs / 1e6:.1f} M multiply-accumulates per frame",
+            f"{b.macs / 1e6:.1f} M multiply-accumulates per frame.",
             lambda frames, task, name=name: sessions[name].run(given),
             sessions[name].provider,
         )
@@ -218,7 +218,10 @@ def _require_same(sessions: dict[str, OnnxRuntimeSession], backbone: Backbone) -
 
 
 def _subject(name: str, note: str, session: OnnxRuntimeSession, *, task: bool = False) -> Subject:
-    return open_subject(name, note, lambda: session, takes_task=task)
+    def run(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return session.run(images, rows if task else None)
+
+    return Subject(name, note, run, session.provider)
 
 
 def _calls(name: str, session: OnnxRuntimeSession, times: int, *, together: bool) -> Subject:
@@ -229,7 +232,7 @@ def _calls(name: str, session: OnnxRuntimeSession, times: int, *, together: bool
             return [session.run(images) for _ in range(times)][-1]
         return np.concatenate([session.run(images[row : row + 1]) for row in range(len(images))])
 
-    note = "the engine of one task, called for each " + ("task" if together else "row")
+    note = f"the engine of one task, called for each {'task' if together else 'row'}."
     return Subject(name, note, run, session.provider)
 
 

@@ -275,10 +275,16 @@ def require_one_preprocessing(deltas: Sequence[Delta]) -> None:
             raise IncompatibleArtefact(
                 "tasks that answer the same row must prepare their pictures alike",
                 where=f"tasks {first.task} and {delta.task}",
-                wanted=first.preprocessing,
-                found=delta.preprocessing,
+                wanted=_differing(first, delta),
+                found=_differing(delta, first),
                 do="export those that do into one bundle each, or leave out --fan-out",
             )
+
+
+def _differing(delta: Delta, other: Delta) -> dict[str, object]:
+    """What a task's preprocessing says that the other's does not."""
+    own, others = (d.preprocessing.to_json() if d.preprocessing else {} for d in (delta, other))
+    return {name: value for name, value in own.items() if others.get(name) != value}
 
 
 def fan_out_groups(backbone: Backbone, deltas: Sequence[Delta], sites: Sites) -> tuple[Group, ...]:
@@ -324,7 +330,11 @@ def _rows(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 def _inputs(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
     """The graph's inputs, with what their integers are below."""
-    below = {entry.name: entry.high for entry in backbone.inputs if entry.values == "ids"}
+    below = {
+        entry.name: 2 if entry.values == "mask" else entry.high
+        for entry in backbone.inputs
+        if entry.values != "normal"
+    }
     return tuple(replace(t, high=below.get(t.name)) for t in specs(model.graph.inputs))
 
 

@@ -141,7 +141,8 @@ def make_plan(
     return Plan(
         mode=mode,
         bank=bank if mode == "multi" else "none",
-        why=_why(mode, bank),
+        why=_why(mode, bank)
+        + ("; but the engine for every task holds its own" if groups and bank == "inputs" else ""),
         tasks=tuple(_task(delta, mode, refused[delta.task]) for delta in deltas),
         shared=tuple(_shared(group) for group in groups),
     )

@@ -185,7 +185,7 @@ def fill_row(
                 "the bank has no slot for a branch",
                 where=f"task {delta.task}: {name}",
                 wanted=", ".join(sorted({str(s.branch.add) for s in slots})[:6]) + ", ...",
-                found=f"{branch.tuner} from {branch.tap} to {branch.add}",
+                found=_unlike(slots, branch),
                 do="export the bundle again with this task",
             )
         taken[slots[at].name] = name
@@ -211,6 +211,19 @@ def fill_row(
                 padded[tuple(slice(0, size) for size in value.shape)] = value.to(dtype)
             row[f"{slot.name}/{tensor}"] = padded
     return row
+
+
+def _unlike(slots: Sequence[Slot], branch: Branch) -> str:
+    """What keeps a branch out of the slot that is most like it."""
+    kind = branch.tuner.kind
+    for slot in slots:
+        if slot.branch.tuner.kind == kind and slot.branch.add == branch.add:
+            own, other = (vars(b.tuner) for b in (branch, slot.branch))
+            if differing := [
+                f"{n} {own[n]}, the slot has {other[n]}" for n in own if own[n] != other[n]
+            ]:
+                return f"a {kind} at {branch.add} with {'; '.join(differing)}"
+    return f"a {kind} from {branch.tap} to {branch.add}"
 
 
 def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:

@@ -21,6 +21,17 @@ def require_sizes(**sizes: Any) -> None:
             raise UsageError(f"{name} is not a whole number from 1", found=repr(size))
 
 
+def require_flags(**flags: Any) -> None:
+    """Every flag is true or false.
+
+    Raises:
+        UsageError: One is neither.
+    """
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise UsageError(f"{name} is neither true nor false", found=repr(flag))
+
+
 def require_heads(name: str, heads: Any, channels: int) -> None:
     """Attention heads divide the channels that they share.
 
@@ -49,6 +60,7 @@ def require_room(name: str, length: int, places: int) -> None:
             where=name,
             wanted=f"at most {places}",
             found=length,
+            do=f"say how long rows are: --backbone-arg {name}={places}",
         )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..inputs import Input, require_rows
-from .arguments import require_sizes
+from .arguments import require_flags, require_sizes
 from .head import classifier, masked_mean
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ class States(nn.Module):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
+        require_flags(mask=mask, end=end)
+        if not all(isinstance(shape, (list, tuple)) for shape in shapes):
+            raise UsageError(
+                "the shapes are not those of hidden states",
+                where="shapes",
+                wanted="a list of [N, C] or [C, H, W], one for each state",
+                found=repr(shapes),
+            )
         rows = [tuple(shape) for shape in shapes]
         names = (
             [f"hidden.{number}" for number in range(len(rows))] if names is None else list(names)

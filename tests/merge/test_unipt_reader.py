@@ -473,3 +473,34 @@ def test_answers_to_questions(file):
     state = mdetr()
     state |= {"qa_embed.weight": torch.zeros(4, 12), "answer_type_head.weight": torch.zeros(3, 12)}
     refused(file(state), boxes(), "answers questions", found="answer_type_head.weight")
+
+
+def test_captions_on_states_without_a_mask(tmp_path):
+    """Padding would be read as words."""
+    golden = tmp_path / "model_best.pth"
+    state = {
+        "side_tuning_module.gate_layer.weight": torch.zeros(1, 4),
+        "side_tuning_module.gate_layer.bias": torch.zeros(1),
+        **{
+            f"side_tuning_module.downsample_layers.{n}.{part}": torch.zeros(shape)
+            for n in range(2)
+            for part, shape in {"0.weight": (4, 6), "0.bias": 4, "1.weight": 4, "1.bias": 4}.items()
+        },
+    }
+    torch.save({"model": [{}, state]}, golden)
+    backbone = create("states", {"shapes": [[5, 6], [5, 6]]})
+    with pytest.raises(IncompatibleArtefact, match="the backbone has no mask") as refused:
+        read("unipt", golden, backbone)
+    assert "mask=true" in str(refused.value.details["do"])
+
+
+@pytest.mark.parametrize("arguments", [{"mask": "banana"}, {"mask": 7}, {"end": "false"}])
+def test_flags_of_states_are_true_or_false(arguments):
+    with pytest.raises(UsageError, match="neither true nor false"):
+        create("states", {"shapes": [[5, 6], [5, 6]], **arguments})
+
+
+@pytest.mark.parametrize("shapes", [[9, 24], "abc"])
+def test_shapes_of_states_are_lists(shapes):
+    with pytest.raises(UsageError, match="not those of hidden states"):
+        create("states", {"shapes": shapes})

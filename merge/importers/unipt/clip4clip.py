@@ -14,7 +14,7 @@ from ...sites import measure
 from ...tuner import Branch, Point
 from ...tuners.embedding import Embedding
 from ...tuners.unipt import UniPT
-from ..foreign import Foreign
+from ..foreign import Foreign, refuse
 from .parts import Checkpoint, require_states, require_trunk
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ def read_clip4clip(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) 
         w |= file.linear(f"{prefix}downsample_layers.{number}.1", f"target{number}")
     w |= file.linear(f"{prefix}downsample_layer.1", "anchor")
     w |= file.linear(f"{prefix}upsample_layer.1", "up")
+    first = w["target0_weight"].shape[1]
+    if first != states.channels[0]:
+        raise refuse(
+            path,
+            f"the {side} side reads other channels than the backbone has",
+            found=f"{first} in the file, {states.channels[0]} in the backbone",
+            do="load the backbone of that side; one of text marks its end token (states: mask=true and end=true)",
+        )
     width, embedding = w["anchor_weight"].shape
     tuner = UniPT(
         widths=tuple(w[f"target{n}_weight"].shape[1] for n in range(depth)),

@@ -17,7 +17,7 @@ from ...tuners.embedding import Embedding
 from ...tuners.gpo import BACK, GRU, Gpo
 from ...tuners.unipt import UniPT
 from ...tuners.unipt_pyramid import UniPTPyramid
-from ..foreign import Foreign
+from ..foreign import Foreign, refuse
 from .parts import Checkpoint, require_states, require_trunk
 
 if TYPE_CHECKING:
@@ -110,6 +110,13 @@ def _side_network(file: Checkpoint, states: States, add: Point, found: Foreign) 
     """Plant the network; the channels that it gives."""
     depth = file.count(f"{SIDE}downsample_layers.")
     require_states(file.path, states.points, depth)
+    if not states.cells and states.mask is None:
+        raise refuse(
+            file.path,
+            "captions are padded, and the backbone has no mask of what is real",
+            found="hidden states alone",
+            do="add --backbone-arg mask=true",
+        )
     w: Weights = {"gate": file.gate(f"{SIDE}gate_layer")}
     batch = bool(states.cells)
     names = [*(f"target{n}" for n in range(depth - 1)), "anchor"]

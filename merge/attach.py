@@ -187,6 +187,14 @@ def attach(
     if classes is not None and classes < 1:
         raise UsageError("a task needs at least one class", found=classes)
     sites = sites or measure(backbone)
+    several = [p for p in backbone.classifiers if sites.dims.get(Point(p, "output")) != 2]
+    if classes is not None and several:
+        raise UsageError(
+            "the backbone answers with several vectors per row, which classes cannot name",
+            where=f"{backbone.identity.architecture}: {', '.join(several)}",
+            found=f"classes={classes}",
+            do="attach(..., classes=None): the task answers with what the backbone's classifier gives",
+        )
     generator = torch.Generator().manual_seed(seed)
     branches: dict[str, Branch] = {}
     tensors: dict[str, dict[str, Tensor]] = {}

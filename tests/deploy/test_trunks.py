@@ -8,6 +8,7 @@ import torch
 from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.merge.attach import attach
 from utune_deploy.merge.backbone import create
+from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.methods import unipt
 
 TEXT = {
@@ -51,3 +52,10 @@ def test_from_training_to_a_checked_bundle(name, tmp_path):
     counted = bundle.plan["macs"]
     if list(backbone.model.parameters()):  # there is a trunk to share
         assert counted["every task"] < counted["tasks one by one"]
+
+
+def test_classes_cannot_name_several_vectors():
+    backbone = create(*TRUNKS["t5"])
+    with pytest.raises(UsageError, match="several vectors per row") as refused:
+        attach(backbone, unipt(8), classes=3)
+    assert "classes=None" in str(refused.value.details["do"])

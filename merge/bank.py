@@ -72,6 +72,28 @@ class Bank:
     slots: tuple[Slot, ...]
     tensors: Mapping[str, Tensor]
 
+    def weighted(
+        self, tensors: Mapping[str, Tensor], *, alone: bool = False
+    ) -> list[tuple[Branch, dict[str, Tensor]]]:
+        """The slots' branches with their weights.
+
+        Args:
+            tensors: By `SLOT/TENSOR`, such as the bank's own.
+            alone: Of one task, which pads nothing and lacks nothing.
+        """
+        left_out = {"mask", "present"} if alone else set()
+        return [
+            (
+                slot.branch,
+                {
+                    n: tensors[f"{slot.name}/{n}"]
+                    for n in slot.branch.tuner.served
+                    if n not in left_out
+                },
+            )
+            for slot in self.slots
+        ]
+
 
 def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
     """The bank of several lowered deltas of one backbone.

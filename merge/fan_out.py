@@ -24,7 +24,7 @@ from .tuner import Point
 from .tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from .backbone import Backbone
     from .delta import Delta
@@ -123,12 +123,12 @@ def _works(backbone: Backbone, delta: Delta, point: Point) -> bool:
     inputs, trunk = backbone.draw(batch=2), backbone.model
     try:
         with torch.no_grad():
-            with joined(trunk, _weighted(bank, two), fork=Fork(point, 2)):
+            with joined(trunk, bank.weighted(two), fork=Fork(point, 2)):
                 forked = trunk(*inputs)
             plain = []
             for row in range(2):
                 alone = {name: tensor[row] for name, tensor in two.items()}
-                with joined(trunk, _weighted(bank, alone)):
+                with joined(trunk, bank.weighted(alone)):
                     plain.append(trunk(*inputs))
     except (RuntimeError, ValueError, UtuneError):
         return False
@@ -177,33 +177,8 @@ class FanOut(nn.Module):
         count = len(group.rows)
         if count == 1:
             alone = {name: tensor[0] for name, tensor in tensors.items()}
-            with joined(self.trunk, _weighted(group.bank, alone, single=True)):
+            with joined(self.trunk, group.bank.weighted(alone, alone=True)):
                 return self.trunk(*inputs)[:, None]
-        if group.fork is None:
-            examples = inputs[0].shape[0]
-            spread = {
-                name: tensor[None].expand(examples, *tensor.shape).flatten(0, 1)
-                for name, tensor in tensors.items()
-            }
-            with joined(self.trunk, _weighted(group.bank, spread), rows=examples * count):
-                logits = self.trunk(*(t.repeat_interleave(count, 0) for t in inputs))
-        else:
-            with joined(self.trunk, _weighted(group.bank, tensors), fork=Fork(group.fork, count)):
-                logits = self.trunk(*inputs)
+        with joined(self.trunk, group.bank.weighted(tensors), fork=Fork(group.fork, count)):
+            logits = self.trunk(*inputs)
         return logits.unflatten(0, (-1, count))
-
-
-def _weighted(bank: Bank, tensors: Mapping[str, Tensor], *, single: bool = False):
-    """The slots with their tensors; of a single task without what tells it from others."""
-    left_out = {"mask", "present"} if single else set()
-    return [
-        (
-            slot.branch,
-            {
-                name: tensors[f"{slot.name}/{name}"]
-                for name in slot.branch.tuner.served
-                if name not in left_out
-            },
-        )
-        for slot in bank.slots
-    ]

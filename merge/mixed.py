@@ -49,14 +49,7 @@ class Mixed(nn.Module):
         known = (task >= 0) & (task < count)
         safe = torch.where(known, task, torch.zeros_like(task))
         rows = {n: t.index_select(0, safe) for n, t in zip(self.names, tensors, strict=True)}
-        weighted = [
-            (
-                slot.branch,
-                {name: rows[f"{slot.name}/{name}"] for name in slot.branch.tuner.served},
-            )
-            for slot in self.bank.slots
-        ]
-        with joined(self.trunk, weighted, rows=inputs[0].shape[0]):
+        with joined(self.trunk, self.bank.weighted(rows), rows=inputs[0].shape[0]):
             logits = self.trunk(*inputs)
         known = known.reshape(-1, *[1] * (logits.dim() - 1))
         return torch.where(known, logits, torch.full_like(logits, torch.nan))
@@ -81,11 +74,5 @@ class Single(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits `[B, K]` of the backbone's inputs, such as images `[B, C, H, W]`."""
         tensors = {name: self.get_buffer(f"bank_{i}") for i, name in enumerate(self.names)}
-        weighted = []
-        for slot in self.bank.slots:
-            weights = {n: tensors[f"{slot.name}/{n}"] for n in slot.branch.tuner.served}
-            for name in ("mask", "present"):  # one task pads nothing and lacks nothing
-                weights.pop(name, None)
-            weighted.append((slot.branch, weights))
-        with joined(self.trunk, weighted):
+        with joined(self.trunk, self.bank.weighted(tensors, alone=True)):
             return self.trunk(*inputs)

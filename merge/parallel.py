@@ -37,11 +37,11 @@ class Fork:
     Attributes:
         point: In front of it, an input, or behind it, an output, every row is repeated for each task, the
             tasks of one example in turn. In front of it values are only replaced, at seats that the trunk
-            reads nothing from.
+            reads nothing from. None: in front of the whole model.
         tasks: How many; the leading axis of all weights.
     """
 
-    point: Point
+    point: Point | None
     tasks: int
 
 
@@ -161,7 +161,7 @@ class _Run:
             elif not branch.serial:
                 self.taps |= {(point, branch.tuner.reads_map) for point in branch.taps}
         self.points = {point for point, _ in self.taps} | set(self.joins) | set(self.arrivals)
-        self.points |= {fork.point} if fork else set()
+        self.points |= {fork.point} if fork and fork.point else set()
 
     def add_to_parameters(self, model: nn.Module) -> None:
         """Put `parameter + difference` in the place of each tuned parameter, until `close`.
@@ -219,7 +219,6 @@ class _Run:
             self.inside.discard(path)
             value = self._split(Point(path, "output"), value)
             if extends:
-                self._require_forked()
                 longer = self.open.pop()
                 longer.__exit__(None, None, None)
                 if longer.acted:
@@ -231,15 +230,17 @@ class _Run:
 
         return hook
 
-    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The hook before the whole backbone: each pass joins anew."""
         self.joined.clear()
         self.taken.clear()
         self.forked = False
         if self.fork:
             self.examples = self.rows = self.crowd.rows = args[0].shape[0]
+            args = tuple(self._split(None, value) for value in args)
+        return args
 
-    def _split(self, point: Point, value: Any) -> Any:
+    def _split(self, point: Point | None, value: Any) -> Any:
         """At the fork, every row once per task."""
         if self.fork is None or point != self.fork.point:
             return value

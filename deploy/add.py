@@ -102,7 +102,7 @@ def add_tasks(
     require_one_kind_of_answer(
         [*(task.labels for task in bundle.tasks), *(d.labels for d in deltas)]
     )
-    added = manifest_tasks(tasks, backbone, first=len(bundle.tasks))
+    added = manifest_tasks(tasks, backbone, sites, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
         (folder / bundle.engine.file).write_bytes(engine)

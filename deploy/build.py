@@ -109,14 +109,12 @@ def export_bundle(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     require_one_kind_of_answer([delta.labels for delta in deltas])
-    for delta in deltas:
-        _require_servable(delta, backbone, sites)
+    entries = manifest_tasks(tasks, backbone, sites)
     every = fan_out or mode == FAN_OUT
     if every:
         require_one_preprocessing(deltas)
     groups = fan_out_groups(backbone, deltas, sites) if every else ()
     plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank, groups=groups)
-    entries = manifest_tasks(tasks, backbone)
     progress("trace")
     if plan.mode == FAN_OUT:
         made = [_fan_out(backbone, groups)]
@@ -243,16 +241,16 @@ def require_one_kind_of_answer(labels: Sequence[tuple[str, ...]]) -> None:
         )
 
 
-def _require_servable(delta: Delta, backbone: Backbone, sites: Sites) -> None:
-    """A task with labels answers with one vector per row.
+def _width(delta: Delta, backbone: Backbone, sites: Sites) -> int | None:
+    """How many values a task without labels answers with; None with labels, which say it.
 
     Raises:
-        IncompatibleArtefact: It answers with several.
+        IncompatibleArtefact: A task with labels answers with several vectors per row.
     """
-    if not delta.labels:
-        return
     with torch.no_grad():
         answer = restore(backbone, delta, sites).eval()(*backbone.draw())
+    if not delta.labels:
+        return answer.shape[-1]
     if answer.dim() != 2:
         raise IncompatibleArtefact(
             "a task with labels answers with several vectors per row",
@@ -261,6 +259,7 @@ def _require_servable(delta: Delta, backbone: Backbone, sites: Sites) -> None:
             found=list(answer.shape),
             do="train it without labels: attach(..., classes=None)",
         )
+    return None
 
 
 def require_one_preprocessing(deltas: Sequence[Delta]) -> None:
@@ -363,9 +362,13 @@ def _graph(plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
 
 
 def manifest_tasks(
-    tasks: Sequence[Task], backbone: Backbone, first: int = 0
+    tasks: Sequence[Task], backbone: Backbone, sites: Sites, first: int = 0
 ) -> tuple[bundles.Task, ...]:
-    """What a manifest says of tasks whose rows begin at `first`."""
+    """What a manifest says of tasks whose rows begin at `first`.
+
+    Raises:
+        IncompatibleArtefact: A task with labels answers with several vectors per row.
+    """
     return tuple(
         bundles.Task(
             t.delta.task,
@@ -373,16 +376,10 @@ def manifest_tasks(
             t.delta.labels,
             t.delta.preprocessing,
             t.digest,
-            None if t.delta.labels else _width(t.delta, backbone),
+            _width(t.delta, backbone, sites),
         )
         for row, t in enumerate(tasks, start=first)
     )
-
-
-def _width(delta: Delta, backbone: Backbone) -> int:
-    """How many values a task answers with."""
-    with torch.no_grad():
-        return restore(backbone, delta).eval()(*backbone.draw()).shape[-1]
 
 
 def backbone_engine(backbone: Backbone) -> bytes:

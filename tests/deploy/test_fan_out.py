@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from utune_deploy.deploy.check import Evidence, check_engine
 from utune_deploy.deploy.cli import main
 from utune_deploy.export.bundle import (
     FAN_OUT_FILE,
@@ -206,6 +207,31 @@ def test_check_finds_an_engine_of_other_tasks(
     assert said.err.startswith("error: the bundle does not answer as its tasks do in torch")
     failed = [line.split()[1] for line in said.out.splitlines() if line.startswith("FAIL")]
     assert set(failed) == {FAN_OUT_FILE}
+
+
+def test_every_answer_of_a_call_is_compared(
+    vit: Backbone, random_delta: Any, sites_of: Any
+) -> None:
+    """An engine that is right for one task of each row, and wrong for the others, is wrong."""
+    deltas = [random_delta(vit, task=name, classes=3, seed=n) for n, name in enumerate("abc")]
+    groups = share(vit, deltas, sites_of(vit), torch.float32)
+
+    class Shifted(FanOut):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            answers = super().forward(*inputs)
+            rows = torch.arange(answers.shape[0])[:, None]
+            asked = torch.arange(len(deltas)) == rows % len(deltas)
+            return torch.where(asked[..., None], answers, answers + 10)
+
+    verdicts = {}
+    for kind in (FanOut, Shifted):
+        engine = serialise(trace(kind(vit, groups).eval(), Inputs(vit.example(2))), {})
+        verdicts[kind] = check_engine(
+            engine, vit, deltas, sites_of(vit),
+            mixes=False, fans=True, bank={}, max_batch=3, evidence=Evidence(), threads=1,
+        )  # fmt: skip
+    assert verdicts[FanOut].passed
+    assert "every task of every row" in [c.name for c in verdicts[Shifted].failures]
 
 
 def test_nothing_is_added_beside_an_engine_that_holds_its_tasks(

@@ -10,19 +10,21 @@ import torch
 from safetensors.numpy import save_file
 
 from ..export import bundle as bundles
+from ..export.engine import CPU
 from ..merge.bank import Slot, fill_row
 from ..merge.delta import require_backbone
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
-from .build import manifest_tasks, require_one_kind_of_answer
-from .check import Evidence, check_engine, require_same_backbone
+from .build import bank_inputs, manifest_tasks, require_one_kind_of_answer
+from .check import Evidence, check_engine, require_runnable, require_same_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ..export.engine import Device
     from ..merge.backbone import Backbone
     from .build import Task
 
@@ -34,6 +36,7 @@ def add_tasks(
     output: Path,
     *,
     evidence: Evidence | None = None,
+    device: Device = CPU,
     force: bool = False,
 ) -> bundles.Bundle:
     """Write a bundle with more tasks and the same engine.
@@ -47,6 +50,7 @@ def add_tasks(
         tasks: What to add; every branch must fit a slot of the bank.
         output: The new bundle's folder; may be the old one with `force`.
         evidence: Pictures for the check.
+        device: Where the check runs the engine.
         force: Replace what stands at `output`.
 
     Raises:
@@ -69,6 +73,7 @@ def add_tasks(
             where=bundle.path / bundle.fan_out.file,
             do="export it again with all tasks, or without --fan-out",
         )
+    require_runnable(bundle.engine.precision, device)
     names = [*(task.name for task in bundle.tasks), *(task.delta.task for task in tasks)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError("a task of that name is there already", found=", ".join(twice))
@@ -81,7 +86,8 @@ def add_tasks(
     slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
     double = in_double(backbone)
     rows = [fill_row(slots, lower(backbone, d, sites, double), torch.float32) for d in deltas]
-    new = {f"bank/{key}": np.stack([row[key].numpy() for row in rows]) for key in rows[0]}
+    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    new = bank_inputs(stacked, bundle.engine.precision)
     engine, old = bundle.read_engine(), bundle.read_bank()
     verdict = check_engine(
         engine,
@@ -92,6 +98,8 @@ def add_tasks(
         bank=new,
         max_batch=bundle.engine.max_batch,
         evidence=evidence or Evidence(),
+        device=device,
+        precision=bundle.engine.precision,
     )
     if not verdict.passed:
         raise CheckFailed(

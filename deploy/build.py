@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from onnx_ir.passes import common
 
 from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
+from ..export.engine import CPU, Device
 from ..export.graph import OPSET, Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
-from ..export.passes import rewrite
+from ..export.passes import CUDA_PASSES, rewrite
+from ..export.passes.gathered import RANKS
+from ..export.precision import HALF, ON_CUDA, retype, to_half
 from ..merge.attach import restore
 from ..merge.backbone import create
 from ..merge.bank import Bank, stack
@@ -22,19 +26,22 @@ from ..merge.fan_out import FanOut, Group, share
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
-from ..merge.mixed import Mixed, Single
+from ..merge.mixed import Alone, Mixed, Single
 from ..merge.sites import Sites, measure
-from .check import Evidence, check_engine
+from .check import Evidence, check_engine, require_runnable
 from .plan import Plan, make_plan
 from .versions import versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from ..export.engine import Tensor
+    from ..export.precision import Typing
     from ..merge.backbone import Backbone
     from ..merge.tuner import Branch
 
@@ -59,9 +66,10 @@ def export_bundle(
     mode: str = "auto",
     bank: str = "constants",
     fan_out: bool = False,
+    precision: str = "fp32",
     max_batch: int = 16,
     evidence: Evidence | None = None,
-    threads: int | None = None,
+    device: Device = CPU,
     force: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> bundles.Bundle:
@@ -75,9 +83,10 @@ def export_bundle(
         mode: See `make_plan`.
         bank: See `make_plan`.
         fan_out: Add a second engine, which answers every task for every row.
+        precision: A key of `export.precision.PRECISIONS`.
         max_batch: Largest batch that is checked and may be asked for.
         evidence: Pictures for the check.
-        threads: Of the engine during the check; None lets the runtime choose.
+        device: Where the check runs the engine.
         force: Replace what stands at `output`.
         progress: Called with the name of each step as it begins.
 
@@ -109,6 +118,7 @@ def export_bundle(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     require_one_kind_of_answer([delta.labels for delta in deltas])
+    require_runnable(precision, device)
     entries = manifest_tasks(tasks, backbone, sites)
     every = fan_out or mode == FAN_OUT
     if every:
@@ -119,17 +129,15 @@ def export_bundle(
     if plan.mode == FAN_OUT:
         made = [_fan_out(backbone, groups)]
     else:
-        made = [_graph(plan, backbone, deltas, sites)]
+        made = [_graph(plan, backbone, deltas, sites, precision)]
         made += [_fan_out(backbone, groups)] if fan_out else []
     progress("rewrite")
-    rewritten = [rewrite(graph.model) for graph in made]
-    for graph in made:
-        clean(graph.model)
+    finished = [finish(graph.model, precision) for graph in made]
     descriptions = [
         bundles.Engine(
             target="onnxruntime",
             file=file,
-            precision="fp32",
+            precision=precision,
             opset=OPSET,
             max_batch=max_batch,
             inputs=_inputs(backbone, graph.model),
@@ -143,7 +151,7 @@ def export_bundle(
         plan.mode,
         plan.bank,
         entries,
-        "fp32",
+        precision,
         engine.inputs,
         second,
     )
@@ -152,7 +160,7 @@ def export_bundle(
     files = [serialise(graph.model, {bundles.IDENTITY: identity}) for graph in made]
     stacked = made[0].bank
     bank_tensors = (
-        {f"bank/{key}": tensor.float().numpy() for key, tensor in stacked.tensors.items()}
+        bank_inputs(stacked.tensors, precision)
         if plan.bank == "inputs" and stacked is not None
         else {}
     )
@@ -168,7 +176,8 @@ def export_bundle(
             bank=bank_tensors if number == 0 else {},
             max_batch=max_batch,
             evidence=evidence or Evidence(),
-            threads=threads,
+            device=device,
+            precision=precision,
         )
         for number, file in enumerate(files)
     ]
@@ -193,7 +202,8 @@ def export_bundle(
         plan={
             **plan.to_json(),
             **counted,
-            "rewritten": rewritten[0],
+            "rewritten": finished[0].rewritten,
+            "typing": finished[0].typing.to_json(),
             "lowered": made[0].lowered,
             "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
         },
@@ -215,6 +225,37 @@ def export_bundle(
         bundles.open_bundle(folder)  # what cannot be opened does not replace what can
     progress("done")
     return bundles.open_bundle(output)
+
+
+class Finished(NamedTuple):
+    """What was done to a traced graph: how often each pass rewrote something, and its types."""
+
+    rewritten: dict[str, int]
+    typing: Typing
+
+
+def finish(model: ir.Model, precision: str) -> Finished:
+    """Run every pass on a traced graph, in place, and give it the types of a precision.
+
+    Folds are float32 or wider; weights are cast once, behind them.
+    """
+    rewritten = rewrite(model)
+    clean(model)
+    typing = retype(model, precision)
+    if precision in ON_CUDA:
+        rewritten |= rewrite(model, CUDA_PASSES)
+        common.TopologicalSortPass()(model)
+    return Finished(rewritten, typing)
+
+
+def bank_inputs(
+    tensors: Mapping[str, torch.Tensor], precision: str
+) -> dict[str, NDArray[np.generic]]:
+    """The bank by input name, in the type in which the engine reads it."""
+    arrays = {f"bank/{key}": tensor.float().numpy() for key, tensor in tensors.items()}
+    if precision not in HALF:
+        return arrays
+    return {name: to_half(array, precision)[0] for name, array in arrays.items()}
 
 
 class _Made(NamedTuple):
@@ -337,7 +378,9 @@ def _inputs(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
     return tuple(replace(t, high=below.get(t.name)) for t in specs(model.graph.inputs))
 
 
-def _graph(plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites) -> _Made:
+def _graph(
+    plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites, precision: str
+) -> _Made:
     """The traced model of the engine that takes a task per row, or has one task."""
     rows = _rows(backbone)
     if plan.mode == "merged":
@@ -349,7 +392,12 @@ def _graph(plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
     double = in_double(backbone)
     constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
-    stacked = stack(constant, torch.float32)
+    stacked = stack(constant, torch.float32, ranks=RANKS if precision in HALF else ())
+    mixes = not any(b.tuner.no_bank for b in deltas[0].branches.values())
+    if plan.mode == "parallel" and precision in HALF and mixes:
+        rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
+        module = Alone(backbone, stacked).eval()
+        return _Made(trace(module, Inputs(rows), rename=rename), stacked, lowered)
     if plan.mode == "parallel":
         return _Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
     module = Mixed(backbone, stacked).eval()
@@ -382,8 +430,8 @@ def manifest_tasks(
     )
 
 
-def backbone_engine(backbone: Backbone) -> bytes:
+def backbone_engine(backbone: Backbone, precision: str = "fp32") -> bytes:
     """The backbone alone, through the same passes: the baseline of every benchmark."""
     model = _traced(backbone.model, backbone)
-    rewrite(model)
-    return serialise(clean(model), {})
+    finish(model, precision)
+    return serialise(model, {})

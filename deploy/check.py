@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
 
-from ..export.parity import FLOOR, UNIT, Comparison, Verdict, budget, compare, relative_error
+from ..export.engine import CPU
+from ..export.parity import Comparison, Verdict, budget, compare, floor, relative_error
+from ..export.precision import HALF
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.attach import restore
 from ..merge.backbone import dtype_of
-from ..merge.errors import IncompatibleArtefact
+from ..merge.errors import IncompatibleArtefact, MissingDependency
 from ..merge.inputs import IMAGES
 from .liveness import SAMPLE, Liveness, steps
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..export.bundle import Bundle
-    from ..export.engine import Session
+    from ..export.engine import Device, Session
     from ..merge.attach import Tuned
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
@@ -67,11 +69,11 @@ def check_engine(
     sites: Sites,
     *,
     mixes: bool,
-    bank: Mapping[str, NDArray[np.float32]],
+    bank: Mapping[str, NDArray[Any]],
     max_batch: int,
     evidence: Evidence,
-    threads: int | None = None,
-    provider: str = "cpu",
+    device: Device = CPU,
+    precision: str = "fp32",
     fans: bool = False,
 ) -> Verdict:
     """Run every comparison.
@@ -85,13 +87,28 @@ def check_engine(
         bank: The bank by input name, when it is an input.
         max_batch: Largest batch that the bundle promises.
         evidence: Pictures and noise.
-        threads: Of the engine.
-        provider: Of the engine.
+        device: Where the engine runs.
+        precision: Numbers that the engine computes in; the budget is that of torch in the same.
         fans: The engine answers every task for every row, `[B, T, ...]`, and takes no task rows.
     """
     return _Check(
-        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, threads, provider, fans
+        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, device, precision, fans
     ).run()
+
+
+def require_runnable(precision: str, device: Device) -> None:
+    """Refuse a precision that the device cannot run, before anything is built.
+
+    Raises:
+        MissingDependency: ONNX Runtime's CPU provider has no bfloat16 products.
+    """
+    if precision == "bf16" and device.provider == "cpu":
+        raise MissingDependency(
+            "a bf16 engine can be checked on a CUDA device only, and nothing ships unchecked",
+            wanted="--provider cuda",
+            found="--provider cpu, whose products are not made for bfloat16",
+            do="export on a machine with a CUDA device, or use --precision fp16",
+        )
 
 
 def require_same_backbone(bundle: Bundle, backbone: Backbone) -> None:
@@ -147,21 +164,26 @@ class _Check:
         deltas: Sequence[Delta],
         sites: Sites,
         mixes: bool,
-        bank: Mapping[str, NDArray[np.float32]],
+        bank: Mapping[str, NDArray[Any]],
         max_batch: int,
         evidence: Evidence,
-        threads: int | None,
-        provider: str,
+        device: Device,
+        precision: str,
         fans: bool,
     ) -> None:
         self.fans = fans
         self.engine, self.backbone, self.deltas, self.sites = engine, backbone, deltas, sites
         self.mixes, self.bank, self.max_batch = mixes, bank, max_batch
-        self.evidence, self.threads, self.provider = evidence, threads, provider
+        self.evidence, self.device, self.precision = evidence, device, precision
         self.session = self.open(engine, bank)
         self.models = [restore(backbone, delta, sites).eval() for delta in deltas]
         double = copy.deepcopy(backbone.model).double()
-        self.exact = [_in_double(model, double) for model in self.models]
+        self.exact = [_in(torch.float64, model, double) for model in self.models]
+        self.typed = self.models  # torch in the engine's precision
+        if precision in HALF:
+            half = torch.float16 if precision == "fp16" else torch.bfloat16
+            trunk = copy.deepcopy(backbone.model).to(half)
+            self.typed = [_in(half, model, trunk) for model in self.models]
         self.cases: dict[tuple[int, bool], _Case] = {}
         self.inner: tuple[int, ...] = ()  # axes of an answer between the row and its values
         self.classes = [self.width(model) for model in self.models]
@@ -173,8 +195,8 @@ class _Check:
         self.inner = tuple(answer.shape[1:-1])
         return answer.shape[-1]
 
-    def open(self, engine: bytes, bank: Mapping[str, NDArray[np.float32]]) -> Session:
-        return OnnxRuntimeSession(engine, provider=self.provider, threads=self.threads, bank=bank)
+    def open(self, engine: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
+        return OnnxRuntimeSession(engine, self.device, bank=bank, tf32=self.precision == "tf32")
 
     def run(self) -> Verdict:
         sizes = sorted({size for size in (1, 2, ODD, self.max_batch) if size <= self.max_batch})
@@ -258,8 +280,8 @@ class _Check:
         if (size, real) not in self.cases:
             inputs, task = self.batch(size, real=real)
             exact = self.reference(inputs, task, self.exact)
-            plain = self.reference(inputs, task, self.models)
-            self.cases[size, real] = _Case(inputs, task, exact, plain)
+            plain = self.reference(inputs, task, self.typed)
+            self.cases[size, real] = _Case(inputs, task, exact, plain, self.precision)
         return self.cases[size, real]
 
     def parity(self, size: int, *, real: bool) -> Comparison:
@@ -271,13 +293,14 @@ class _Check:
         """Parity of the tasks that no batch above has room for."""
         task = np.arange(len(self.deltas), dtype=np.int64)
         inputs = self.inputs(task, real=bool(self.evidence.images))
-        exact, plain = (self.reference(inputs, task, m) for m in (self.exact, self.models))
+        exact, plain = (self.reference(inputs, task, m) for m in (self.exact, self.typed))
         parts = [
             np.arange(at, min(at + self.max_batch, len(task)))
             for at in range(0, len(task), self.max_batch)
         ]
         found = np.concatenate([self.answer(chosen(inputs, p), task[p]) for p in parts])
-        return _Case(inputs, task, exact, plain).compare("parity of every task", found, exact)
+        case = _Case(inputs, task, exact, plain, self.precision)
+        return case.compare("parity of every task", found, exact)
 
     def every_cell(self) -> Comparison:
         """Every task of every row of one call."""
@@ -285,12 +308,12 @@ class _Check:
         rows = len(task)
         cells = np.repeat(np.arange(len(self.deltas)), rows)
         repeated = chosen(inputs, np.tile(np.arange(rows), len(self.deltas)))
-        exact, plain = (self.reference(repeated, cells, m) for m in (self.exact, self.models))
+        exact, plain = (self.reference(repeated, cells, m) for m in (self.exact, self.typed))
         together = np.moveaxis(self.session.run(inputs), 1, 0)  # [T, B, ..., K]
         found = self.own_classes(
             together.reshape(-1, *together.shape[2:]).astype(np.float64), cells
         )
-        case = _Case(repeated, cells, exact, plain)
+        case = _Case(repeated, cells, exact, plain, self.precision)
         return case.compare("every task of every row", found, exact)
 
     def row_isolation(self) -> Comparison:
@@ -333,7 +356,7 @@ class _Check:
         session, bank = self.with_bank_as_input()
         before = session.run(inputs, task)
         probe, engine = self.answer(inputs, task, session), self.answer(inputs, task)
-        same = relative_error(probe, engine) <= FLOOR * UNIT["fp32"]
+        same = relative_error(probe, engine) <= floor(self.precision)
         noise = np.random.default_rng(self.evidence.seed)
         for bit in range(max(1, (count - 1).bit_length())):
             for kept in (0, 1):
@@ -342,7 +365,8 @@ class _Check:
                     continue
                 spoiled = {name: values.copy() for name, values in bank.items()}
                 for values in spoiled.values():
-                    values[~keep] = GARBAGE * noise.standard_normal(values[~keep].shape)
+                    garbage = GARBAGE * noise.standard_normal(values[~keep].shape)
+                    values[~keep] = garbage.astype(values.dtype)
                 session.replace_bank(spoiled)
                 after = session.run(inputs, task)
                 same &= np.array_equal(before[keep], after[keep])
@@ -352,7 +376,7 @@ class _Check:
                 )
         return _yes_or_no("isolation from other tasks' tensors, bit for bit", count, bool(same))
 
-    def with_bank_as_input(self) -> tuple[Session, Mapping[str, NDArray[np.float32]]]:
+    def with_bank_as_input(self) -> tuple[Session, Mapping[str, NDArray[Any]]]:
         """The engine with its bank as an input, whatever it is in the bundle, and that bank."""
         if self.bank:
             return self.open(self.engine, self.bank), self.bank
@@ -379,7 +403,10 @@ class _Check:
             task = np.full(min(LOOKS, self.max_batch), number)
             inputs = self.inputs(task, real=bool(self.evidence.images))
             plain = self.reference(inputs, task, self.models)
-            allowed = budget(plain, self.reference(inputs, task, self.exact), "fp32")
+            exact = self.reference(inputs, task, self.exact)
+            allowed = budget(plain, exact, "fp32")
+            typed = plain if self.typed is self.models else self.reference(inputs, task, self.typed)
+            seen = max(allowed, budget(typed, exact, self.precision))  # what the engine could show
             moved = steps(model, in_torch(inputs, model), plain)
             live: list[Live] = []
             for (branch, _, weights), slopes in zip(model.parts(), moved, strict=True):
@@ -388,7 +415,11 @@ class _Check:
                 found.inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
                 if slopes and not moves and delta.branches[branch].tuner.kind != "bias":
                     found.dead.append(f"{delta.task}: {branch}")  # a shift of keys does nothing
-                live += [(f"{branch}/{n}", weights[n], slopes[n][1]) for n in moves]
+                live += [
+                    (f"{branch}/{n}", weights[n], slopes[n][1])
+                    for n in moves
+                    if slopes[n][0] > 2 * seen
+                ]
             inputs, task, plain = chosen(inputs, [0]), task[:1], plain[:1]  # one is enough
             engine = self.answer(inputs, task)
             for name, parameter, step in self.sample(live):
@@ -397,7 +428,7 @@ class _Check:
                 changed = self.reference(inputs, task, self.models)
                 parameter.data = before
                 found.changed += 1
-                if relative_error(changed, plain) > 2 * allowed >= relative_error(engine, changed):
+                if relative_error(changed, plain) > 2 * seen >= relative_error(engine, changed):
                     found.absent.append(f"{delta.task}: {name}")
         return _yes_or_no(
             "liveness of every tensor",
@@ -421,6 +452,7 @@ class _Case:
     task: NDArray[np.int64]
     exact: NDArray
     plain: NDArray
+    precision: str
 
     def compare(self, name: str, found: NDArray, wanted: NDArray) -> Comparison:
         """Task by task, each on the scale of its own logits; the worst decides."""
@@ -429,7 +461,7 @@ class _Case:
                 name,
                 found[rows],
                 wanted[rows],
-                budget(self.plain[rows], self.exact[rows], "fp32"),
+                budget(self.plain[rows], self.exact[rows], self.precision),
             )
             for rows in (np.flatnonzero(self.task == number) for number in np.unique(self.task))
         ]
@@ -454,11 +486,11 @@ def in_torch(inputs: Rows, model: Tuned) -> list[torch.Tensor]:
     return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
 
 
-def _in_double(model: Tuned, trunk: torch.nn.Module) -> Tuned:
-    """The tuned model in float64, over a shared float64 trunk."""
+def _in(dtype: torch.dtype, model: Tuned, trunk: torch.nn.Module) -> Tuned:
+    """The tuned model in another dtype, over a shared trunk of that dtype."""
     shared = model.trunk
     twin = copy.deepcopy(model, {id(shared): trunk, id(model.backbone): model.backbone})
-    return twin.double()
+    return twin.to(dtype)
 
 
 def _yes_or_no(name: str, rows: int, passed: bool, note: str = "") -> Comparison:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..export.engine import Device
 from ..merge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +23,6 @@ PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there already.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-provider_option = click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where the engine runs; never another place silently.",
-)
 triton_env_option = click.option(
     "--triton-env",
     type=PATH,
@@ -38,7 +32,33 @@ triton_env_option = click.option(
     show_default=True,
     help="Environment with nvidia-pytriton, onnxruntime and numpy below 2.",
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+
+
+def device_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """`--provider`, `--threads` and `--kernels`, handed on as `device`."""
+
+    @click.option(
+        "--provider",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where the engine runs; never another place silently.",
+    )
+    @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+    @click.option(
+        "--kernels",
+        type=PATH,
+        envvar="UTUNE_KERNELS",
+        show_envvar=True,
+        help="Library of fused operators for the CUDA provider; see docs/kernels.md.",
+    )
+    @functools.wraps(verb)
+    def with_device(
+        *args: Any, provider: str, threads: int | None, kernels: Path | None, **kwargs: Any
+    ) -> Any:
+        return verb(*args, device=Device(provider, threads, kernels), **kwargs)
+
+    return with_device
 
 
 @dataclass(frozen=True)

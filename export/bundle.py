@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.files import canonical_json, digest
 from ..merge.preprocessing import Preprocessing
-from .engine import BANK_PREFIX, Tensor
+from .engine import BANK_PREFIX, CPU, Tensor
 from .targets import target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .engine import Session
+    from .engine import Device, Session
 
 FORMAT = "utune-bundle"
 VERSION = 1
@@ -69,7 +69,7 @@ class Engine:
     Attributes:
         target: A key of `targets.TARGETS`.
         file: Its name inside the bundle.
-        precision: Numbers that the engine computes in (`fp32`).
+        precision: Numbers that the engine computes in, a key of `precision.PRECISIONS`.
         opset: ONNX operator set.
         max_batch: Largest batch that was checked and may be asked for.
         inputs: Graph inputs: what a request brings, the task rows, and the bank's tensors when the bank
@@ -161,31 +161,33 @@ class Bundle:
             found=name,
         )
 
-    def open_session(self, *, provider: str = "cpu", threads: int | None = None) -> Session:
-        """The engine, open on a provider.
+    def open_session(self, device: Device = CPU, *, cuda_graph: bool = False) -> Session:
+        """The engine, open on a device.
 
         Raises:
+            UsageError: The provider does not have what is asked of it.
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
         """
-        return self._open(self.engine, provider, threads)
+        return self._open(self.engine, device, cuda_graph)
 
-    def open_fan_out(self, *, provider: str = "cpu", threads: int | None = None) -> Session:
-        """The engine that answers every task for every row, open on a provider.
+    def open_fan_out(self, device: Device = CPU, *, cuda_graph: bool = False) -> Session:
+        """The engine that answers every task for every row, open on a device.
 
         Raises:
-            UsageError: The bundle has none.
+            UsageError: The bundle has none, or the provider does not have what is asked of it.
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
         """
-        return self._open(self.require_fan_out(), provider, threads)
+        return self._open(self.require_fan_out(), device, cuda_graph)
 
-    def _open(self, engine: Engine, provider: str, threads: int | None) -> Session:
+    def _open(self, engine: Engine, device: Device, cuda_graph: bool) -> Session:
         session = target(engine.target).open_session(
             self.path / engine.file,
-            provider=provider,
-            threads=threads,
+            device,
             bank=self.read_bank() if engine.reads_bank else {},
+            tf32=engine.precision == "tf32",
+            cuda_graph=cuda_graph,
         )
         if session.metadata.get(IDENTITY) != self.identity:
             raise IncompatibleArtefact(

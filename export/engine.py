@@ -21,6 +21,7 @@ from ..merge.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -91,6 +92,43 @@ def by_name(
     return {name: inputs[name] for name in names}
 
 
+@dataclass(frozen=True)
+class Device:
+    """Where an engine runs, and with what.
+
+    Attributes:
+        provider: `cpu` or `cuda`; never another silently.
+        threads: Threads inside one operator; None lets the runtime choose.
+        kernels: A library of fused operators for the provider, see `export/kernels`; None for standard ones.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    kernels: Path | None = None
+
+
+CPU = Device()
+
+
+class Bound(Protocol):
+    """A batch of one size on the device: `feed` it, `run` it, `fetch` its answer, as often as you like.
+
+    It reads the bank that there was when it was bound.
+    """
+
+    def feed(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Copy rows, and `task`, to the device; by name, of the shapes that were bound."""
+        ...
+
+    def run(self) -> None:
+        """Compute the answer; returns when the device has."""
+        ...
+
+    def fetch(self) -> NDArray[np.float32]:
+        """The answer, copied to the host."""
+        ...
+
+
 class Session(Protocol):
     """An open engine. Safe to call from several threads."""
 
@@ -120,6 +158,14 @@ class Session(Protocol):
         """
         ...
 
-    def replace_bank(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    def bind(self, inputs: Rows, task: NDArray[np.int64] | None = None) -> Bound:
+        """Rows of one batch size whose inputs and answer stay where the provider computes.
+
+        Raises:
+            UsageError: As of `run`; or the shape of the answer is not known before it runs.
+        """
+        ...
+
+    def replace_bank(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Serve from other task tensors from the next call on (bank as inputs only)."""
         ...

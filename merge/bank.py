@@ -6,7 +6,7 @@ branch in a slot holds its neutral element there: zero weights, or keys that the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,12 +95,16 @@ class Bank:
         ]
 
 
-def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
+def stack(
+    deltas: Sequence[Delta], dtype: torch.dtype | None = None, *, ranks: Sequence[int] = ()
+) -> Bank:
     """The bank of several lowered deltas of one backbone.
 
     Args:
         deltas: The tasks in row order.
         dtype: Of the bank; the widest of the deltas if None.
+        ranks: Ranks that kernels are made for, ascending: every slot is padded to the first that holds it,
+            which is exact. A slot beyond the last keeps its own.
 
     Raises:
         UsageError: No delta, two tasks of one name, or a task that cannot share a batch.
@@ -123,7 +127,7 @@ def stack(deltas: Sequence[Delta], dtype: torch.dtype | None = None) -> Bank:
     if len(deltas) > 1:
         for delta in deltas:
             require_mixable(delta)
-    slots = _slots(deltas)
+    slots = tuple(_to_rank(slot, ranks) for slot in _slots(deltas))
     dtype = dtype or widest([delta.dtype for delta in deltas])
     rows = [fill_row(slots, delta, dtype) for delta in deltas]
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -283,6 +287,13 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
             slots[at] = Slot(slot.name, branch, sizes)
             last[branch.add] = at
     return tuple(slots)
+
+
+def _to_rank(slot: Slot, ranks: Sequence[int]) -> Slot:
+    """The slot with its rank padded to one of `ranks`."""
+    own = slot.sizes.get("r") if "r" in slot.branch.tuner.padded else None
+    wider = next((rank for rank in ranks if own is not None and own <= rank), own)
+    return slot if wider == own else replace(slot, sizes={**slot.sizes, "r": wider})
 
 
 def _next(slots: Sequence[Slot], branch: Branch, last: Mapping[Point, int]) -> int | None:

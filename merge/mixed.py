@@ -55,6 +55,18 @@ class Mixed(nn.Module):
         return torch.where(known, logits, torch.full_like(logits, torch.nan))
 
 
+class Alone(Mixed):
+    """The only task of a bank, for every row: what `Single` computes, its weights taken from the bank.
+
+    A kernel that reads the bank where it lies serves one task as it serves many.
+    """
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits `[B, K]` of the backbone's inputs, such as images `[B, C, H, W]`."""
+        task = inputs[0].new_zeros(inputs[0].shape[0], dtype=torch.int64)
+        return super().forward(*inputs, task)
+
+
 class Single(nn.Module):
     """A frozen backbone with one task's served branches: its inputs to logits `[B, K]`.
 

@@ -24,7 +24,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.engine import LOGITS
+from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from . import protocol
@@ -32,6 +32,7 @@ from .registry import ALL, MAX_DELAY_MS, Registry
 
 if TYPE_CHECKING:
     from ..export.bundle import Bundle
+    from ..export.engine import Device
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
@@ -75,8 +76,7 @@ def write_repository(
     bundle: Bundle,
     repository: Path,
     *,
-    provider: str = "cpu",
-    threads: int | None = None,
+    device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
     force: bool = False,
 ) -> Path:
@@ -85,8 +85,7 @@ def write_repository(
     Args:
         bundle: What is served.
         repository: The repository's folder; other models in it are left alone.
-        provider: Execution provider of the engine, `cpu` or `cuda`.
-        threads: Threads inside one operator; None lets the runtime choose.
+        device: Where the engine runs.
         max_delay_ms: Longest that a request waits for company.
         force: Replace the models when they are already there; where the bundle has no engine of all tasks,
             that takes such a model of an earlier bundle of this name away.
@@ -109,8 +108,7 @@ def write_repository(
     model, of_all = repository / bundle.name, repository / (bundle.name + ALL)
     models = {model: False} if bundle.engine_of_all is None else {model: False, of_all: True}
     settings: dict[str, Any] = {
-        "provider": provider,
-        "threads": threads,
+        "device": device,
         "max_delay_ms": max_delay_ms,
     }
     configs = {
@@ -147,8 +145,7 @@ def _answers_all(model: Path) -> bool:
 def config_text(
     bundle: Bundle,
     *,
-    provider: str = "cpu",
-    threads: int | None = None,
+    device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
     all_tasks: bool = False,
 ) -> str:
@@ -174,11 +171,12 @@ def config_text(
     del fields["platform"]
     fields["backend"] = "python"
     # Without the number of a GPU there would be one instance on each, all on the first.
-    place = {"kind": "KIND_CPU"} if provider == "cpu" else {"kind": "KIND_GPU", "gpus": [0]}
+    place = {"kind": "KIND_CPU"} if device.provider == "cpu" else {"kind": "KIND_GPU", "gpus": [0]}
     fields["instance_group"] = [{**place, "count": 1}]
     fields["parameters"] = {
-        "provider": {"string_value": provider},
-        "threads": {"string_value": str(threads or 0)},  # 0 lets the runtime choose
+        "provider": {"string_value": device.provider},
+        "threads": {"string_value": str(device.threads or 0)},  # 0 lets the runtime choose
+        **({"kernels": {"string_value": str(device.kernels)}} if device.kernels else {}),
         "identity": {"string_value": bundle.identity},
         **({protocol.ALL_TASKS: {"string_value": "true"}} if all_tasks else {}),
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import LOGITS
+from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
 from .counters import Counters
 from .registry import Registry
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..export.bundle import Bundle
-    from ..export.engine import Rows, Session
+    from ..export.engine import Device, Rows, Session
     from ..merge.errors import UtuneError
     from .registry import Request
 
@@ -108,17 +108,15 @@ class Service:
     def open(
         cls,
         bundle: Bundle,
+        device: Device = CPU,
         *,
-        provider: str = "cpu",
-        threads: int | None = None,
         all_tasks: bool = False,
     ) -> Service:
         """The service over a bundle whose engine is opened here.
 
         Args:
             bundle: What is served.
-            provider: Execution provider of the engine, `cpu` or `cuda`.
-            threads: Threads inside one operator; None lets the runtime choose.
+            device: Where the engine runs.
             all_tasks: Answer every task for every row.
 
         Raises:
@@ -128,13 +126,13 @@ class Service:
         """
 
         def fan_out() -> Session:
-            return bundle.open_fan_out(provider=provider, threads=threads)
+            return bundle.open_fan_out(device)
 
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
         return cls(
             bundle,
-            bundle.open_session(provider=provider, threads=threads),
+            bundle.open_session(device),
             fan_out=fan_out if bundle.engine_of_all is not None else None,
         )
 

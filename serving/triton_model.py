@@ -14,7 +14,7 @@ from typing import Any
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]
 
 from ..export.bundle import open_bundle
-from ..export.engine import TASK
+from ..export.engine import TASK, Device
 from ..merge.errors import UtuneError
 from .protocol import ALL_TASKS, task_names, write_answers
 from .registry import Request
@@ -34,8 +34,11 @@ class TritonPythonModel:
         }
         self._service = Service.open(
             open_bundle(folder / "bundle"),
-            provider=settings["provider"],
-            threads=int(settings["threads"]) or None,
+            Device(
+                settings["provider"],
+                int(settings["threads"]) or None,
+                Path(settings["kernels"]) if "kernels" in settings else None,
+            ),
             all_tasks=ALL_TASKS in settings,
         )
 

@@ -73,6 +73,7 @@ def measure(
     about: About,
     settings: Settings | None = None,
     threads: int | None = None,
+    timed: str = TIMED,
     command: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
@@ -85,6 +86,7 @@ def measure(
         about: The bundle whose tasks and inputs are used.
         settings: How long to measure.
         threads: Threads that the engines were opened with, for the report.
+        timed: What one call does, for the report.
         command: The command line, for the report; that of this process unless given.
         progress: Told between rounds, every `PROGRESS_EVERY_S` at most.
         clock: Nanoseconds that only go up.
@@ -112,7 +114,7 @@ def measure(
     )
     return Report(
         about=about,
-        timed=TIMED,
+        timed=timed,
         subjects=facts,
         cases=results,
         settings=settings,

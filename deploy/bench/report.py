@@ -27,6 +27,12 @@ TIMED = (
     "No pre-processing, no post-processing, no queue, no network."
 )
 
+TIMED_ON_DEVICE = (
+    "One engine call whose inputs lie on the device and whose answer stays there, waited for; on a CUDA "
+    "device the kernels are replayed as one CUDA graph. No copies, no pre-processing, no post-processing, no "
+    "queue, no network."
+)
+
 
 @dataclass(frozen=True)
 class TaskFacts:

@@ -14,13 +14,14 @@ from ...export.targets.onnxruntime import OnnxRuntimeSession
 from ...merge.errors import IncompatibleArtefact
 from .case import Case
 from .measure import measure
-from .report import about_bundle
+from .report import TIMED, TIMED_ON_DEVICE, about_bundle
 from .subject import EVERY_TASK, open_subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ...export.bundle import Bundle
+    from ...export.engine import Device
     from .measure import Progress
     from .report import Report, Settings
 
@@ -31,8 +32,8 @@ def bench(
     *,
     batches: Sequence[int],
     mixes: Sequence[str],
-    provider: str,
-    threads: int | None,
+    device: Device,
+    resident: bool = False,
     settings: Settings,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
@@ -43,8 +44,9 @@ def bench(
         others: Other bundles that read the same, timed in the same run.
         batches: Batch sizes.
         mixes: Task mixes, keys of `case.MIXES`.
-        provider: Of every engine.
-        threads: Of every engine.
+        device: Where every engine runs.
+        resident: Time engines whose inputs and answer stay on the device, their kernels replayed as one
+            CUDA graph where it is one; otherwise from host memory to host memory.
         settings: Rounds and seconds.
         progress: Called between rounds.
 
@@ -61,15 +63,18 @@ def bench(
                 found="; ".join(_reads(other)),
             )
     bare = bare_backbone(bundle)
+    graph = resident and device.provider == "cuda"
     subjects = [
         open_subject(
             "backbone only",
             "the frozen model without any tuner, through the same graph passes",
-            lambda: OnnxRuntimeSession(bare, provider=provider, threads=threads),
+            lambda: OnnxRuntimeSession(
+                bare, device, tf32=bundle.engine.precision == "tf32", cuda_graph=graph
+            ),
             takes_task=False,
+            resident=resident,
         )
     ]
-    options = {"provider": provider, "threads": threads}
     for number, opened in enumerate((bundle, *others)):
         name = opened.name if number == 0 else f"{opened.name} ({number})"
         note = f"{opened.mode}, {len(opened.tasks)} tasks, bank {opened.bank}"
@@ -78,8 +83,9 @@ def bench(
                 open_subject(
                     name,
                     note,
-                    lambda opened=opened: opened.open_session(**options),
+                    lambda opened=opened: opened.open_session(device, cuda_graph=graph),
                     takes_task=opened.mode == "multi",
+                    resident=resident,
                 )
             )
         if opened.engine_of_all is not None:
@@ -87,8 +93,9 @@ def bench(
                 open_subject(
                     f"{name}{EVERY_TASK}",
                     f"each row answered for all {len(opened.tasks)} tasks at once",
-                    lambda opened=opened: opened.open_fan_out(**options),
+                    lambda opened=opened: opened.open_fan_out(device, cuda_graph=graph),
                     takes_task=False,
+                    resident=resident,
                 )
             )
     cases = [Case(batch, mix) for batch in batches for mix in mixes]
@@ -97,7 +104,8 @@ def bench(
         cases,
         about=about_bundle(bundle),
         settings=settings,
-        threads=threads,
+        threads=device.threads,
+        timed=TIMED_ON_DEVICE if resident else TIMED,
         progress=progress,
     )
 
@@ -118,4 +126,5 @@ def bare_backbone(bundle: Bundle) -> bytes:
 
     classes = max(len(task.labels) for task in bundle.tasks)
     arguments = {**bundle.backbone["arguments"], "num_classes": classes}
-    return backbone_engine(create(bundle.backbone["architecture"], arguments))
+    backbone = create(bundle.backbone["architecture"], arguments)
+    return backbone_engine(backbone, bundle.engine.precision)

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, BackboneChoice, backbone_options, force_option, json_option
+from ..options import (
+    PATH,
+    BackboneChoice,
+    backbone_options,
+    device_options,
+    force_option,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 @backbone_options
 @click.option("-o", "--output", type=PATH, required=True, help="The new bundle's folder.")
 @click.option("--images", type=PATH, help="Folder of real pictures, or one per task in it.")
+@device_options
 @json_option
 @force_option
 @click.pass_obj
@@ -30,6 +39,7 @@ def command(
     choice: BackboneChoice,
     output: Path,
     images: Path | None,
+    device: Device,
     as_json: bool,
     force: bool,
 ) -> None:
@@ -52,7 +62,13 @@ def command(
     if images is not None:
         pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
     grown = add_tasks(
-        opened, choice.load(), tasks, output, evidence=Evidence(pictures), force=force
+        opened,
+        choice.load(),
+        tasks,
+        output,
+        evidence=Evidence(pictures),
+        device=device,
+        force=force,
     )
     if as_json:
         console.json({"bundle": str(output), "tasks": [task.name for task in grown.tasks]})

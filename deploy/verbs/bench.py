@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, force_option, json_option, provider_option, threads_option
+from ..options import PATH, device_options, force_option, json_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 
@@ -55,9 +56,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds per case at least.",
 )
+@click.option(
+    "--resident",
+    is_flag=True,
+    help="Time engines whose inputs and answers stay on the device (IO binding, one CUDA graph).",
+)
 @click.option("-o", "--output", type=PATH, help="Folder for report.json and report.html.")
-@provider_option
-@threads_option
+@device_options
 @json_option
 @force_option
 @click.pass_obj
@@ -70,9 +75,9 @@ def command(
     rounds: int,
     warmup: int,
     seconds: float,
+    resident: bool,
     output: Path | None,
-    provider: str,
-    threads: int | None,
+    device: Device,
     as_json: bool,
     force: bool,
 ) -> None:
@@ -98,8 +103,8 @@ def command(
         [open_bundle(path) for path in against],
         batches=batches or tuple(sorted({1, min(8, opened.engine.max_batch)})),
         mixes=mixes or ("uniform",),
-        provider=provider,
-        threads=threads,
+        device=device,
+        resident=resident,
         settings=Settings(warmup_rounds=warmup, min_rounds=rounds, min_seconds=seconds),
         progress=progress,
     )

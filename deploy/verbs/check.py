@@ -10,14 +10,14 @@ from ..options import (
     PATH,
     BackboneChoice,
     backbone_options,
+    device_options,
     json_option,
-    provider_option,
-    threads_option,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--every-tensor", is_flag=True, help="Try every tensor for liveness, however long it takes."
 )
-@provider_option
-@threads_option
+@device_options
 @json_option
 @click.pass_obj
 def command(
@@ -42,8 +41,7 @@ def command(
     images: Path | None,
     seed: int,
     every_tensor: bool,
-    provider: str,
-    threads: int | None,
+    device: Device,
     as_json: bool,
 ) -> None:
     """Check that BUNDLE answers as the tasks in DELTA... do in torch.
@@ -79,8 +77,8 @@ def command(
             bank=opened.read_bank() if engine.reads_bank else {},
             max_batch=engine.max_batch,
             evidence=Evidence(pictures, seed, every_tensor),
-            provider=provider,
-            threads=threads,
+            device=device,
+            precision=engine.precision,
         )
         for engine in (opened.engine, opened.fan_out)
         if engine is not None

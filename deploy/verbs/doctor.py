@@ -50,7 +50,7 @@ def _provider(name: str) -> Row:
         import onnx
         from onnx import TensorProto, helper
 
-        from ...export.engine import IMAGES, LOGITS
+        from ...export.engine import IMAGES, LOGITS, Device
         from ...export.targets.onnxruntime import OnnxRuntimeSession
 
         value = [
@@ -60,7 +60,7 @@ def _provider(name: str) -> Row:
             [helper.make_node("Neg", [IMAGES], [LOGITS])], "probe", value[:1], value[1:]
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-        session = OnnxRuntimeSession(model.SerializeToString(), provider=name)
+        session = OnnxRuntimeSession(model.SerializeToString(), Device(name))
         session.run(np.ones(1, dtype=np.float32))
     except UtuneError as error:
         need = "a CUDA device, its driver, CUDA 13 and cuDNN 9" if name == "cuda" else ""

@@ -10,15 +10,16 @@ from ..options import (
     PATH,
     BackboneChoice,
     backbone_options,
+    device_options,
     dry_run_option,
     force_option,
     json_option,
-    threads_option,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
@@ -48,6 +49,13 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
     is_flag=True,
     help="Besides, an engine that answers every task for every row, the trunk computed once.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Numbers that the engine computes in; all but fp32 lay it out for a CUDA device.",
+)
 @click.option("--name", help="Served name; the folder's name if not given.")
 @click.option(
     "--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Largest batch."
@@ -55,7 +63,7 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
 @click.option(
     "--images", type=PATH, help="Folder of real pictures for the check, or one per task in it."
 )
-@threads_option
+@device_options
 @dry_run_option
 @json_option
 @force_option
@@ -68,10 +76,11 @@ def command(
     mode: str,
     bank: str,
     fan_out: bool,
+    precision: str,
     name: str | None,
     max_batch: int,
     images: Path | None,
-    threads: int | None,
+    device: Device,
     dry_run: bool,
     as_json: bool,
     force: bool,
@@ -116,9 +125,10 @@ def command(
             mode=mode,
             bank=bank,
             fan_out=fan_out,
+            precision=precision,
             max_batch=max_batch,
             evidence=Evidence(pictures),
-            threads=threads,
+            device=device,
             force=force,
             progress=step,
         )
@@ -128,6 +138,8 @@ def command(
     _print_plan(console, bundle.plan, as_json=False)
     rewritten = [f"{name} {times}" for name, times in bundle.plan["rewritten"].items() if times]
     console.result(f"graph passes: {', '.join(rewritten) or 'nothing to rewrite'}")
+    for line in _typed(bundle.plan["typing"]):
+        console.result(line)
     second = bundle.check.get("fan_out", {}).get("comparisons", [])
     count = len(bundle.check["comparisons"]) + len(second)
     console.result(f"check: {count} of {count} comparisons passed")
@@ -140,6 +152,20 @@ def command(
         if len(engines) == 1
         else f"wrote {output} ({bundle.mode} and fan-out, {len(bundle.tasks)} tasks, engines {sizes})"
     )
+
+
+def _typed(typing) -> list[str]:
+    """What the typing pass did, in lines; none for float32."""
+    if not typing["cast"]:
+        return []
+    islands = sum(typing["islands"].values())
+    lines = [f"{typing['precision']}: {typing['cast']} tensors cast, {islands} nodes stay float32"]
+    for what, names in (("beyond its range, clipped", "clipped"), ("became zero", "flushed")):
+        if found := typing[names]:
+            some = ", ".join(f"{name} {count}" for name, count in list(found.items())[:3])
+            more = f" and {len(found) - 3} more tensors" if len(found) > 3 else ""
+            lines.append(f"{typing['precision']}: {what}: {some}{more}")
+    return lines
 
 
 def _print_plan(console: Console, plan, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PATH, json_option, provider_option, threads_option
+from ..options import PATH, device_options, json_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...export.bundle import Bundle, Task
-    from ...export.engine import Tensor
+    from ...export.engine import Device, Tensor
     from ...merge.preprocessing import Preprocessing
     from ...serving.service import Service
     from ..console import Console
@@ -52,8 +52,7 @@ SHOWN_NUMBERS = 4
     help="Write the raw logits [B, K], with --every-task [B, T, K] (.npy).",
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels per row.")
-@provider_option
-@threads_option
+@device_options
 @json_option
 @click.option("--force", is_flag=True, help="Replace the file of logits.")
 @click.pass_obj
@@ -66,8 +65,7 @@ def command(
     tensor: Path | None,
     output: Path | None,
     top: int,
-    provider: str,
-    threads: int | None,
+    device: Device,
     as_json: bool,
     force: bool,
 ) -> None:
@@ -124,7 +122,7 @@ def command(
             for path, row in zip(pictures, asked, strict=True)
         ]
         batch, views = {IMAGES: np.concatenate(read)}, [len(rows) for rows in read]
-    service = Service.open(opened, provider=provider, threads=threads, all_tasks=every_task)
+    service = Service.open(opened, device, all_tasks=every_task)
     names = [row[0].name for row, times in zip(asked, views, strict=True) for _ in range(times)]
     logits = _mean_of_views(_answer(service, batch, None if every_task else names), views)
     if output is not None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, provider_option, threads_option, triton_env_option
+from ..options import PATH, device_options, triton_env_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     "--max-delay-ms", type=click.FloatRange(0), help="Longest that a request waits for company."
 )
 @triton_env_option
-@provider_option
-@threads_option
+@device_options
 @click.pass_obj
 def command(
     console: Console,
@@ -44,8 +44,7 @@ def command(
     metrics_port: int,
     max_delay_ms: float | None,
     triton_env: Path,
-    provider: str,
-    threads: int | None,
+    device: Device,
 ) -> None:
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
@@ -56,14 +55,13 @@ def command(
     opened = open_bundle(bundle)
 
     def on_ready(addresses) -> None:
-        console.result(greeting(opened, addresses, server=engine, provider=provider))
+        console.result(greeting(opened, addresses, server=engine, provider=device.provider))
 
     options = {
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,
-        "provider": provider,
-        "threads": threads,
+        "device": device,
         "on_ready": on_ready,
         "max_delay_ms": MAX_DELAY_MS if max_delay_ms is None else max_delay_ms,
     }

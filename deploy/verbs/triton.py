@@ -6,30 +6,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, force_option, provider_option, threads_option
+from ..options import PATH, device_options, force_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.engine import Device
     from ..console import Console
 
 
 @click.command("triton")
 @click.argument("bundle", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="The repository's folder.")
-@provider_option
-@threads_option
+@device_options
 @force_option
 @click.pass_obj
-def command(
-    console: Console, bundle: Path, output: Path, provider: str, threads: int | None, force: bool
-) -> None:
+def command(console: Console, bundle: Path, output: Path, device: Device, force: bool) -> None:
     """Write BUNDLE as a self-contained model repository for tritonserver's Python backend."""
     from ...export.bundle import open_bundle
     from ...serving.repository import write_repository
 
-    folder = write_repository(
-        open_bundle(bundle), output, provider=provider, threads=threads, force=force
-    )
+    folder = write_repository(open_bundle(bundle), output, device=device, force=force)
     console.result(f"wrote {folder}")
     console.say(f"serve it with: tritonserver --model-repository={output}")

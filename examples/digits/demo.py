@@ -37,6 +37,7 @@ from utune_deploy.deploy.bench.report import Settings, write_json
 from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.bench.table import print_table
 from utune_deploy.export.bundle import open_bundle
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import load
 from utune_deploy.merge.delta import load_delta
@@ -154,7 +155,7 @@ def main() -> None:
     title("7  Latency, against the bare backbone in the same run")
     engine = open_bundle(bundle)
     report = bench(
-        engine, [], batches=(1, 8, MAX_BATCH), mixes=("uniform",), provider="cpu", threads=1,
+        engine, [], batches=(1, 8, MAX_BATCH), mixes=("uniform",), device=Device(threads=1),
         settings=Settings(warmup_rounds=5, min_rounds=200, min_seconds=1.0),
     )  # fmt: skip
     print_table(report)
@@ -372,7 +373,7 @@ def compare_at_once(bundle: Path, sections: list[Section]) -> int:
         The number of labels that differ.
     """
     opened = open_bundle(bundle)
-    session = opened.open_fan_out(threads=1)
+    session = opened.open_fan_out(Device(threads=1))
     truths = {task.name: truth(task.name) for task in opened.tasks}
     images = truths[AT_ONCE[0]].images
     if not all(np.array_equal(known.images, images) for known in truths.values()):

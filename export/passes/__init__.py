@@ -6,6 +6,9 @@ arithmetic; `build` checks the rewritten engine against torch afterwards.
 The order: `flat_heads` looks for what the exporter wrote, so it comes first. `narrow_tokens` before
 `collapse_linears`: a pick behind two layers then stands in front of both. The joins come last: they
 hide a layer in wider weights, where neither would see it, and judge by the tokens that are left.
+
+`CUDA_PASSES` come after all of these and after the typing pass, for engines of ONNX Runtime on a CUDA
+device: they write the nodes that its fused kernels, and ours, stand for.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ from onnx_ir.passes import common
 
 from .collapse_linears import collapse_linears
 from .flat_heads import flat_heads
+from .flat_patches import flat_patches
 from .join_added import join_added
 from .join_biases import join_biases
 from .join_siblings import join_siblings
 from .narrow_tokens import narrow_tokens
+from .outline_branches import outline_branches
+from .outline_norms import outline_norms
+from .packed_attention import packed_attention
+from .skip_norms import skip_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import onnx_ir as ir
 
@@ -35,15 +43,25 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
     "join_biases": join_biases,
 }
 
+CUDA_PASSES: dict[str, Callable[[ir.Model], int]] = {
+    "flat_patches": flat_patches,
+    "outline_norms": outline_norms,
+    "outline_branches": outline_branches,
+    "skip_norms": skip_norms,
+    "packed_attention": packed_attention,
+}
 
-def rewrite(model: ir.Model) -> dict[str, int]:
-    """Run every pass in place, dropping what each leaves unused.
+
+def rewrite(
+    model: ir.Model, passes: Mapping[str, Callable[[ir.Model], int]] = PASSES
+) -> dict[str, int]:
+    """Run passes in place, dropping what each leaves unused.
 
     Returns:
         How often each pass rewrote something.
     """
     done = {}
-    for name, step in PASSES.items():
+    for name, step in passes.items():
         done[name] = step(model)
         common.RemoveUnusedNodesPass()(model)
     return done

@@ -126,6 +126,15 @@ def shaped(value: ir.Value, like: ir.Value, last: int) -> ir.Value:
     return value
 
 
+def alike(value: ir.Value, like: ir.Value) -> ir.Value:
+    """Give `value` the type and shape of `like`, as far as they are known."""
+    if like.dtype is not None:
+        value.dtype = like.dtype
+    if like.shape is not None:
+        value.shape = ir.Shape(list(like.shape))
+    return value
+
+
 def leading(value: ir.Value) -> list[int | str] | None:
     """All axes but the last, by size or name; None where one is unknown."""
     if value.shape is None:

@@ -1,29 +1,37 @@
 """ONNX Runtime: the engine file is the ONNX model; the session asserts its provider.
 
 ONNX Runtime falls back to another provider with only a printed line. Here the provider that was
-asked for is the one that runs, or opening fails.
+asked for is the one that runs, or opening fails. On a CUDA device the bank lives there, and `bind`
+keeps inputs and outputs of one batch size there too, for runs that copy nothing (IO binding) and, with
+`cuda_graph`, launch all kernels at once. float32 products are float32: TF32 is a precision of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
 from ...merge.errors import IncompatibleArtefact, MissingDependency, UsageError
-from ..engine import LOGITS, TASK, by_name, is_row_input
+from ..engine import CPU, LOGITS, TASK, by_name, is_row_input
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from ..engine import Rows
+    from ..engine import Device, Rows
 
+GRAPHS = itertools.count(
+    1
+)  # numbers of recorded CUDA graphs; a graph belongs to the memory of one batch
+BFLOAT16 = 16  # in onnx.TensorProto.DataType
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -33,27 +41,38 @@ class OnnxRuntimeSession:
     def __init__(
         self,
         model: Path | bytes,
+        device: Device = CPU,
         *,
-        provider: str = "cpu",
-        threads: int | None = None,
-        bank: Mapping[str, NDArray[np.float32]] | None = None,
+        bank: Mapping[str, NDArray[Any]] | None = None,
+        tf32: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         """Open a model.
 
         Args:
             model: Path or serialised bytes.
-            provider: A key of `PROVIDERS`.
-            threads: Threads inside one operator; None lets the runtime choose.
+            device: Its provider is a key of `PROVIDERS`.
             bank: Task tensors by input name, for an engine whose bank is an input.
+            tf32: Let the device round float32 products to TF32.
+            cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
+                runs through `bind` alone.
 
         Raises:
-            UsageError: Unknown provider name.
+            UsageError: Unknown provider name, or an option that the provider does not have.
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The model cannot be loaded, or the bank is not the engine's.
         """
+        provider, threads, kernels = device.provider, device.threads, device.kernels
         if provider not in PROVIDERS:
             raise UsageError("unknown provider", wanted=sorted(PROVIDERS), found=provider)
+        if provider != "cuda" and (tf32 or cuda_graph or kernels):
+            raise UsageError(
+                "TF32, CUDA graphs and fused kernels are the CUDA provider's",
+                found=f"provider {provider}",
+                do="use --provider cuda, or leave them out",
+            )
         self.provider = PROVIDERS[provider]
+        self.device = provider
         if self.provider not in ort.get_available_providers():
             raise MissingDependency(
                 f"ONNX Runtime has no {self.provider}",
@@ -68,11 +87,21 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
         if threads:
             options.intra_op_num_threads = threads
+        settings: list[Any] = [self.provider]
+        if provider == "cuda":
+            settings = [
+                (
+                    self.provider,
+                    {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))},
+                )
+            ]
+        if kernels is not None:
+            _register(options, kernels)
         try:
             self._session = ort.InferenceSession(
                 str(model) if not isinstance(model, bytes) else model,
                 options,
-                providers=[self.provider],
+                providers=settings,
             )
         except Exception as cause:
             raise IncompatibleArtefact(
@@ -89,7 +118,9 @@ class OnnxRuntimeSession:
                 found=running,
                 do="run `utune-deploy doctor` to see what the provider lacks",
             )
-        names = [entry.name for entry in self._session.get_inputs()]
+        self._types = {entry.name: _numpy_type(entry.type) for entry in self._session.get_inputs()}
+        names = list(self._types)
+        self.cuda_graph = cuda_graph
         self.mixes_tasks = TASK in names
         self._row_names = [name for name in names if is_row_input(name)]
         self._bank_names = frozenset(names) - {TASK, *self._row_names}
@@ -105,15 +136,30 @@ class OnnxRuntimeSession:
         """See `Session.run`."""
         feeds = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            for name, array in by_name(inputs, self._row_names).items()
+            for name, array in self._feeds(inputs, task).items()
         }
+        return self._session.run_with_ort_values([LOGITS], {**feeds, **self._bank})[0].numpy()
+
+    def bind(self, inputs: Rows, task: NDArray[np.int64] | None = None) -> OnnxRuntimeBound:
+        """See `Session.bind`."""
+        feeds = self._feeds(inputs, task)
+        rows = len(next(iter(feeds.values())))
+        shape = [rows, *self._session.get_outputs()[0].shape[1:]]
+        if not all(isinstance(size, int) for size in shape):
+            raise UsageError(
+                "the answer's shape is not known before it runs", where=LOGITS, found=shape
+            )
+        return OnnxRuntimeBound(self._session, feeds, self._bank, shape, self.device)
+
+    def _feeds(self, inputs: Rows, task: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+        feeds = by_name(inputs, self._row_names)
         if self.mixes_tasks:
             if task is None:
                 raise UsageError("a multi-task engine needs a task row per image")
-            feeds[TASK] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(task))
-        return self._session.run_with_ort_values([LOGITS], {**feeds, **self._bank})[0].numpy()
+            feeds[TASK] = task
+        return feeds
 
-    def replace_bank(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    def replace_bank(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """See `Session.replace_bank`."""
         if set(tensors) != self._bank_names:
             raise IncompatibleArtefact(
@@ -121,13 +167,90 @@ class OnnxRuntimeSession:
                 wanted=sorted(self._bank_names) or "no bank: the tensors are constants",
                 found=sorted(tensors),
             )
-        self._bank = {  # copies: on the CPU an OrtValue shares the array's memory
-            name: ort.OrtValue.ortvalue_from_numpy(np.array(value, order="C"))
-            for name, value in tensors.items()
+        for name, value in tensors.items():
+            if value.dtype != self._types[name]:
+                raise IncompatibleArtefact(
+                    "a tensor of the bank has another type than the engine reads",
+                    where=name,
+                    wanted=self._types[name],
+                    found=value.dtype,
+                )
+        # copies: on the CPU an OrtValue shares the array's memory
+        self._bank = {
+            name: _on_device(np.array(v, order="C"), self.device) for name, v in tensors.items()
         }
 
 
+class OnnxRuntimeBound:
+    """See `engine.Bound`."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        feeds: Mapping[str, NDArray[Any]],
+        bank: Mapping[str, ort.OrtValue],
+        shape: Sequence[int],
+        device: str,
+    ) -> None:
+        self._session = session
+        self._inputs = {
+            name: _on_device(np.array(array, order="C"), device) for name, array in feeds.items()
+        }
+        self._answer = _on_device(np.zeros(shape, np.float32), device)
+        self._binding = session.io_binding()
+        for name, value in {**self._inputs, **bank}.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(LOGITS, self._answer)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(next(GRAPHS)))
+
+    def feed(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """See `engine.Bound`."""
+        for name, array in inputs.items():
+            self._inputs[name].update_inplace(np.ascontiguousarray(array))
+
+    def run(self) -> None:
+        """See `engine.Bound`."""
+        self._session.run_with_iobinding(self._binding, self._options)
+
+    def fetch(self) -> NDArray[np.float32]:
+        """See `engine.Bound`."""
+        return np.array(self._answer.numpy())  # a copy: on the CPU it is the memory itself
+
+
 open_session = OnnxRuntimeSession
+
+
+def _register(options: ort.SessionOptions, kernels: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(kernels))
+    except Exception as cause:
+        raise MissingDependency(
+            "the library of fused kernels cannot be loaded",
+            where=kernels,
+            found=str(cause).splitlines()[0],
+            do="build it for this machine: python -m utune_deploy.export.kernels",
+        ) from cause
+
+
+def _on_device(array: NDArray[Any], device: str) -> ort.OrtValue:
+    """An array where the provider computes."""
+    if array.dtype == ml_dtypes.bfloat16:  # numpy has no such type of its own
+        host = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+        if device == "cpu":
+            return host
+        there = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), BFLOAT16, device, 0)  # type: ignore[arg-type]
+        there.update_inplace(host)
+        return there
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _numpy_type(name: str) -> np.dtype[Any]:
+    """Of ONNX Runtime's `tensor(float16)`."""
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    if inner == "bfloat16":
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
 
 
 def _preload_cuda() -> None:

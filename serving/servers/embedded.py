@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import uvicorn
 
+from ...export.engine import CPU
 from ..batcher import Batcher
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
     from ...export.bundle import Bundle
+    from ...export.engine import Device
     from ..registry import Registry
 
 MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request out and says why
@@ -42,8 +44,7 @@ def serve_embedded(
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
-    provider: str = "cpu",
-    threads: int | None = None,
+    device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
     on_ready: Callable[[Addresses], None] | None = None,
 ) -> None:
@@ -54,8 +55,7 @@ def serve_embedded(
         host: Address to listen on.
         http_port: Port of HTTP; 0 picks a free one.
         grpc_port: Port of gRPC; 0 picks a free one.
-        provider: Execution provider of the engine, `cpu` or `cuda`.
-        threads: Threads inside one operator; None lets the runtime choose.
+        device: Where the engine runs.
         max_delay_ms: Longest that a request waits for company.
         on_ready: Called once, when requests are answered.
 
@@ -64,7 +64,7 @@ def serve_embedded(
         MissingDependency: The provider cannot be loaded.
         IncompatibleArtefact: The engine cannot be loaded or served.
     """
-    service = Service.open(bundle, provider=provider, threads=threads)
+    service = Service.open(bundle, device)
 
     async def until_signalled() -> None:
         with _stop_signals() as stop:

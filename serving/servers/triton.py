@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from ...export.engine import CPU
 from ...merge.errors import MissingDependency
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ...export.bundle import Bundle
+    from ...export.engine import Device
 
 LOAD_SECONDS = 120
 EXIT_SECONDS = 10
@@ -92,8 +94,7 @@ def serve_triton(
     http_port: int = 8000,
     grpc_port: int = 8001,
     metrics_port: int = 8002,
-    provider: str = "cpu",
-    threads: int | None = None,
+    device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
     load_seconds: float = LOAD_SECONDS,
     on_ready: Callable[[Addresses], None] | None = None,
@@ -107,8 +108,7 @@ def serve_triton(
         http_port: Port of HTTP; 0 picks a free one.
         grpc_port: Port of gRPC; 0 picks a free one.
         metrics_port: Port of Prometheus metrics; 0 picks a free one.
-        provider: Execution provider of the engine, `cpu` or `cuda`.
-        threads: Threads inside one operator; None lets the runtime choose.
+        device: Where the engine runs.
         max_delay_ms: Longest that a request waits for company.
         load_seconds: Longest that loading may take.
         on_ready: Called once, when requests are answered.
@@ -127,8 +127,7 @@ def serve_triton(
             http_port=http_port,
             grpc_port=grpc_port,
             metrics_port=metrics_port,
-            provider=provider,
-            threads=threads,
+            device=device,
             max_delay_ms=max_delay_ms,
             load_seconds=load_seconds,
             stopped=stopped,
@@ -150,8 +149,7 @@ def running(
     http_port: int = 0,
     grpc_port: int = 0,
     metrics_port: int = 0,
-    provider: str = "cpu",
-    threads: int | None = None,
+    device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
     load_seconds: float = LOAD_SECONDS,
     stopped: Callable[[], bool] = lambda: False,
@@ -168,8 +166,7 @@ def running(
         write_repository(
             bundle,
             folder / "models",
-            provider=provider,
-            threads=threads,
+            device=device,
             max_delay_ms=max_delay_ms,
         )
         _compile(fit, folder / "models")

@@ -112,6 +112,7 @@ def bundles(
 ) -> Callable[[str], Bundle]:
     """Exported bundles by form, each made when it is first asked for."""
     from utune_deploy.deploy.build import export_bundle
+    from utune_deploy.export.engine import Device
 
     root = tmp_path_factory.mktemp("bundles")
     made: dict[str, Bundle] = {}
@@ -126,7 +127,7 @@ def bundles(
             }[form]
             made[form] = export_bundle(
                 root / form, vit, [as_task(deltas[task]) for task in tasks],
-                max_batch=MAX_BATCH, threads=1, **settings,
+                max_batch=MAX_BATCH, device=Device(threads=1), **settings,
             )  # fmt: skip
         return made[form]
 

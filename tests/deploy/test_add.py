@@ -11,6 +11,7 @@ import pytest
 from utune_deploy.deploy import add
 from utune_deploy.deploy.add import add_tasks
 from utune_deploy.export.bundle import BANK, MANIFEST, open_bundle
+from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
 
@@ -52,8 +53,8 @@ def test_added_tasks_answer_and_the_old_ones_do_not_notice(
     assert {path.name for path in new.path.iterdir()} == {MANIFEST, "model.onnx", BANK}
     assert open_bundle(tmp_path / "grown") == new
     batch, task = images(8, seed=2), np.arange(8)
-    before = old.open_session(threads=1).run(batch, task)
-    after = new.open_session(threads=1).run(batch, task)
+    before = old.open_session(Device(threads=1)).run(batch, task)
+    after = new.open_session(Device(threads=1)).run(batch, task)
     assert np.isnan(before[6:]).all()
     np.testing.assert_array_equal(after[:6], before[:6])
     for row, delta in zip((6, 7), later, strict=True):

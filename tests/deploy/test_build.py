@@ -16,6 +16,7 @@ from utune_deploy.deploy import build
 from utune_deploy.deploy.build import Task, backbone_engine, export_bundle
 from utune_deploy.deploy.check import Evidence
 from utune_deploy.export.bundle import IDENTITY, MANIFEST, open_bundle
+from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import OPSET
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
 from utune_deploy.merge import methods
@@ -50,7 +51,7 @@ def test_one_engine_answers_for_every_kind_of_task(
 ) -> None:
     bundle = bundles(form)
     assert [task.name for task in bundle.tasks] == list(deltas)
-    session = bundle.open_session(threads=1)
+    session = bundle.open_session(Device(threads=1))
     task = np.array([5, 0, 3, 1, 4, 2, 0, 4, 3, 2, 1, 5])
     batch = images(len(task), seed=4)
     found = session.run(batch, task)
@@ -75,14 +76,15 @@ def test_an_engine_of_one_task_takes_images_only(
     bundle = bundles(form)
     assert [tensor.name for tensor in bundle.engine.inputs] == ["images"]
     given = images(batch, seed=batch)
-    found = bundle.open_session(threads=1).run(given)
+    found = bundle.open_session(Device(threads=1)).run(given)
     close(found, alone(deltas[bundle.tasks[0].name], given))
 
 
 def test_constants_and_inputs_answer_alike(bundles: Callable[[str], Bundle], images: Any) -> None:
     batch, task = images(6, seed=6), np.arange(6)
     first, second = (
-        bundles(form).open_session(threads=1).run(batch, task) for form in ("constants", "inputs")
+        bundles(form).open_session(Device(threads=1)).run(batch, task)
+        for form in ("constants", "inputs")
     )
     np.testing.assert_array_equal(first == LOWEST, second == LOWEST)
     real = first != LOWEST
@@ -99,7 +101,7 @@ def test_a_merged_engine_is_the_bare_backbone(
 
 
 def test_the_bare_backbone_answers_as_in_torch(vit: Backbone, images: Any) -> None:
-    session = OnnxRuntimeSession(backbone_engine(vit), threads=1)
+    session = OnnxRuntimeSession(backbone_engine(vit), Device(threads=1))
     with torch.no_grad():
         close(session.run(images(3)), vit.model(torch.from_numpy(images(3))).numpy())
 
@@ -193,7 +195,7 @@ def test_a_task_is_added_to_a_bank_of_inputs_without_a_rebuild(
         name: np.concatenate([value, row[name.removeprefix("bank/")][None].numpy()])
         for name, value in old.items()
     }
-    session = bundle.open_session(threads=1)
+    session = bundle.open_session(Device(threads=1))
     batch, task = images(7, seed=9), np.array([0, 1, 2, 3, 4, 5, 6])
     before = session.run(batch, task)
     assert np.isnan(before[6]).all()
@@ -239,7 +241,7 @@ def test_a_task_without_room_in_the_bank_is_refused(
 def traced(vit: Backbone, deltas: dict[str, Delta], sites_of: Any) -> bytes:
     """The graph of the merged `lora` task, as it is traced."""
     plan = build.make_plan([deltas["lora"]], vit)
-    model, _, _ = build._graph(plan, vit, [deltas["lora"]], sites_of(vit))
+    model, _, _ = build._graph(plan, vit, [deltas["lora"]], sites_of(vit), "fp32")
     return ir.to_proto(model).SerializeToString()
 
 
@@ -262,7 +264,7 @@ def export(
             tmp_path / "out",
             vit,
             [as_task(deltas["lora"])],
-            **{"max_batch": 2, "threads": 1, **settings},
+            **{"max_batch": 2, "device": Device(threads=1), **settings},
         )
 
     monkeypatch.setattr(build, "_graph", graph)

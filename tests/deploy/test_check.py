@@ -15,6 +15,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from utune_deploy.deploy.check import Evidence, check_engine, require_tasks
+from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.errors import IncompatibleArtefact
 
@@ -49,7 +50,7 @@ def check(
         bundle = bundles(form)
         settings: dict[str, Any] = {
             "mixes": bundle.mode == "multi", "bank": bundle.read_bank(), "max_batch": 6,
-            "evidence": Evidence(), "threads": 1,
+            "evidence": Evidence(), "device": Device(threads=1),
         }  # fmt: skip
         tasks: Sequence[Delta] = changes.pop("deltas", [deltas[task.name] for task in bundle.tasks])
         return check_engine(
@@ -141,19 +142,19 @@ def test_a_right_engine_passes(form: str, check: Callable[..., Verdict]) -> None
 
 def test_real_pictures_are_compared_besides(check: Callable[..., Verdict], images: Any) -> None:
     verdict = check(form="merged", evidence=Evidence(images={"lora": images(2, seed=8)}))
-    assert verdict.passed
+    assert verdict.passed, verdict.failures
     assert sum("real images" in c.name for c in verdict.comparisons) == 4
 
 
 def test_a_batch_of_one_has_nothing_to_isolate(check: Callable[..., Verdict]) -> None:
     verdict = check(form="merged", max_batch=1)
-    assert verdict.passed
+    assert verdict.passed, verdict.failures
     assert [c.name for c in verdict.comparisons] == ["parity, batch 1, seeded noise", LIVENESS]
 
 
 def test_every_tensor_may_be_tried(check: Callable[..., Verdict], deltas: dict[str, Delta]) -> None:
     verdict = check(form="merged", evidence=Evidence(every_tensor=True))
-    assert verdict.passed
+    assert verdict.passed, verdict.failures
     count = sum(len(named) for named in deltas["lora"].tensors.values())
     note = verdict.comparisons[-1].note
     assert verdict.comparisons[-1].rows == count

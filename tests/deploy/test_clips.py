@@ -15,6 +15,7 @@ from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.deploy.check import Evidence
 from utune_deploy.deploy.pictures import read_folder, read_rows
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.architectures.video_swin import VideoSwin
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import wrap
@@ -84,7 +85,7 @@ def bundle(
         [as_task(delta) for delta in deltas.values()],
         max_batch=MAX_BATCH,
         evidence=Evidence(images=read_folder(videos, wanted)),
-        threads=1,
+        device=Device(threads=1),
     )
 
 
@@ -160,7 +161,12 @@ def test_the_bundle_says_that_it_reads_clips(bundle, deltas):
     assert bundle.engine.inputs[0].shape == ("batch", 3, 4, 14, 20)
     assert [task.preprocessing.clip for task in bundle.tasks] == [Clip(4, 2, 3)] * 2
     assert any("real images" in c["name"] for c in bundle.check["comparisons"])
-    assert Service.open(bundle, threads=1).registry.inputs["images"].shape[1:] == (3, 4, 14, 20)
+    assert Service.open(bundle, Device(threads=1)).registry.inputs["images"].shape[1:] == (
+        3,
+        4,
+        14,
+        20,
+    )
 
 
 def test_predict_averages_the_logits_of_all_views(
@@ -217,7 +223,7 @@ def test_a_benchmark_of_clips(bundle):
 
     settings = Settings(warmup_rounds=1, min_rounds=2, min_seconds=0.1)
     report = bench(
-        bundle, [], batches=[2], mixes=["uniform"], provider="cpu", threads=1, settings=settings
+        bundle, [], batches=[2], mixes=["uniform"], device=Device(threads=1), settings=settings
     )
     assert report.about.image_shape == (3, 4, 14, 20)
     assert ("clip", "3 x 4 x 14 x 20") in report.about.facts

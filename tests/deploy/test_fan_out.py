@@ -28,6 +28,7 @@ from utune_deploy.export.bundle import (
     open_bundle,
     write_manifest,
 )
+from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, serialise, trace
 from utune_deploy.merge import methods
 from utune_deploy.merge.attach import attach
@@ -228,7 +229,7 @@ def test_every_answer_of_a_call_is_compared(
         engine = serialise(trace(kind(vit, groups).eval(), Inputs(vit.example(2))), {})
         verdicts[kind] = check_engine(
             engine, vit, deltas, sites_of(vit),
-            mixes=False, fans=True, bank={}, max_batch=3, evidence=Evidence(), threads=1,
+            mixes=False, fans=True, bank={}, max_batch=3, evidence=Evidence(), device=Device(threads=1),
         )  # fmt: skip
     assert verdicts[FanOut].passed
     assert "every task of every row" in [c.name for c in verdicts[Shifted].failures]
@@ -385,7 +386,7 @@ def served(bundle: Path) -> Iterator[Callable[..., dict[str, np.ndarray]]]:
 
     async def serve() -> None:
         box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
-        async with running(Service.open(open_bundle(bundle), threads=1)) as addresses:
+        async with running(Service.open(open_bundle(bundle), Device(threads=1))) as addresses:
             box["http"] = addresses.http
             ready.set()
             await box["stop"].wait()

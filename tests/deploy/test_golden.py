@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
 from utune_deploy.export.passes import rewrite
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
@@ -161,7 +162,7 @@ def answers(model: torch.nn.Module, inputs: Inputs, feeds: list[np.ndarray]) -> 
     torch.set_num_threads(1)
     graph = trace(model.eval(), inputs)
     rewrite(graph)
-    session = OnnxRuntimeSession(serialise(clean(graph), {}), threads=1)
+    session = OnnxRuntimeSession(serialise(clean(graph), {}), Device(threads=1))
     return torch.from_numpy(session.run(*feeds))
 
 

@@ -13,6 +13,7 @@ import torch
 from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.deploy.check import Evidence, check_engine
 from utune_deploy.deploy.plan import make_plan
+from utune_deploy.export.engine import Device
 from utune_deploy.export.parity import compare
 from utune_deploy.merge.attach import attach, restore
 from utune_deploy.merge.backbone import create, wrap
@@ -62,7 +63,7 @@ def test_every_task_is_compared_even_where_no_batch_has_room_for_all(vit, tmp_pa
     def verdict(tensors):
         return check_engine(
             bundle.read_engine(), vit, deltas, measure(vit), mixes=True, bank=tensors,
-            max_batch=2, evidence=Evidence(), threads=1,
+            max_batch=2, evidence=Evidence(), device=Device(threads=1),
         )  # fmt: skip
 
     assert verdict(bank).passed
@@ -86,7 +87,7 @@ def test_a_loud_task_does_not_hide_the_error_of_a_quiet_one(vit, tmp_path: Path)
             bank[name][1] *= 1.002
     verdict = check_engine(
         bundle.read_engine(), vit, [loud, quiet], measure(vit), mixes=True, bank=bank,
-        max_batch=4, evidence=Evidence(), threads=1,
+        max_batch=4, evidence=Evidence(), device=Device(threads=1),
     )  # fmt: skip
     assert any(c.name.startswith("parity") for c in verdict.failures)
     assert compare("alone", np.ones((1, 2)), np.ones((1, 2)), 1e-6).passed

@@ -29,7 +29,7 @@ from utune_deploy.export.bundle import (
     tasks_digest,
     write_manifest,
 )
-from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Tensor
+from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Device, Tensor
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.preprocessing import Preprocessing
 
@@ -122,7 +122,7 @@ def test_a_bundle_reads_back_as_it_was_written(
     assert bundle == written
     assert bundle.read_engine() == (written.path / "model.onnx").read_bytes()
     assert set(bundle.read_bank()) == (set(tiny_bank(1)) if bank == "inputs" else set())
-    session = bundle.open_session(threads=1)
+    session = bundle.open_session(Device(threads=1))
     assert session.metadata[IDENTITY] == bundle.identity
     tensors, images = tiny_bank(2, seed=1), pictures(2)
     wanted = images.reshape(2, 1, -1) @ tensors["bank/head/weight"] + tensors["bank/head/bias"]
@@ -195,7 +195,7 @@ def test_a_second_engine_reads_back_and_opens(write: Callable[..., Bundle]) -> N
         FAN_OUT_FILE,
         "model.onnx",
     ]
-    assert bundle.open_fan_out(threads=1).metadata[IDENTITY] == bundle.identity
+    assert bundle.open_fan_out(Device(threads=1)).metadata[IDENTITY] == bundle.identity
     assert plain.engine_of_all is None
     with pytest.raises(UsageError, match="no engine that answers every task") as caught:
         plain.open_fan_out()
@@ -205,7 +205,7 @@ def test_a_second_engine_reads_back_and_opens(write: Callable[..., Bundle]) -> N
 def test_the_only_engine_may_be_the_one_of_all_tasks(write: Callable[..., Bundle]) -> None:
     bundle = open_bundle(write("b", change=lambda b: replace(b, mode=FAN_OUT)).path)
     assert bundle.engine_of_all == bundle.engine
-    assert bundle.open_fan_out(threads=1).metadata[IDENTITY] == bundle.identity
+    assert bundle.open_fan_out(Device(threads=1)).metadata[IDENTITY] == bundle.identity
 
 
 def test_a_second_engine_of_constants_binds_the_tasks_even_where_the_bank_is_an_input(

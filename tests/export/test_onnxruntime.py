@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from utune_deploy.export.engine import Device
 from utune_deploy.export.targets import TARGETS, target
 from utune_deploy.export.targets.onnxruntime import PROVIDERS
 from utune_deploy.merge.errors import IncompatibleArtefact, MissingDependency, UsageError
@@ -50,7 +51,7 @@ def test_a_target_outside_the_table_is_a_usage_error() -> None:
 
 def test_rows_answer_with_their_own_task(opens, tiny_engine, tiny_bank, pictures) -> None:
     bank = tiny_bank(TASKS)
-    session = opens(tiny_engine(bank, {"utune.identity": "me"}), threads=1)
+    session = opens(tiny_engine(bank, {"utune.identity": "me"}), Device(threads=1))
     assert session.provider == "CPUExecutionProvider"
     assert session.metadata == {"utune.identity": "me"}
     for batch in (1, 2, 3, 17):
@@ -99,7 +100,7 @@ def test_a_multi_task_engine_refuses_images_without_rows(
 
 def test_an_unknown_provider_is_a_usage_error(opens, tiny_engine, tiny_bank) -> None:
     with pytest.raises(UsageError, match="unknown provider") as caught:
-        opens(tiny_engine(tiny_bank(1)), provider="tpu")
+        opens(tiny_engine(tiny_bank(1)), Device("tpu"))
     assert caught.value.exit_code == 2
     assert caught.value.details == {"wanted": str(sorted(PROVIDERS)), "found": "tpu"}
 
@@ -109,7 +110,7 @@ def test_a_provider_that_the_runtime_was_built_without_is_a_missing_dependency(
 ) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(MissingDependency, match="has no CUDAExecutionProvider") as caught:
-        opens(tiny_engine(tiny_bank(1)), provider="cuda")
+        opens(tiny_engine(tiny_bank(1)), Device("cuda"))
     assert caught.value.exit_code == 5
     assert "doctor" in caught.value.details["do"]
 
@@ -122,7 +123,7 @@ def test_a_provider_that_cannot_load_is_a_missing_dependency_and_never_another_o
         pytest.skip("CUDA loads on this machine")
     capfd.readouterr()
     with pytest.raises(MissingDependency) as caught:
-        opens(engine, provider="cuda")
+        opens(engine, Device("cuda"))
     assert caught.value.exit_code == 5
     assert capfd.readouterr().out == ""
 
@@ -132,7 +133,7 @@ def test_cuda_runs_on_cuda_and_agrees_with_the_cpu(opens, tiny_engine, tiny_bank
     engine = tiny_engine(tiny_bank(TASKS))
     if not loads("cuda", engine):
         pytest.skip("CUDA does not load on this machine")
-    session = opens(engine, provider="cuda")
+    session = opens(engine, Device("cuda"))
     assert session.provider == "CUDAExecutionProvider"
     images, task = pictures(5), np.arange(5) % TASKS
     np.testing.assert_allclose(
@@ -220,7 +221,7 @@ class TestBankOfInputs:
 
 
 def test_threads_get_their_own_rows(opens, tiny_engine, tiny_bank, pictures) -> None:
-    session = opens(tiny_engine(tiny_bank(TASKS)), threads=1)
+    session = opens(tiny_engine(tiny_bank(TASKS)), Device(threads=1))
     cases = [(pictures(n), np.arange(n) % TASKS) for n in range(1, 17)]
     wanted = [session.run(*case) for case in cases]
     with ThreadPoolExecutor(8) as pool:
@@ -233,7 +234,7 @@ def test_a_call_sees_one_bank_while_another_thread_replaces_it(
     opens, tiny_engine, tiny_bank, pictures
 ) -> None:
     banks = [tiny_bank(TASKS, seed) for seed in range(2)]
-    session = opens(tiny_engine(), bank=banks[0], threads=1)
+    session = opens(tiny_engine(), Device(threads=1), bank=banks[0])
     images, task = pictures(6), np.arange(6) % TASKS
     right = []
     for bank in banks:

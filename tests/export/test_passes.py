@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from utune_deploy.export.engine import IMAGES, LOGITS
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
-from utune_deploy.export.passes import PASSES, rewrite
+from utune_deploy.export.passes import CUDA_PASSES, PASSES, rewrite
 from utune_deploy.merge import methods
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.bank import stack
@@ -154,7 +154,7 @@ def apply(run_onnx: Callable[..., list[np.ndarray]]) -> Callable[[ir.Model, str]
         given = feeds(model)
         before = run_onnx(model, given)
         untouched = text(model)
-        times = PASSES[name](model)
+        times = {**PASSES, **CUDA_PASSES}[name](model)
         if not times:
             assert text(model) == untouched
         common.RemoveUnusedNodesPass()(model)
@@ -164,7 +164,7 @@ def apply(run_onnx: Callable[..., list[np.ndarray]]) -> Callable[[ir.Model, str]
             assert found.shape == wanted.shape
             np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT * np.abs(wanted).max())
         again = text(model)
-        assert PASSES[name](model) == 0
+        assert {**PASSES, **CUDA_PASSES}[name](model) == 0
         assert text(model) == again
         return times
 
@@ -179,8 +179,8 @@ def traced(module: nn.Module) -> ir.Model:
 
 
 def test_the_cases_below_cover_every_pass() -> None:
-    assert set(APPLIES) == set(PASSES)
-    assert set(LEFT_ALONE) == set(PASSES)
+    assert set(APPLIES) == {*PASSES, "flat_patches"}  # the other CUDA_PASSES: test_cuda_passes.py
+    assert set(LEFT_ALONE) == set(APPLIES)
 
 
 def linear(x: str, y: str, *, bias: bool = True) -> list[NODES]:
@@ -208,6 +208,13 @@ QKV = {
 }  # fmt: skip
 ROW = {"Wa": weights(8, 12), "ba": weights(12), "Wb": weights(12, 4), "bb": weights(4)}
 FIRST = ("Gather", ["a", "first"], ["y"], {"axis": 1})
+PATCHES = {"images": ["batch", 3, 6, 8]}
+PATCH = {"W": weights(5, 3, 2, 4), "b": weights(5), "flat": np.array([-1, 5, 6])}
+EMBED = [
+    ("Conv", ["images", "W", "b"], ["map"], {"strides": [2, 4]}),
+    ("Reshape", ["map", "flat"], ["row"]),
+    ("Transpose", ["row"], ["tokens"], {"perm": [0, 2, 1]}),
+]
 CUT = ("Split", ["q", "thirds"], ["q0", "q1", "q2"], {"axis": -1})
 
 
@@ -217,6 +224,13 @@ APPLIES: dict[str, dict[str, tuple[Any, int]]] = {
         "an attention with an additive mask": (lambda: Attention(mask=True), 1),
         "an attention with a scale of its own": (lambda: Attention(scale=0.3), 1),
         "two attentions in a row": (lambda: nn.Sequential(Attention(), Attention()), 2),
+    },
+    "flat_patches": {
+        "patches of a picture": ((PATCHES, [*EMBED, ("Relu", ["tokens"], ["end"])], PATCH, ["end"]), 1),
+        "without a bias": (
+            (PATCHES, [("Conv", ["images", "W"], ["map"], {"strides": [2, 4]}), *EMBED[1:], ("Relu", ["tokens"], ["end"])], PATCH, ["end"]), 1,
+        ),
+        "tokens that are an output": ((PATCHES, EMBED, PATCH, ["tokens"]), 1),
     },
     "narrow_tokens": {  # more in test_narrow_tokens.py
         "a layer in front of one token": ((X, [*linear("x", "a"), FIRST], {**AB, "first": np.array(0)}, ["y"]), 2),
@@ -312,6 +326,25 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
         "heads read before they are joined": Unjoined,
         "heads joined over the tokens": Tokenwise,
         "two tensors": TwoSources,
+    },
+    "flat_patches": {
+        "patches that overlap": (
+            {"images": ["batch", 3, 6, 8]},
+            [("Conv", ["images", "W", "b"], ["map"], {"strides": [1, 4]}), *EMBED[1:]], {**PATCH, "flat": np.array([-1, 5, 10])}, ["tokens"],
+        ),
+        "a border": (
+            {"images": ["batch", 3, 4, 8]},
+            [("Conv", ["images", "W", "b"], ["map"], {"strides": [2, 4], "pads": [1, 0, 1, 0]}), *EMBED[1:]], PATCH, ["tokens"],
+        ),
+        "pixels that are left over": ({"images": ["batch", 3, 7, 8]}, EMBED, PATCH, ["tokens"]),
+        "a map that is read, too": (PATCHES, EMBED, PATCH, ["tokens", "map"]),
+        "groups of channels": (
+            {"images": ["batch", 5, 6, 8]},
+            [("Conv", ["images", "W", "b"], ["map"], {"strides": [2, 4], "group": 5}), *EMBED[1:]], {**PATCH, "W": weights(5, 1, 2, 4)}, ["tokens"],
+        ),
+        "tokens in another order": (
+            PATCHES, [EMBED[0], EMBED[1], ("Transpose", ["row"], ["tokens"], {"perm": [2, 0, 1]})], PATCH, ["tokens"],
+        ),
     },
     "narrow_tokens": {
         "a layer that is read whole, too": (X, [*linear("x", "a"), FIRST], {**AB, "first": np.array(0)}, ["y", "a"]),

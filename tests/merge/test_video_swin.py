@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
 from utune_deploy.export.passes import rewrite
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
@@ -356,7 +357,7 @@ def test_onnx(clip, window, error):
     graph = trace(model, Inputs(clips(model, 2)))
     rewrite(graph)
     assert Counter(node.op_type for node in clean(graph).graph)["Attention"] == 4
-    session = OnnxRuntimeSession(serialise(graph, {}), provider="cpu", threads=1)
+    session = OnnxRuntimeSession(serialise(graph, {}), Device(threads=1))
     for batch in (1, 2, 5):
         images = clips(model, batch)
         with torch.no_grad():

@@ -27,7 +27,7 @@ from utune_deploy.export.bundle import (
     open_bundle,
     write_manifest,
 )
-from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Tensor
+from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Device, Tensor
 from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.serving.service import Service
 
@@ -265,7 +265,7 @@ def sentences():
 @pytest.fixture(scope="session")
 def service(bundle: Bundle) -> Service:
     """The reference: the same bundle in this process."""
-    return Service.open(bundle, threads=1)
+    return Service.open(bundle, Device(threads=1))
 
 
 @pytest.fixture(scope="session")
@@ -333,6 +333,7 @@ def child():
 import sys
 from pathlib import Path, PosixPath
 from utune_deploy.export.bundle import open_bundle
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UtuneError
 from utune_deploy.serving.servers import server
 
@@ -347,7 +348,7 @@ except UtuneError as error:
 
     @contextmanager
     def start(name: str, bundle: Bundle, **settings) -> Iterator[subprocess.Popen]:
-        # A path is written as `PosixPath(...)`; the script gives that name a meaning.
+        # A path is written as `PosixPath(...)`, a device as `Device(...)`; the script knows both names.
         process = subprocess.Popen(
             [sys.executable, "-c", script, name, str(bundle.path), repr(settings)],
             stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from utune_deploy.export.engine import Device
 from utune_deploy.serving import protocol
 from utune_deploy.serving.protocol import InputTensor, OutputRequest
 from utune_deploy.serving.registry import Registry
@@ -182,7 +183,7 @@ def test_the_metadata_lists_every_input_in_the_engines_order(text):
 
 
 def test_an_answer_without_labels_is_its_logits(arrays):
-    service = Service.open(arrays, threads=1)
+    service = Service.open(arrays, Device(threads=1))
     metadata = protocol.model_metadata(service.registry)
     assert metadata["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, 2, 5]}]
     answers = service.answer(PIXELS / 100, ["pets", "cars"])
@@ -194,7 +195,7 @@ def test_an_answer_without_labels_is_its_logits(arrays):
 
 
 def test_all_tasks_are_one_model_more(two_engines):
-    every = Service.open(two_engines, threads=1, all_tasks=True)
+    every = Service.open(two_engines, Device(threads=1), all_tasks=True)
     metadata = protocol.model_metadata(every.registry)
     assert metadata["name"] == "tiny.all"
     assert [entry["name"] for entry in metadata["inputs"]] == ["images"]

@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from utune_deploy.export.bundle import open_bundle
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.repository import config_text, write_repository
 
@@ -21,7 +22,7 @@ def _parsed(text: str):
 
 
 def test_the_configuration_parses_back(bundle):
-    config = _parsed(config_text(bundle, threads=3, max_delay_ms=2))
+    config = _parsed(config_text(bundle, device=Device(threads=3), max_delay_ms=2))
     assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 8)
     inputs = [(t.name, t.data_type, list(t.dims), t.optional) for t in config.input]
     assert inputs == [
@@ -47,7 +48,7 @@ def test_the_delay_is_never_zero(bundle):
 
 
 def test_a_gpu_engine_is_an_instance_on_the_gpu(bundle):
-    config = _parsed(config_text(bundle, provider="cuda"))
+    config = _parsed(config_text(bundle, device=Device("cuda")))
     (group,) = config.instance_group
     assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
     assert (group.count, list(group.gpus)) == (1, [0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.rejections import EngineFailed, InvalidRequest
 from utune_deploy.serving.service import Answers, Service
@@ -66,7 +67,7 @@ def test_a_mixed_batch_answers_as_each_row_alone(service, rows):
 
 def test_a_single_task_engine_takes_no_rows(single, rows):
     images, _ = rows(2)
-    answers = Service.open(single, threads=1).answer(images)
+    answers = Service.open(single, Device(threads=1)).answer(images)
     assert answers.logits.shape == (2, 3)
     assert answers.tasks == ("cars", "cars")
 
@@ -88,7 +89,7 @@ def test_the_request_that_breaks_the_engine_fails_alone(service, bundle, rows, r
 
 
 def test_counters_count_rows_by_task_and_failures(bundle, rows):
-    service = Service.open(bundle, threads=1)
+    service = Service.open(bundle, Device(threads=1))
     images, tasks = rows(4)
     service.answer(images, tasks)
     with pytest.raises(InvalidRequest):
@@ -100,7 +101,7 @@ def test_counters_count_rows_by_task_and_failures(bundle, rows):
 
 
 def test_named_inputs_are_summed_as_numpy_sums_them(text, sentences):
-    service = Service.open(text, threads=1)
+    service = Service.open(text, Device(threads=1))
     given, tasks = sentences(4), ["pets", "cars", "flowers", "pets"]
     answers = service.answer(given, tasks)
     reordered = {name: given[name] for name in reversed(given)}
@@ -113,14 +114,14 @@ def test_named_inputs_are_summed_as_numpy_sums_them(text, sentences):
 
 def test_tasks_without_labels_answer_with_arrays(arrays, rows):
     images, _ = rows(3)
-    answers = Service.open(arrays, threads=1).answer(images, ["cars", "pets", "cars"])
+    answers = Service.open(arrays, Device(threads=1)).answer(images, ["cars", "pets", "cars"])
     assert answers.logits.shape == (3, 2, 5)
     assert (answers.labels, answers.scores.shape, len(answers)) == ((), (0,), 3)
 
 
 @pytest.mark.parametrize("kind", ["two_engines", "fan_out"])
 def test_every_task_answers_every_row_as_it_answers_alone(request, service, rows, kind):
-    both = Service.open(request.getfixturevalue(kind), threads=1)
+    both = Service.open(request.getfixturevalue(kind), Device(threads=1))
     images, _ = rows(4)
     answered = both.answer_all(images)
     assert len(answered) == 4
@@ -136,14 +137,14 @@ def test_every_task_answers_every_row_as_it_answers_alone(request, service, rows
 
 def test_an_engine_of_all_tasks_answers_each_row_with_its_own(fan_out, service, rows):
     images, tasks = rows(6, seed=2)
-    picked = Service.open(fan_out, threads=1).answer(images, tasks)
+    picked = Service.open(fan_out, Device(threads=1)).answer(images, tasks)
     wanted = service.answer(images, tasks)
     np.testing.assert_allclose(picked.logits, wanted.logits, rtol=1e-5, atol=1e-4)
     assert (picked.labels, picked.tasks) == (wanted.labels, wanted.tasks)
 
 
 def test_requests_of_all_tasks_share_an_engine_call(two_engines, rows):
-    every = Service.open(two_engines, threads=1).every
+    every = Service.open(two_engines, Device(threads=1)).every
     requests = [every.registry.check(rows(count, seed=count)[0]) for count in (1, 3, 2)]
     together = every.run(requests)
     assert [len(answers) for answers in together] == [3, 9, 6]
@@ -155,18 +156,18 @@ def test_requests_of_all_tasks_share_an_engine_call(two_engines, rows):
 
 
 def test_the_second_engine_is_opened_when_it_is_asked_for(two_engines, fan_out, bundle):
-    service = Service.open(two_engines, threads=1)
+    service = Service.open(two_engines, Device(threads=1))
     assert "every" not in vars(service)
     assert service.every is service.every
     assert service.every.every is service.every
     assert service.every.session is not service.session
-    one = Service.open(fan_out, threads=1)
+    one = Service.open(fan_out, Device(threads=1))
     assert one.every.session is one.session
-    assert Service.open(bundle, threads=1).every is None
+    assert Service.open(bundle, Device(threads=1)).every is None
 
 
 def test_counters_are_per_model_and_count_rows_once(two_engines, rows):
-    service = Service.open(two_engines, threads=1)
+    service = Service.open(two_engines, Device(threads=1))
     service.answer_all(rows(4)[0])
     totals = service.every.counters.read()
     assert (totals.answered, totals.rows) == (1, 4)
@@ -176,13 +177,13 @@ def test_counters_are_per_model_and_count_rows_once(two_engines, rows):
 
 def test_a_bundle_without_an_engine_of_all_tasks_says_so(bundle, rows):
     with pytest.raises(UsageError, match="no engine that answers every task"):
-        Service.open(bundle, threads=1).answer_all(rows(1)[0])
+        Service.open(bundle, Device(threads=1)).answer_all(rows(1)[0])
     with pytest.raises(UsageError, match="no engine that answers every task"):
-        Service.open(bundle, threads=1, all_tasks=True)
+        Service.open(bundle, Device(threads=1), all_tasks=True)
 
 
 def test_named_inputs_arrays_and_all_tasks_meet_in_one_bundle(everything, sentences):
-    service = Service.open(everything, threads=1)
+    service = Service.open(everything, Device(threads=1))
     given = sentences(3)
     answered = service.answer_all(given)
     assert [answers.logits.shape for answers in answered] == [(2, 2, 3)] * 3

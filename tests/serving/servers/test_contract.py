@@ -10,6 +10,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
+from utune_deploy.export.engine import Device
 from utune_deploy.serving.servers import SERVERS
 from utune_deploy.serving.service import Service
 
@@ -19,13 +20,13 @@ CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
 @contextmanager
 def _serving(request, bundle):
     if request.param == "embedded":
-        with request.getfixturevalue("embed")(Service.open(bundle, threads=1)) as running:
+        with request.getfixturevalue("embed")(Service.open(bundle, Device(threads=1))) as running:
             yield running
     else:
         from utune_deploy.serving.servers.triton import running
 
         environment = request.getfixturevalue("triton_environment")
-        with running(bundle, environment=environment, threads=1) as process:
+        with running(bundle, environment=environment, device=Device(threads=1)) as process:
             yield process.addresses
 
 
@@ -336,7 +337,7 @@ def test_the_model_of_all_tasks_answers_each_row_with_every_task(
 ):
     images, _ = rows(4, seed=1)
     reply = _ask(front, two_models, "tiny.all", {"images": images})
-    wanted = Service.open(two_engines, threads=1).answer_all(images)
+    wanted = Service.open(two_engines, Device(threads=1)).answer_all(images)
     assert list(reply) == ["logits", "task", "label", "score"]
     assert reply["logits"].tobytes() == np.stack([a.logits for a in wanted]).tobytes()
     assert reply["score"].tobytes() == np.stack([a.scores for a in wanted]).tobytes()
@@ -426,7 +427,7 @@ def test_a_bad_request_of_all_tasks_is_refused_with_a_sentence(two_models, front
 
 def test_both_models_answer_rightly_at_once(two_models, two_engines, rows):
     wrong: list[BaseException] = []
-    reference = Service.open(two_engines, threads=1)
+    reference = Service.open(two_engines, Device(threads=1))
 
     def ask(front: str, model: str, first: int) -> None:
         try:
@@ -453,7 +454,7 @@ def test_both_models_answer_rightly_at_once(two_models, two_engines, rows):
 
 @pytest.mark.parametrize("front", FRONTS)
 def test_named_inputs_are_read_and_arrays_answered(arrays_of_text, everything, sentences, front):
-    reference = Service.open(everything, threads=1)
+    reference = Service.open(everything, Device(threads=1))
     given, tasks = sentences(3), ["flowers", "cars", "flowers"]
     reply = _ask(front, arrays_of_text, "tiny", given, tasks)
     assert list(reply) == ["logits"]

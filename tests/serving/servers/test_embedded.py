@@ -19,6 +19,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.batcher import Batcher
 from utune_deploy.serving.greeting import greeting
@@ -234,7 +235,7 @@ def test_typed_integers_of_grpc(embed, text, sentences):
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    service = Service.open(text, threads=1)
+    service = Service.open(text, Device(threads=1))
     given = sentences(1)
     with embed(service) as addresses, grpc.insecure_channel(addresses.grpc) as channel:
         request = service_pb2.ModelInferRequest(model_name="tiny")
@@ -256,7 +257,7 @@ def test_a_model_that_drains_is_unavailable_and_so_is_the_server(embed, two_engi
     monkeypatch.setattr(
         Batcher, "ready", property(lambda self: self.service.registry.name != "tiny.all")
     )
-    with embed(Service.open(two_engines, threads=1)) as addresses:
+    with embed(Service.open(two_engines, Device(threads=1))) as addresses:
         for module, url in (
             (tritonclient.http, addresses.http),
             (tritonclient.grpc, addresses.grpc),
@@ -269,7 +270,7 @@ def test_a_model_that_drains_is_unavailable_and_so_is_the_server(embed, two_engi
 
 
 def test_a_single_task_bundle_is_served_without_a_name(embed, single):
-    service = Service.open(single, threads=1)
+    service = Service.open(single, Device(threads=1))
     with embed(service) as addresses:
         client = tritonclient.grpc.InferenceServerClient(addresses.grpc)
         answer = client.infer("tiny", _grpc_inputs()[:1])
@@ -279,7 +280,7 @@ def test_a_single_task_bundle_is_served_without_a_name(embed, single):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_0_and_leaves_nothing(child, bundle, number):
-    with child("embedded", bundle, http_port=0, grpc_port=0, threads=1) as process:
+    with child("embedded", bundle, http_port=0, grpc_port=0, device=Device(threads=1)) as process:
         web, _ = process.stdout.readline().split()
         with closing(http.client.HTTPConnection(web)) as connection:
             connection.request("POST", "/v2/models/tiny/infer", _body())
@@ -316,7 +317,7 @@ def test_the_greetings_own_example_runs(embed, bundle, service):
 @pytest.mark.parametrize("kind", ["text", "arrays", "single", "fan_out", "everything"])
 def test_the_greetings_example_runs_whatever_is_served(embed, request, kind):
     bundle = request.getfixturevalue(kind)
-    with embed(Service.open(bundle, threads=1)) as addresses:
+    with embed(Service.open(bundle, Device(threads=1))) as addresses:
         text = greeting(bundle, addresses, server="embedded", provider="cpu")
         example = textwrap.dedent(text.split("<<'END'\n")[1].split("  END\n")[0])
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import tritonclient.grpc
 
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import MissingDependency, UsageError
 from utune_deploy.serving.rejections import ServerFailed
 from utune_deploy.serving.servers import server, triton
@@ -190,7 +191,9 @@ def test_stopping_the_real_one_cuts_no_request(two_engines, triton_environment):
                 break
         client.close()
 
-    with triton.running(two_engines, environment=triton_environment, threads=1) as process:
+    with triton.running(
+        two_engines, environment=triton_environment, device=Device(threads=1)
+    ) as process:
         started = [threading.Event() for _ in range(4)]
         askers = [
             threading.Thread(target=ask, args=(process.addresses.grpc, model, event))

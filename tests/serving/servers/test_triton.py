@@ -213,7 +213,7 @@ def test_stopping_the_real_one_cuts_no_request(two_engines, triton_environment):
 def test_a_signal_ends_the_real_one_with_0_and_leaves_nothing(
     child, bundle, triton_environment, number
 ):
-    settings = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "threads": 1}
+    settings = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "device": Device(threads=1)}
     before = set(Path("/dev/shm").iterdir())
     with child("triton", bundle, environment=triton_environment, **settings) as process:
         assert process.stdout.readline()

@@ -1,0 +1,1 @@
+"""The fused branches as CUDA kernels: sources of a library that `--kernels` loads, and their build."""

@@ -216,7 +216,7 @@ def test_a_signal_ends_the_real_one_with_0_and_leaves_nothing(
     settings = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "device": Device(threads=1)}
     before = set(Path("/dev/shm").iterdir())
     with child("triton", bundle, environment=triton_environment, **settings) as process:
-        assert process.stdout.readline()
+        assert process.stdout.readline(), process.stderr.read()
         family = psutil.Process(process.pid).children(recursive=True)
         assert {"tritonserver", "triton_python_b"} <= {member.name()[:15] for member in family} or (
             len(family) >= 2

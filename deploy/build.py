@@ -14,7 +14,7 @@ from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, Device
 from ..export.graph import OPSET, Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
-from ..export.passes import CUDA_PASSES, rewrite
+from ..export.passes import CPU_PASSES, CUDA_PASSES, rewrite
 from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, retype, to_half
 from ..merge.attach import restore
@@ -242,9 +242,8 @@ def finish(model: ir.Model, precision: str) -> Finished:
     rewritten = rewrite(model)
     clean(model)
     typing = retype(model, precision)
-    if precision in ON_CUDA:
-        rewritten |= rewrite(model, CUDA_PASSES)
-        common.TopologicalSortPass()(model)
+    rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
+    common.TopologicalSortPass()(model)
     return Finished(rewritten, typing)
 
 

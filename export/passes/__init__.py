@@ -7,8 +7,8 @@ The order: `flat_heads` looks for what the exporter wrote, so it comes first. `n
 `collapse_linears`: a pick behind two layers then stands in front of both. The joins come last: they
 hide a layer in wider weights, where neither would see it, and judge by the tokens that are left.
 
-`CUDA_PASSES` come after all of these and after the typing pass, for engines of ONNX Runtime on a CUDA
-device: they write the nodes that its fused kernels, and ours, stand for.
+`CPU_PASSES` or `CUDA_PASSES` come after all of these and after the typing pass, for engines of ONNX Runtime
+on that device. The latter write the nodes that its fused kernels, and ours, stand for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .narrow_tokens import narrow_tokens
 from .outline_branches import outline_branches
 from .outline_norms import outline_norms
 from .packed_attention import packed_attention
+from .row_biases import row_biases
 from .skip_norms import skip_norms
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
     "join_added": join_added,
     "join_biases": join_biases,
 }
+
+CPU_PASSES: dict[str, Callable[[ir.Model], int]] = {"row_biases": row_biases}
 
 CUDA_PASSES: dict[str, Callable[[ir.Model], int]] = {
     "flat_patches": flat_patches,

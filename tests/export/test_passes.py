@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from utune_deploy.export.engine import IMAGES, LOGITS
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
-from utune_deploy.export.passes import CUDA_PASSES, PASSES, rewrite
+from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, PASSES, rewrite
 from utune_deploy.merge import methods
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.bank import stack
@@ -154,7 +154,7 @@ def apply(run_onnx: Callable[..., list[np.ndarray]]) -> Callable[[ir.Model, str]
         given = feeds(model)
         before = run_onnx(model, given)
         untouched = text(model)
-        times = {**PASSES, **CUDA_PASSES}[name](model)
+        times = ALL[name](model)
         if not times:
             assert text(model) == untouched
         common.RemoveUnusedNodesPass()(model)
@@ -164,7 +164,7 @@ def apply(run_onnx: Callable[..., list[np.ndarray]]) -> Callable[[ir.Model, str]
             assert found.shape == wanted.shape
             np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT * np.abs(wanted).max())
         again = text(model)
-        assert {**PASSES, **CUDA_PASSES}[name](model) == 0
+        assert ALL[name](model) == 0
         assert text(model) == again
         return times
 
@@ -179,7 +179,11 @@ def traced(module: nn.Module) -> ir.Model:
 
 
 def test_the_cases_below_cover_every_pass() -> None:
-    assert set(APPLIES) == {*PASSES, "flat_patches"}  # the other CUDA_PASSES: test_cuda_passes.py
+    assert set(APPLIES) == {
+        *PASSES,
+        *CPU_PASSES,
+        "flat_patches",
+    }  # the other CUDA_PASSES: test_cuda_passes.py
     assert set(LEFT_ALONE) == set(APPLIES)
 
 
@@ -190,9 +194,11 @@ def linear(x: str, y: str, *, bias: bool = True) -> list[NODES]:
     return [("MatMul", [x, f"W{y}"], [f"{y}_"]), ("Add", [f"{y}_", f"b{y}"], [y])]
 
 
+ALL = {**PASSES, **CPU_PASSES, **CUDA_PASSES}
 X = {"x": ["batch", N, 8]}
 XT = {"x": ["batch", N, 8], "t": ["batch", N, 2]}
 XY = {"x": ["batch", N, 4], "y": ["batch", N, 4]}
+XYU = {**XY, "u": ["batch", 1, 4]}
 AB = {"Wa": weights(8, 3), "ba": weights(3), "Wb": weights(8, 4), "bb": weights(4)}
 SUM = {
     "Wa": weights(8, 16),
@@ -302,6 +308,24 @@ APPLIES: dict[str, dict[str, tuple[Any, int]]] = {
                 ],
                 BC, ["end"],
             ), 2,
+        ),
+    },
+    "row_biases": {
+        "a bias of the row beside a constant": (
+            (XYU, [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end"]), 1,
+        ),
+        "in front": (
+            (XYU, [("Add", ["u", "x"], ["p"]), ("Add", ["c", "y"], ["q"]), ("Add", ["q", "p"], ["s"]), *ENDS], BC, ["end"]), 1,
+        ),
+        "two of the row": (
+            ({**XYU, "w": ["batch", 1, 4]}, [("Add", ["x", "w"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], {}, ["end"]), 1,
+        ),
+        "products whose shape the exporter left off": (
+            (
+                {"x": ["batch", N, 8], **{k: XYU[k] for k in "yu"}},
+                [("MatMul", ["x", "W"], ["m"]), ("Add", ["m", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS],
+                {"W": weights(8, 4), "b": weights(4)}, ["end"],
+            ), 1,
         ),
     },
 }  # fmt: skip
@@ -450,6 +474,31 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
         "a constant that is an input": (
             {**XY, "c": [4]}, [("Add", ["x", "b"], ["u"]), ("Add", ["y", "c"], ["v"]), ("Add", ["u", "v"], ["s"]), *ENDS],
             {"b": weights(4)}, ["end"],
+        ),
+    },
+    "row_biases": {
+        "two constants": (XY, [("Add", ["x", "b"], ["p"]), ("Add", ["y", "c"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end"]),
+        "one side": (XYU, [("Add", ["x", "u"], ["p"]), ("Add", ["p", "y"], ["s"]), *ENDS], {}, ["end"]),
+        "a side that is read elsewhere": (
+            XYU,
+            [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS, ("Relu", ["q"], ["r"])],
+            BC, ["end", "r"],
+        ),
+        "a side that is an output": (
+            XYU, [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end", "q"],
+        ),
+        "an output": (XYU, [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"])], BC, ["s"]),
+        "one side twice": (XYU, [("Add", ["x", "u"], ["p"]), ("Add", ["p", "p"], ["s"]), *ENDS], {}, ["end"]),
+        "a value per token": (
+            {**XY, "u": ["batch", N, 4]}, [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end"],
+        ),
+        "one token": (
+            {"x": ["batch", 1, 4], "y": ["batch", 1, 4], "u": ["batch", 1, 4]},
+            [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end"],
+        ),
+        "two axes": (
+            {"x": ["batch", 4], "y": ["batch", 4], "u": ["batch", 4]},
+            [("Add", ["x", "b"], ["p"]), ("Add", ["y", "u"], ["q"]), ("Add", ["p", "q"], ["s"]), *ENDS], BC, ["end"],
         ),
     },
 }  # fmt: skip

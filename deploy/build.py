@@ -17,7 +17,7 @@ from ..export.macs import macs
 from ..export.passes import CPU_PASSES, CUDA_PASSES, rewrite
 from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, retype, to_half
-from ..merge.attach import restore
+from ..merge.attach import answer_shapes
 from ..merge.backbone import create
 from ..merge.bank import Bank, stack
 from ..merge.delta import Delta, require_backbone
@@ -281,22 +281,20 @@ def require_one_kind_of_answer(labels: Sequence[tuple[str, ...]]) -> None:
         )
 
 
-def _width(delta: Delta, backbone: Backbone, sites: Sites) -> int | None:
+def _width(delta: Delta, answer: tuple[int, ...]) -> int | None:
     """How many values a task without labels answers with; None with labels, which say it.
 
     Raises:
         IncompatibleArtefact: A task with labels answers with several vectors per row.
     """
-    with torch.no_grad():
-        answer = restore(backbone, delta, sites).eval()(*backbone.draw())
     if not delta.labels:
-        return answer.shape[-1]
-    if answer.dim() != 2:
+        return answer[-1]
+    if len(answer) != 1:
         raise IncompatibleArtefact(
             "a task with labels answers with several vectors per row",
             where=f"task {delta.task}",
             wanted="[B, K], K labels",
-            found=list(answer.shape),
+            found=["B", *answer],
             do="train it without labels: attach(..., classes=None)",
         )
     return None
@@ -416,6 +414,7 @@ def manifest_tasks(
     Raises:
         IncompatibleArtefact: A task with labels answers with several vectors per row.
     """
+    answers = answer_shapes(backbone, [t.delta for t in tasks], sites)
     return tuple(
         bundles.Task(
             t.delta.task,
@@ -423,9 +422,9 @@ def manifest_tasks(
             t.delta.labels,
             t.delta.preprocessing,
             t.digest,
-            _width(t.delta, backbone, sites),
+            _width(t.delta, answer),
         )
-        for row, t in enumerate(tasks, start=first)
+        for row, (t, answer) in enumerate(zip(tasks, answers, strict=True), start=first)
     )
 
 

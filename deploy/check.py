@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from ..export.engine import CPU
 from ..export.parity import Comparison, Verdict, budget, compare, floor, relative_error
 from ..export.precision import HALF
 from ..export.targets.onnxruntime import OnnxRuntimeSession
-from ..merge.attach import restore
+from ..merge.attach import answer_shapes, restore
 from ..merge.backbone import dtype_of
 from ..merge.errors import IncompatibleArtefact, MissingDependency
 from ..merge.inputs import IMAGES
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import nn
 
     from ..export.bundle import Bundle
     from ..export.engine import Device, Session
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 ODD = 3
 LOOKS = 4  # images that liveness looks at: a ReLU may be silent on one of them
+ISOLATED = 8  # tasks that are asked while others hold garbage
+KEPT = 8  # tasks whose torch models are kept at hand: one of many takes as much as its delta, three times
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 
@@ -176,24 +180,22 @@ class _Check:
         self.mixes, self.bank, self.max_batch = mixes, bank, max_batch
         self.evidence, self.device, self.precision = evidence, device, precision
         self.session = self.open(engine, bank)
-        self.models = [restore(backbone, delta, sites).eval() for delta in deltas]
-        double = copy.deepcopy(backbone.model).double()
-        self.exact = [_in(torch.float64, model, double) for model in self.models]
-        self.typed = self.models  # torch in the engine's precision
+        self.double = copy.deepcopy(backbone.model).double()
+        self.half: nn.Module | None = None
         if precision in HALF:
             half = torch.float16 if precision == "fp16" else torch.bfloat16
-            trunk = copy.deepcopy(backbone.model).to(half)
-            self.typed = [_in(half, model, trunk) for model in self.models]
+            self.half = copy.deepcopy(backbone.model).to(half)
+        self.torch = lru_cache(KEPT)(self.task_in_torch)
         self.cases: dict[tuple[int, bool], _Case] = {}
-        self.inner: tuple[int, ...] = ()  # axes of an answer between the row and its values
-        self.classes = [self.width(model) for model in self.models]
+        shapes = answer_shapes(backbone, deltas, sites)
+        self.inner = shapes[0][:-1]  # axes of an answer between the row and its values
+        self.classes = [shape[-1] for shape in shapes]
 
-    def width(self, model: Tuned) -> int:
-        """How many values a task answers with."""
-        with torch.no_grad():
-            answer = model(*self.backbone.draw(1))
-        self.inner = tuple(answer.shape[1:-1])
-        return answer.shape[-1]
+    def task_in_torch(self, number: int) -> _Torch:
+        """One task over the shared trunks."""
+        model = restore(self.backbone, self.deltas[number], self.sites).eval()
+        typed = model if self.half is None else _in(dtype_of(self.half), model, self.half)
+        return _Torch(model, _in(torch.float64, model, self.double), typed)
 
     def open(self, engine: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
         return OnnxRuntimeSession(engine, self.device, bank=bank, tf32=self.precision == "tf32")
@@ -241,15 +243,18 @@ class _Check:
                 used[number] += 1
         return {IMAGES: images}
 
-    def reference(self, inputs: Rows, task: NDArray[np.int64], models: Sequence[Tuned]) -> NDArray:
-        """Torch's logits `[B, ..., K]`, task by task; absent classes hold 0."""
-        logits = np.zeros((len(task), *self.inner, max(self.classes)), dtype=np.float64)
+    def reference(self, inputs: Rows, task: NDArray[np.int64], *names: str) -> list[NDArray]:
+        """Torch's logits `[B, ..., K]`, task by task, of some fields of `_Torch`; absent classes hold 0."""
+        shape = (len(task), *self.inner, max(self.classes))
+        logits = {name: np.zeros(shape, dtype=np.float64) for name in names}
         with torch.no_grad():
-            for number in np.unique(task):
+            for number in np.unique(task).tolist():
                 rows = np.flatnonzero(task == number)
-                given = models[number](*in_torch(chosen(inputs, rows), models[number]))
-                logits[rows, ..., : self.classes[number]] = given.double().numpy()
-        return logits
+                for name in logits:
+                    model = getattr(self.torch(number), name)
+                    given = model(*in_torch(chosen(inputs, rows), model))
+                    logits[name][rows, ..., : self.classes[number]] = given.double().numpy()
+        return [logits[name] for name in names]
 
     def answer(
         self, inputs: Rows, task: NDArray[np.int64], session: Session | None = None
@@ -279,10 +284,12 @@ class _Check:
         """A batch with its reference and budget; made once."""
         if (size, real) not in self.cases:
             inputs, task = self.batch(size, real=real)
-            exact = self.reference(inputs, task, self.exact)
-            plain = self.reference(inputs, task, self.typed)
-            self.cases[size, real] = _Case(inputs, task, exact, plain, self.precision)
+            self.cases[size, real] = self.made(inputs, task)
         return self.cases[size, real]
+
+    def made(self, inputs: Rows, task: NDArray[np.int64]) -> _Case:
+        exact, plain = self.reference(inputs, task, "exact", "typed")
+        return _Case(inputs, task, exact, plain, self.precision)
 
     def parity(self, size: int, *, real: bool) -> Comparison:
         case = self.case(size, real=real)
@@ -293,14 +300,13 @@ class _Check:
         """Parity of the tasks that no batch above has room for."""
         task = np.arange(len(self.deltas), dtype=np.int64)
         inputs = self.inputs(task, real=bool(self.evidence.images))
-        exact, plain = (self.reference(inputs, task, m) for m in (self.exact, self.typed))
+        case = self.made(inputs, task)
         parts = [
             np.arange(at, min(at + self.max_batch, len(task)))
             for at in range(0, len(task), self.max_batch)
         ]
         found = np.concatenate([self.answer(chosen(inputs, p), task[p]) for p in parts])
-        case = _Case(inputs, task, exact, plain, self.precision)
-        return case.compare("parity of every task", found, exact)
+        return case.compare("parity of every task", found, case.exact)
 
     def every_cell(self) -> Comparison:
         """Every task of every row of one call."""
@@ -308,13 +314,12 @@ class _Check:
         rows = len(task)
         cells = np.repeat(np.arange(len(self.deltas)), rows)
         repeated = chosen(inputs, np.tile(np.arange(rows), len(self.deltas)))
-        exact, plain = (self.reference(repeated, cells, m) for m in (self.exact, self.typed))
+        case = self.made(repeated, cells)
         together = np.moveaxis(self.session.run(inputs), 1, 0)  # [T, B, ..., K]
         found = self.own_classes(
             together.reshape(-1, *together.shape[2:]).astype(np.float64), cells
         )
-        case = _Case(repeated, cells, exact, plain, self.precision)
-        return case.compare("every task of every row", found, exact)
+        return case.compare("every task of every row", found, case.exact)
 
     def row_isolation(self) -> Comparison:
         case = self.case(self.max_batch, real=bool(self.evidence.images))
@@ -349,32 +354,44 @@ class _Check:
     def task_isolation(self) -> Comparison:
         """Other tasks' tensors replaced by garbage: bit for bit the same answers.
 
-        Tasks are halved by each bit of their number, so that every pair is separated once.
+        Of many tasks an even choice is asked. They are halved by each bit of their place, so that every pair
+        of them is separated once; all tasks that are not asked hold garbage each time.
         """
         count = len(self.deltas)
-        inputs, task = self.batch(count)
+        asked = self.choose(count, min(count, ISOLATED))
+        inputs = self.inputs(asked, real=False)
         session, bank = self.with_bank_as_input()
-        before = session.run(inputs, task)
-        probe, engine = self.answer(inputs, task, session), self.answer(inputs, task)
+        before = session.run(inputs, asked)
+        probe, engine = self.answer(inputs, asked, session), self.answer(inputs, asked)
         same = relative_error(probe, engine) <= floor(self.precision)
         noise = np.random.default_rng(self.evidence.seed)
-        for bit in range(max(1, (count - 1).bit_length())):
+        for bit in range(max(1, (len(asked) - 1).bit_length())):
             for kept in (0, 1):
-                keep = np.array([(row >> bit) & 1 == kept for row in range(count)])
+                keep = np.array([(place >> bit) & 1 == kept for place in range(len(asked))])
                 if keep.all() or not keep.any():
                     continue
+                spoil = np.setdiff1d(np.arange(count), asked[keep])
                 spoiled = {name: values.copy() for name, values in bank.items()}
                 for values in spoiled.values():
-                    garbage = GARBAGE * noise.standard_normal(values[~keep].shape)
-                    values[~keep] = garbage.astype(values.dtype)
+                    garbage = GARBAGE * noise.standard_normal(values.shape[1:])
+                    values[spoil] = garbage.astype(values.dtype)
                 session.replace_bank(spoiled)
-                after = session.run(inputs, task)
+                after = session.run(inputs, asked)
                 same &= np.array_equal(before[keep], after[keep])
                 same &= all(  # the garbage did arrive
                     not np.array_equal(b, a)
                     for b, a in zip(before[~keep], after[~keep], strict=True)
                 )
-        return _yes_or_no("isolation from other tasks' tensors, bit for bit", count, bool(same))
+        return _yes_or_no(
+            "isolation from other tasks' tensors, bit for bit", len(asked), bool(same)
+        )
+
+    def choose(self, count: int, share: int) -> NDArray[np.int64]:
+        """`share` of `count` numbers, in order; the same for the same seed."""
+        if share >= count:
+            return np.arange(count, dtype=np.int64)
+        drawn = np.random.default_rng(self.evidence.seed).choice(count, share, replace=False)
+        return np.sort(drawn).astype(np.int64)
 
     def with_bank_as_input(self) -> tuple[Session, Mapping[str, NDArray[Any]]]:
         """The engine with its bank as an input, whatever it is in the bundle, and that bank."""
@@ -397,53 +414,102 @@ class _Check:
         would move them; a sample of tensors (all with `every_tensor`) is then really changed, and the
         engine must no longer agree with torch. A tensor without slope is inert in the task itself
         (a bias of the keys, say) and is named; a branch of such tensors only fails the check.
+
+        One picture is enough where all tensors move its answer; otherwise it is `LOOKS`. Of many tasks an
+        even choice is looked at, one of each layout at least.
         """
         found = Liveness()
-        for number, (delta, model) in enumerate(zip(self.deltas, self.models, strict=True)):
-            task = np.full(min(LOOKS, self.max_batch), number)
-            inputs = self.inputs(task, real=bool(self.evidence.images))
-            plain = self.reference(inputs, task, self.models)
-            exact = self.reference(inputs, task, self.exact)
-            allowed = budget(plain, exact, "fp32")
-            typed = plain if self.typed is self.models else self.reference(inputs, task, self.typed)
-            seen = max(allowed, budget(typed, exact, self.precision))  # what the engine could show
-            moved = steps(model, in_torch(inputs, model), plain)
-            live: list[Live] = []
-            for (branch, _, weights), slopes in zip(model.parts(), moved, strict=True):
-                moves = [name for name, (far, _) in slopes.items() if far > 2 * allowed]
-                found.tensors += len(slopes)
-                found.inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
-                if slopes and not moves and delta.branches[branch].tuner.kind != "bias":
-                    found.dead.append(f"{delta.task}: {branch}")  # a shift of keys does nothing
-                live += [
-                    (f"{branch}/{n}", weights[n], slopes[n][1])
-                    for n in moves
-                    if slopes[n][0] > 2 * seen
-                ]
-            inputs, task, plain = chosen(inputs, [0]), task[:1], plain[:1]  # one is enough
-            engine = self.answer(inputs, task)
-            for name, parameter, step in self.sample(live):
-                before = parameter.data
-                parameter.data = before + step
-                changed = self.reference(inputs, task, self.models)
-                parameter.data = before
-                found.changed += 1
-                if relative_error(changed, plain) > 2 * seen >= relative_error(engine, changed):
-                    found.absent.append(f"{delta.task}: {name}")
+        looked = self.looked_at()
+        for number in looked:
+            live = self.slopes(number, 1, found) or self.slopes(number, LOOKS, found, final=True)
+            assert live is not None
+            for tensor in self.sample(live.tensors, len(looked)):
+                self.change(number, tensor, live, found)
+        note = f"{found}" if len(looked) == len(self.deltas) else f"of {len(looked)} tasks: {found}"
         return _yes_or_no(
-            "liveness of every tensor",
-            found.tensors,
-            not found.dead and not found.absent,
-            str(found),
+            "liveness of every tensor", found.tensors, not found.dead and not found.absent, note
         )
 
-    def sample(self, live: Sequence[Live]) -> Sequence[Live]:
+    def looked_at(self) -> list[int]:
+        """Tasks whose tensors liveness looks at."""
+        count = len(self.deltas)
+        if self.evidence.every_tensor or count <= SAMPLE:
+            return list(range(count))
+        first = {delta.layout: number for number, delta in reversed(list(enumerate(self.deltas)))}
+        return sorted({*first.values(), *self.choose(count, SAMPLE).tolist()})
+
+    def slopes(
+        self, number: int, looks: int, found: Liveness, *, final: bool = False
+    ) -> _Live | None:
+        """The tensors of a task that move its answer; None if some do not and this is not the final look."""
+        delta, torch_task = self.deltas[number], self.torch(number)
+        task = np.full(min(looks, self.max_batch), number)
+        final = final or len(task) == min(LOOKS, self.max_batch)
+        inputs = self.inputs(task, real=bool(self.evidence.images))
+        plain, exact, typed = self.reference(inputs, task, "model", "exact", "typed")
+        allowed = budget(plain, exact, "fp32")
+        seen = max(allowed, budget(typed, exact, self.precision))  # what the engine could show
+        model = torch_task.model
+        moved = steps(model, in_torch(inputs, model), plain)
+        inert, dead, live, tensors = [], [], [], 0
+        for (branch, _, weights), slopes in zip(model.parts(), moved, strict=True):
+            moves = [name for name, (far, _) in slopes.items() if far > 2 * allowed]
+            tensors += len(slopes)
+            inert += [f"{delta.task}: {branch}/{n}" for n in slopes if n not in moves]
+            if slopes and not moves and delta.branches[branch].tuner.kind != "bias":
+                dead.append(f"{delta.task}: {branch}")  # a shift of keys does nothing
+            live += [
+                (f"{branch}/{n}", weights[n], slopes[n][1])
+                for n in moves
+                if slopes[n][0] > 2 * seen
+            ]
+        if inert and not final:
+            return None
+        found.tensors += tensors
+        found.inert += inert
+        found.dead += dead
+        inputs, task = chosen(inputs, [0]), task[:1]  # one is enough
+        return _Live(live, inputs, plain[:1], self.answer(inputs, task), seen)
+
+    def change(self, number: int, tensor: Live, live: _Live, found: Liveness) -> None:
+        """Really change a tensor in torch; the engine must not agree."""
+        name, parameter, step = tensor
+        before = parameter.data
+        parameter.data = before + step
+        (changed,) = self.reference(live.inputs, np.array([number]), "model")
+        parameter.data = before
+        found.changed += 1
+        if (
+            relative_error(changed, live.plain)
+            > 2 * live.seen
+            >= relative_error(live.engine, changed)
+        ):
+            found.absent.append(f"{self.deltas[number].task}: {name}")
+
+    def sample(self, live: Sequence[Live], tasks: int) -> Sequence[Live]:
         """The tensors of one task to change: all, or an even choice."""
-        share = max(2, SAMPLE // len(self.deltas))
+        share = max(2, SAMPLE // tasks)
         if self.evidence.every_tensor or len(live) <= share:
             return live
-        chosen = np.random.default_rng(self.evidence.seed).choice(len(live), share, replace=False)
-        return [live[index] for index in sorted(chosen)]
+        return [live[index] for index in self.choose(len(live), share)]
+
+
+class _Torch(NamedTuple):
+    """One task in torch: float32, float64, and in the engine's precision."""
+
+    model: Tuned
+    exact: Tuned
+    typed: Tuned
+
+
+class _Live(NamedTuple):
+    """What liveness knows of one task: tensors that act, a row, its logits in torch and in the engine."""
+
+    tensors: list[Live]
+    inputs: Rows
+    plain: NDArray
+    engine: NDArray
+    seen: float
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,19 @@ def restore(backbone: Backbone, delta: Delta, sites: Sites | None = None) -> Tun
     return tuned
 
 
+def answer_shapes(
+    backbone: Backbone, deltas: Sequence[Delta], sites: Sites
+) -> list[tuple[int, ...]]:
+    """The shape of one row's answer of each task, `(K,)` or `(Q, K)`; tasks of one layout are run once."""
+    found: dict[object, tuple[int, ...]] = {}
+    for delta in deltas:
+        if delta.layout not in found:
+            with torch.no_grad():
+                answer = restore(backbone, delta, sites).eval()(*backbone.draw())
+            found[delta.layout] = tuple(answer.shape[1:])
+    return [found[delta.layout] for delta in deltas]
+
+
 def _require_runs(tuned: Tuned) -> None:
     """Try an image.
 

@@ -232,8 +232,7 @@ cudaError_t launch_tile(const Inputs<T>& given, T* out, const Shape& s, int acti
     allowed = bytes;
   }
   const dim3 grid((s.tokens + tile - 1) / tile, s.rows);
-  kernel<<<grid, groups * kAcross * 32, bytes, stream>>>(given, out, s, activation);
-  return cudaGetLastError();
+  return start(kernel, grid, groups * kAcross * 32, bytes, stream, given, out, s, activation);
 }
 
 // Few rows: small tiles whose columns four warps share. Many rows: the fewest tiles that cover the tokens evenly, since

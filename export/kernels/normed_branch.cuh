@@ -35,7 +35,8 @@ struct NormedInputs {  // on the device; null where not given: bias, skip, and b
 
 inline size_t normed_bytes(int channels, int rank, int groups) {
   const size_t down = (size_t)kStages * rank * kStride, up = (size_t)kStages * kChunk * (rank + kPad);
-  return ((size_t)2 * groups * 16 * (channels + kPad) + (down > up ? down : up) + channels) * 2;
+  const size_t wide = channels > rank ? channels : rank;
+  return ((size_t)2 * groups * 16 * (wide + kPad) + (down > up ? down : up) + channels) * 2;
 }
 
 __device__ inline float warp_sum(float x) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   extern __shared__ __align__(16) unsigned char memory[];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int row = blockIdx.y, first = blockIdx.x * tile, count = min(tile, s.tokens - first);
-  const int C = s.channels, stride = C + kPad;
+  const int C = s.channels, stride = max(C, R) + kPad;  // the hidden activations take the place of the norms
   const int64_t number = in.task[row];
   const bool known = number >= 0 && number < s.tasks;
   const int64_t safe = known ? number : 0;
@@ -294,8 +295,8 @@ cudaError_t launch_normed(const NormedInputs<T>& in, T* normed, T* carried, cons
     allowed = bytes;
   }
   const int tiles = (s.tokens + kGroups * 16 - 1) / (kGroups * 16);
-  kernel<<<dim3(tiles, s.rows), kWarps * 32, bytes, stream>>>(in, normed, carried, s, activation, (s.tokens + tiles - 1) / tiles);
-  return cudaGetLastError();
+  const int tile = (s.tokens + tiles - 1) / tiles;
+  return start(kernel, dim3(tiles, s.rows), kWarps * 32, bytes, stream, in, normed, carried, s, activation, tile);
 }
 
 // The most tokens to a block that shared memory holds, since every block reads its task's matrices; fewer where the

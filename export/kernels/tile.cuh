@@ -42,6 +42,18 @@ __device__ inline float act(float x, int kind) {
   }
 }
 
+template <typename... Parameters, typename... Given>
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes, cudaStream_t stream, const Given&... given) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, given...);
+}
+
+#ifdef __CUDACC__  // elsewhere cuda_runtime.h is the tests' (tests/export/emulator), which brings these
+
 __device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ inline void copy16(void* to, const void* from, bool inside) {  // outside, zeros
@@ -68,5 +80,7 @@ __device__ inline void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#endif
 
 }  // namespace utune

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .gathered import ACTIVATIONS, DOMAIN, Body, Gathered, declare, frozen_bias, gathered
-from .linear import alike, only_reader
+from .linear import alike, only_reader, replace
 
 WIDEST = 2048  # channels that the kernel takes
 
@@ -100,11 +100,11 @@ def _outline(model: ir.Model, found: _Found) -> None:
         alike(output, norm.outputs[0])
     stream_sum = found.stream.producer() if skip else None
     graph.insert_before(norm, node)
-    norm.outputs[0].replace_all_uses_with(normed)
+    replace(norm.outputs[0], normed)
     last = ir.node("Add", [carried, found.base], name=f"{found.outer.name}.op")
     alike(last.outputs[0], normed)
     graph.insert_before(found.outer, last)
-    found.outer.outputs[0].replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
+    replace(found.outer.outputs[0], last.outputs[0])
     graph.remove([found.outer, found.inner], safe=True)
     graph.remove(norm, safe=True)
     if stream_sum is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .gathered import frozen_bias
-from .linear import alike
+from .linear import alike, replace
 
 DOMAIN = "com.microsoft"
 
@@ -46,7 +46,7 @@ def skip_norms(model: ir.Model) -> int:
         for value, old in ((normed, output), (total, stream)):
             alike(value, old)
         graph.insert_before(norm, node)
-        output.replace_all_uses_with(normed, replace_graph_outputs=True)
+        replace(output, normed)
         stream.replace_all_uses_with(total)
         graph.remove([norm, add], safe=True)
         for unused in node.outputs[1:3]:

@@ -69,6 +69,8 @@ def _thirds(node: ir.Node) -> ir.Node | None:
     sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None
     if sizes is None or len(set(sizes.tolist())) != 1:
         return None
+    if split.attributes.get_int("axis", 0) not in (-1, 2):
+        return None
     private = all(only_reader(output) is node for output in split.outputs)
     return (
         split

@@ -211,6 +211,18 @@ def test_the_tail_behind_the_last_product_is_float32(typed: Callable[..., Any]) 
     assert (found["p"], found["q"], found["lowest"], found["b"]) == (F16, F32, F32, F32)
 
 
+def test_biases_of_a_bank_of_constants_are_of_the_tail(typed: Callable[..., Any]) -> None:
+    nodes = [
+        PRODUCT, ("Gather", ["bank/bias", "rows"], ["g"]), ("Unsqueeze", ["g", "one"], ["v"]), ("Add", ["p", "v"], ["end"]),
+    ]  # fmt: skip
+    bank = weights(3, C)
+    bank[0] = -1e37  # of classes that a task does not have
+    constants = {**W, "bank/bias": bank, "rows": np.array([2, 1]), "one": np.array([1])}
+    model, report = typed(X, nodes, constants, ["end"])
+    assert (report.islands, report.clipped) == ({"Add": 1, "Unsqueeze": 1, "Gather": 1}, {})
+    assert types(model)["bank/bias"] == F32
+
+
 def test_a_sum_of_two_values_is_no_tail(typed: Callable[..., Any]) -> None:
     nodes = [
         ("MatMul", ["x", "W"], ["p"]),

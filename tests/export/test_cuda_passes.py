@@ -373,6 +373,10 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
             XB, exchanged(BASED, "h_.rows", ("Gather", ["down", "task"], ["h_.rows"], {"axis": 1})),
             {**BANKS, "down": weights(len(ORDER), R, C), "up": weights(T, C, len(ORDER)), "down_bias": weights(T, len(ORDER))}, ["y"],
         ),
+        "a bank that is turned another way": (
+            XB, exchanged(BASED, "u_.turned", ("Transpose", ["u_.rows"], ["u_.turned"], {"perm": [0, 1, 2]})),
+            banks(rank=C), ["y"],
+        ),
         "a bank that lies the other way": (
             XB, exchanged(exchanged(BASED, "u_.turned"), "u_", ("MatMul", ["a", "u_.rows"], ["u_"])),
             {**BANKS, "up": weights(T, R, C)}, ["y"],

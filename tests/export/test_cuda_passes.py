@@ -165,6 +165,7 @@ XS = {**X, "task": ["batch"]}
 BANKS = banks()
 LAYER = {"W": weights(C, C, scale=C**-0.5), "b": weights(C)}
 NORM = {"gamma": weights(C), "beta": weights(C, seed=1)}
+CHANNELWISE = {"factor": weights(N), "shift": weights(N, seed=1)}
 ALL = {**BANKS, **LAYER, **NORM}
 ENDS = [("Relu", ["y"], ["end"])]
 BASED = [*branch(), *add("base", "u", "y")]  # y = base + U(x)
@@ -407,7 +408,7 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
             STREAM, exchanged(NORMED, "x", *norm("s", "x", axis=1)),
             {**ALL, "gamma": weights(N, C), "beta": weights(N, C, seed=1)}, ["y"],
         ),
-        "another norm": (STREAM, exchanged(NORMED, "x", ("RMSNormalization", ["s", "gamma"], ["x"])), ALL, ["y"]),
+        "another norm": (STREAM, exchanged(NORMED, "x", ("InstanceNormalization", ["s", "factor", "shift"], ["x"])), {**ALL, **CHANNELWISE}, ["y"]),
         "no norm": (STREAM, exchanged(NORMED, "x", ("Tanh", ["s"], ["x"])), ALL, ["y"]),
         "a sum of base and branch that is read elsewhere": (STREAM, [*NORMED, ("Relu", ["i"], ["end"])], ALL, ["y", "end"]),
         "a sum of base and branch that is an output": (STREAM, NORMED, ALL, ["y", "i"]),
@@ -416,9 +417,6 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
         "more channels than the kernel takes": (
             {**STREAM, "s": ["batch", 2, WIDEST + C], "o": ["batch", 2, WIDEST + C]}, [*NORMED[:-4], *NORMED[-2:]],
             {**banks(WIDEST + C, WIDEST + C), "gamma": weights(WIDEST + C), "beta": weights(WIDEST + C)}, ["y"],
-        ),
-        "fewer channels out, one for all": (
-            STREAM, NORMED, {**ALL, **banks(outside=1)}, ["y"],
         ),
     },
     "skip_norms": {
@@ -431,7 +429,7 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
         "a norm without a shift": (
             AB, [*add("a", "skip", "s"), ("LayerNormalization", ["s", "gamma"], ["y"])], NORM, ["y"],
         ),
-        "another norm": (AB, [*add("a", "skip", "s"), ("RMSNormalization", ["s", "gamma"], ["y"])], NORM, ["y"]),
+        "another norm": (AB, [*add("a", "skip", "s"), ("InstanceNormalization", ["s", "factor", "shift"], ["y"])], CHANNELWISE, ["y"]),
         "one row for all": ({**AB, "skip": [1, N, C]}, [*add("a", "skip", "s"), *norm("s", "y")], NORM, ["y"]),
         "one token for all": ({**AB, "skip": ["batch", 1, C]}, [*add("a", "skip", "s"), *norm("s", "y")], NORM, ["y"]),
         "one vector for all": (AB, [*add("a", "b", "s"), *norm("s", "y")], ALL, ["y"]),

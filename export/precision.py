@@ -251,11 +251,15 @@ class _Retyping:
                 moved = [v for v in node.inputs if v is not None and not self.is_parameter(v)]
                 if len(moved) != 1:
                     continue
-            elif node.op_type not in TAIL:
+            elif node.op_type not in TAIL and not self.gathers(node):
                 continue
             found.add(node)
             open_.extend(v.producer() for v in node.inputs if v is not None)
         return found
+
+    def gathers(self, node: ir.Node) -> bool:
+        """Whether a node takes rows of a constant, such as the biases of a bank of classifiers."""
+        return node.op_type == "Gather" and constant(node.inputs[0]) is not None
 
     def is_parameter(self, value: ir.Value) -> bool:
         """A constant, or rows gathered from the bank."""

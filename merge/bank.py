@@ -103,8 +103,9 @@ def stack(
     Args:
         deltas: The tasks in row order.
         dtype: Of the bank; the widest of the deltas if None.
-        ranks: Ranks that kernels are made for, ascending: every slot is padded to the first that holds it,
-            which is exact. A slot beyond the last keeps its own.
+        ranks: Ranks that kernels are made for, ascending: every bottleneck's slot is padded to the first that
+            holds it, which is exact. A slot beyond the last keeps its own, and so do other tuners' slots:
+            their `r` may count classes, or keys.
 
     Raises:
         UsageError: No delta, two tasks of one name, or a task that cannot share a batch.
@@ -290,8 +291,8 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
 
 
 def _to_rank(slot: Slot, ranks: Sequence[int]) -> Slot:
-    """The slot with its rank padded to one of `ranks`."""
-    own = slot.sizes.get("r") if "r" in slot.branch.tuner.padded else None
+    """The slot, a bottleneck's rank padded to one of `ranks`."""
+    own = slot.sizes["r"] if slot.branch.tuner.kind == "bottleneck" else None
     wider = next((rank for rank in ranks if own is not None and own <= rank), own)
     return slot if wider == own else replace(slot, sizes={**slot.sizes, "r": wider})
 

@@ -135,6 +135,12 @@ def swin() -> Backbone:
 
 
 @pytest.fixture(scope="session")
+def wide_vit() -> Backbone:
+    """A ViT of 2 blocks, 64 channels, which the fused branches take, 2 heads and 17 tokens, float32."""
+    return _backbone(VIT[0], {**VIT[1], "embed_dim": 64, "depth": 2, "num_heads": 2}, seed=4)
+
+
+@pytest.fixture(scope="session")
 def vit64(vit: Backbone) -> Backbone:
     """The ViT in float64."""
     return _double(vit)

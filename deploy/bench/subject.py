@@ -42,21 +42,22 @@ class Subject:
 class Resident:
     """Runs an engine on rows that lie on the device already, and leaves the answer there.
 
-    The rows of a batch size are copied once, when it is first asked for, and the answer to them is fetched
-    once; later calls compute the same answer again, and return when the device has.
+    The rows of a batch size and a mix of tasks are copied once, when they are first asked for, and the answer
+    to them is fetched once; later calls compute the same answer again, and return when the device has.
     """
 
     def __init__(self, session: Session, *, takes_task: bool) -> None:
         self.session, self.takes_task = session, takes_task
-        self.bound: dict[int, tuple[Bound, NDArray[np.float32]]] = {}
+        self.bound: dict[int | bytes, tuple[Bound, NDArray[np.float32]]] = {}
 
     def __call__(self, rows: Rows, task: NDArray[np.int64]) -> NDArray[np.float32]:
         """See `Subject.run`."""
-        if len(task) not in self.bound:
+        case = task.tobytes() if self.takes_task else len(task)
+        if case not in self.bound:
             bound = self.session.bind(rows, task if self.takes_task else None)
             bound.run()
-            self.bound[len(task)] = (bound, bound.fetch())
-        bound, answer = self.bound[len(task)]
+            self.bound[case] = (bound, bound.fetch())
+        bound, answer = self.bound[case]
         bound.run()
         return answer
 

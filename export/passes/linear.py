@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ def alike(value: ir.Value, like: ir.Value) -> ir.Value:
     if like.shape is not None:
         value.shape = ir.Shape(list(like.shape))
     return value
+
+
+def has_shape(value: ir.Value, sizes: Iterable[object]) -> bool:
+    """Whether a value has these sizes; products of the exporter carry none, and are taken to."""
+    return value.shape is None or [str(d) for d in value.shape] == [str(d) for d in sizes]
 
 
 def leading(value: ir.Value) -> list[int | str] | None:

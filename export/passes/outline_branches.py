@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .gathered import ACTIVATIONS, DOMAIN, Body, Gathered, declare, frozen_bias, gathered
-from .linear import alike, initializer, only_reader, replace
+from .linear import alike, has_shape, initializer, only_reader, replace
 
 
 def outline_branches(model: ir.Model) -> int:
@@ -39,7 +39,10 @@ def outline_branches(model: ir.Model) -> int:
 
 
 def _fits(branch: Gathered, base: ir.Value) -> bool:
-    return branch.channels is not None and (base.shape is None or len(base.shape) == 3)
+    """Whether the kernel takes both: the base is as large as the sum, and not one row for all."""
+    if branch.channels is None or branch.x.shape is None:
+        return False
+    return has_shape(base, [*list(branch.x.shape)[:-1], branch.channels[1]])
 
 
 def _outline(model: ir.Model, add: ir.Node, base: ir.Value, branch: Gathered) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .gathered import ACTIVATIONS, DOMAIN, Body, Gathered, declare, frozen_bias, gathered
-from .linear import alike, only_reader
+from .linear import alike, has_shape, only_reader, replace
 
 WIDEST = 2048  # channels that the kernel takes
 
@@ -100,11 +100,11 @@ def _outline(model: ir.Model, found: _Found) -> None:
         alike(output, norm.outputs[0])
     stream_sum = found.stream.producer() if skip else None
     graph.insert_before(norm, node)
-    norm.outputs[0].replace_all_uses_with(normed)
+    replace(norm.outputs[0], normed)
     last = ir.node("Add", [carried, found.base], name=f"{found.outer.name}.op")
     alike(last.outputs[0], normed)
     graph.insert_before(found.outer, last)
-    found.outer.outputs[0].replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
+    replace(found.outer.outputs[0], last.outputs[0])
     graph.remove([found.outer, found.inner], safe=True)
     graph.remove(norm, safe=True)
     if stream_sum is not None:
@@ -120,7 +120,9 @@ def _sum(found: _Found) -> tuple[ir.Value, list[ir.Value]]:
     if private and add is not None and add.op_type == "Add" and not add.domain:
         for skip, base in (add.inputs, add.inputs[::-1]):
             product, bias = frozen_bias(base)
-            if bias is not None and product is not None and skip is not None:
+            if bias is None or product is None or skip is None:
+                continue
+            if has_shape(skip, found.branch.x.shape or ()):  # no positions, one row for all
                 return product, [bias, skip]
     return found.stream, []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .linear import alike, constant, initializer, linear_to, only_reader
+from .linear import alike, constant, initializer, linear_to, only_reader, replace
 from .skip_norms import DOMAIN
 
 
@@ -52,7 +52,7 @@ def packed_attention(model: ir.Model) -> int:
         )
         alike(packed.outputs[0], node.outputs[0])
         graph.insert_before(node, packed)
-        node.outputs[0].replace_all_uses_with(packed.outputs[0], replace_graph_outputs=True)
+        replace(node.outputs[0], packed.outputs[0])
         dead = [node, split, *([layer.add] if layer.add is not None else []), layer.matmul]
         graph.remove(dead, safe=True)
         model.opset_imports[DOMAIN] = 1
@@ -69,7 +69,9 @@ def _thirds(node: ir.Node) -> ir.Node | None:
     sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None
     if sizes is None or len(set(sizes.tolist())) != 1:
         return None
-    private = all(len(output.uses()) == 1 for output in split.outputs)
+    if split.attributes.get_int("axis", 0) not in (-1, 2):
+        return None
+    private = all(only_reader(output) is node for output in split.outputs)
     return (
         split
         if private and all(a is b for a, b in zip(inputs, split.outputs, strict=True))

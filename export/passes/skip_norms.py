@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .gathered import frozen_bias
-from .linear import alike
+from .linear import alike, has_shape, replace
 
 DOMAIN = "com.microsoft"
 
@@ -46,7 +46,7 @@ def skip_norms(model: ir.Model) -> int:
         for value, old in ((normed, output), (total, stream)):
             alike(value, old)
         graph.insert_before(norm, node)
-        output.replace_all_uses_with(normed, replace_graph_outputs=True)
+        replace(output, normed)
         stream.replace_all_uses_with(total)
         graph.remove([norm, add], safe=True)
         for unused in node.outputs[1:3]:
@@ -57,12 +57,8 @@ def skip_norms(model: ir.Model) -> int:
 
 
 def _like(output: ir.Value, *summands: ir.Value | None) -> bool:
-    """Whether all have the output's shape; products of the exporter carry none, and are taken to."""
-    wanted = [str(size) for size in output.shape or ()]
-    return all(
-        v is not None and (v.shape is None or [str(size) for size in v.shape] == wanted)
-        for v in summands
-    )
+    """Whether all have the output's shape."""
+    return all(v is not None and has_shape(v, output.shape or ()) for v in summands)
 
 
 def _summands(add: ir.Node) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:

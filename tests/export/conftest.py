@@ -30,7 +30,8 @@ def vit(vit: Backbone) -> Backbone:
 def hand() -> Callable[..., ir.Model]:
     """A graph written down: `(inputs, nodes, constants, outputs) -> ir.Model` with inferred shapes.
 
-    Inputs are shapes by name, nodes `(op, inputs, outputs, attributes)`, constants arrays by name.
+    Inputs are shapes by name, float32 but for those whose name begins with `task`; nodes
+    `(op, inputs, outputs, attributes)`, constants arrays by name.
     """
     import onnx_ir as ir
 
@@ -47,7 +48,11 @@ def hand() -> Callable[..., ir.Model]:
             ],
             "by hand",
             [
-                helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(shape))
+                helper.make_tensor_value_info(
+                    name,
+                    onnx.TensorProto.INT64 if name.startswith("task") else onnx.TensorProto.FLOAT,
+                    list(shape),
+                )
                 for name, shape in inputs.items()
             ],
             [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],

@@ -182,6 +182,21 @@ def test_tasks_of_one_method_share_their_slots():
     assert all(slot.sizes.get("r", 5) == 5 for slot in bank.slots)
 
 
+@pytest.mark.parametrize(
+    ("rank", "padded"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 9)], ids=lambda r: f"{r}"
+)
+def test_the_ranks_of_bottlenecks_are_padded_to_those_of_kernels(rank: int, padded: int):
+    bottleneck, keys = KINDS[1], KINDS[3]
+    delta = build("a", [(bottleneck, rank), (keys, 3)], classes=5)
+    bank, plain = stack([delta], ranks=(4, 8)), stack([delta])
+    sizes = {slot.branch.tuner.kind: slot.sizes["r"] for slot in bank.slots}
+    assert sizes == {"bottleneck": padded, "prefix": 3, "head": 5}  # keys and classes are no ranks
+    for name, tensor in plain.tensors.items():
+        inner = tuple(map(slice, tensor.shape))
+        assert torch.equal(bank.tensors[name][inner], tensor)
+        assert bank.tensors[name].count_nonzero() == tensor.count_nonzero()  # zeros around it
+
+
 def test_neutral_values():
     """Zero weights, keys that the softmax never sees, classes that never win."""
     joint = KINDS[3]

@@ -23,7 +23,7 @@ from ..export.precision import HALF
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.attach import answer_shapes, restore
 from ..merge.backbone import dtype_of
-from ..merge.errors import IncompatibleArtefact, MissingDependency
+from ..merge.errors import IncompatibleArtefact, MissingDependency, UsageError
 from ..merge.inputs import IMAGES
 from .liveness import SAMPLE, Liveness, steps
 
@@ -104,8 +104,16 @@ def require_runnable(precision: str, device: Device) -> None:
     """Refuse a precision that the device cannot run, before anything is built.
 
     Raises:
+        UsageError: The CPU has no TF32.
         MissingDependency: ONNX Runtime's CPU provider has no bfloat16 products.
     """
+    if precision == "tf32" and device.provider == "cpu":
+        raise UsageError(
+            "TF32 is a mode of a CUDA device's products",
+            wanted="--provider cuda",
+            found="--provider cpu",
+            do="export on a machine with a CUDA device, or use --precision fp32",
+        )
     if precision == "bf16" and device.provider == "cpu":
         raise MissingDependency(
             "a bf16 engine can be checked on a CUDA device only, and nothing ships unchecked",

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# ViT-B/16 at 224, 8 tasks of rank-64 dual adapters: fused single task and mixed batch against the backbone.
-# Writes bench/results/vit_b_dual64/report.{json,html}; about ten minutes on two cores.
+# ViT-B/16 at 224, rank-64 dual adapters, a batch of 8: one fused task, 8 tasks and 64 tasks, and a folded LoRA,
+# against the backbone. Writes bench/results/vit_b_dual64/report.{json,html}; a quarter of an hour on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=runs/vit_b
-python bench/random_tasks.py "$runs" --backbone vit_base_patch16_224 --tasks 8 --rank 64
-utune-deploy export "$runs"/task?.safetensors --weights "$runs/backbone" -o "$runs/mixed" --max-batch 8 --force
-utune-deploy export "$runs/task0.safetensors" --weights "$runs/backbone" -o "$runs/fused" --max-batch 8 --force
-utune-deploy bench "$runs/mixed" --against "$runs/fused" -b 8 --rounds "${ROUNDS:-40}" --warmup 3 \
-  -o bench/results/vit_b_dual64 --force
+results=bench/results/vit_b_dual64
+python bench/random_tasks.py "$runs" --backbone vit_base_patch16_224 --tasks 64 --rank 64
+python bench/random_tasks.py "$runs/lora" --backbone vit_base_patch16_224 --tasks 1 --rank 16 --kinds lora
+export_() { utune-deploy export "${@:2}" --weights "$runs/backbone" -o "$runs/$1" --max-batch 8 --force; }
+time export_ tasks64 "$runs"/task?.safetensors "$runs"/task??.safetensors
+export_ tasks8 "$runs"/task[0-7].safetensors
+export_ fused "$runs/task0.safetensors"
+export_ folded "$runs/lora/task0.safetensors"
+utune-deploy bench "$runs/tasks8" --against "$runs/tasks64" --against "$runs/fused" --against "$runs/folded" \
+  -b 8 --rounds "${ROUNDS:-40}" --warmup 3 -o "$results" --force

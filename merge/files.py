@@ -63,7 +63,7 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> 
         )
     if path.is_dir() and not any(any(path.glob(marker)) for marker in OURS):
         raise UsageError(
-            "the folder holds other things than what utune-deploy writes",
+            "the folder holds other things than a bundle, a backbone, a recipe or a model repository",
             where=path,
             do="name another output: --force replaces only what utune-deploy wrote",
         )

@@ -196,7 +196,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 def shape_at(entry: dict[str, Any], batch: int, tasks: int) -> tuple[int, ...]:
     """The shape of an input where the free axes have these sizes."""
     sizes = {"batch": batch, "tasks": tasks}
-    return tuple(sizes[axis] if axis in sizes else axis for axis in entry["shape"])
+    return tuple(int(sizes.get(axis, axis)) for axis in entry["shape"])
 
 
 # TensorRT
@@ -470,7 +470,8 @@ def inspect(plan: bytes, recipe: dict[str, Any], trt: Any, logger: Any) -> str:
     if recipe["weights"] != "plain" and not engine.refittable:
         raise Failed("the plan cannot be refitted")
     if recipe["refit"]:
-        weights = set(trt.Refitter(engine, logger).get_all_weights())
+        refitter = trt.Refitter(engine, logger)
+        weights = set(refitter.get_all_weights())
         if missing := [name for name in recipe["refit"] if name not in weights]:
             raise Failed(f"the plan cannot refit {', '.join(missing)}")
     inspector = made("no inspector", engine.create_engine_inspector(), logger)

@@ -94,9 +94,12 @@ def export_tensorrt(
         force=force,
         progress=progress,
     )
-    if weights == "refit" and (begun.plan.bank != "constants" or begun.plan.mode == "merged"):
+    if weights == "refit" and (
+        begun.plan.bank == "inputs" or begun.plan.mode in ("merged", bundles.FAN_OUT)
+    ):
         raise UsageError(
             "there are no weights of the tasks to refit",
+            wanted="mode parallel or multi, the bank constants",
             found=f"mode {begun.plan.mode}, bank {begun.plan.bank}",
             do="leave out --weights-form refit",
         )
@@ -157,12 +160,7 @@ def _graph(begun: Begun, backbone: Backbone, deltas: Sequence[Delta]) -> Made:
 
 def _refit(begun: Begun, backbone: Backbone, made: Made, precision: str) -> tuple[str, ...]:
     """Names of the tasks' tensors in the finished graph, proved against a graph of other tensors."""
-    if made.bank is None:
-        raise UsageError(
-            "the tasks' tensors are not kept apart in this form",
-            found=f"mode {begun.plan.mode}",
-            do="leave out --weights-form refit",
-        )
+    assert made.bank is not None  # modes parallel and multi stack the tasks
     alone = begun.plan.mode == "parallel"
     stacked = {key: t[0] if alone else t for key, t in made.bank.tensors.items()}
     names = tuner_names(made.model, bank_inputs(stacked, precision))

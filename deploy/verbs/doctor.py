@@ -92,7 +92,8 @@ def _tensorrt() -> Row:
     try:
         version = library.tensorrt().__version__
     except UtuneError as error:
-        state = "absent" if "No module named 'tensorrt'" in str(error) else error.details["found"]
+        absent = isinstance(getattr(error.__cause__, "__cause__", None), ModuleNotFoundError)
+        state = "absent" if absent else error.details["found"]
         return ("tensorrt", state, f"{library.INSTALL}; or export --target tensorrt --prepare")
     try:
         from ...export.targets.tensorrt.cuda import Cuda

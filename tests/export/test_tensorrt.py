@@ -98,8 +98,8 @@ def expected(bank: dict[str, np.ndarray], images: np.ndarray, task: np.ndarray) 
     return (flat @ bank["bank/head/weight"][task] + bank["bank/head/bias"][task])[:, 0]
 
 
-def edit(plan: Path, **fields: Any) -> None:
-    about = plan.with_name(builder.ABOUT)
+def edit(path: Path, /, **fields: Any) -> None:
+    about = path.with_name(builder.ABOUT)
     about.write_text(json.dumps({**json.loads(about.read_text()), **fields}))
 
 
@@ -520,8 +520,8 @@ def test_a_bank_that_is_an_input_is_replaced(
         )
     bound.run()  # it reads the bank that there was
     np.testing.assert_allclose(bound.fetch(), expected(tiny_bank(TASKS), images, task), atol=1e-5)
+    session.replace_bank(tiny_bank(5))  # more tasks than the profiles have room for
     with pytest.raises(UsageError, match="refuses the shape"):
-        session.replace_bank(tiny_bank(5))
         session.run(images, task)
 
 

@@ -71,6 +71,9 @@ def test_a_prepared_folder_holds_a_checked_graph_of_standard_operators(
     model = onnx.load(out / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""}
     assert [entry.domain for entry in model.opset_import] == [""]
+    attention = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert attention
+    assert all(len(node.output) == 1 for node in attention)  # TensorRT reads no other
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}.get(precision)
     assert (half in {t.data_type for t in model.graph.initializer}) == (half is not None)
     assert [task["name"] for task in json.loads((out / "tasks.json").read_text())] == [

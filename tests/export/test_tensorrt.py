@@ -169,7 +169,9 @@ def test_flags_follow_the_recipe(
 
 
 BUILDING = {
-    "Builder": "cannot start",
+    "Builder": "makes no Builder",
+    "Runtime": "makes no Runtime",
+    "Refitter": "makes no Refitter",
     "create_network": "no network",
     "parse_from_file": "blocks.0 (Attention): no importer; blocks.0 (Attention): no importer",
     "create_builder_config": "no builder configuration",

@@ -278,6 +278,20 @@ def made(what: str, value: Any, logger: Any) -> Any:
     return value
 
 
+def created(kind: Any, *args: Any) -> Any:
+    """An object of TensorRT; the last argument is its logger.
+
+    Raises:
+        Failed: None could be made, which the bindings tell by a TypeError.
+    """
+    try:
+        return kind(*args)
+    except TypeError as cause:
+        raise Failed(
+            f"TensorRT makes no {kind.__name__}, is there a CUDA device? {args[-1].last()}"
+        ) from cause
+
+
 def gpu() -> dict[str, Any] | None:
     """Name and compute capability of the CUDA device that TensorRT uses; None if unknown."""
     try:
@@ -322,10 +336,7 @@ def build(
         Cancelled: Ctrl-C.
     """
     logger = recorder(trt)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError as cause:  # how the bindings say that none could be made
-        raise Failed(f"TensorRT cannot start, is there a CUDA device? {logger.last()}") from cause
+    builder = created(trt.Builder, logger)
     strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # 11 knows no other
     network = made("no network", builder.create_network(strong), logger)
     parse(folder / recipe["onnx"]["file"], network, trt, logger)
@@ -367,7 +378,7 @@ def build(
 
 def parse(onnx: Path, network: Any, trt: Any, logger: Any) -> None:
     """Read an ONNX file into a network; every error of the parser is told."""
-    parser = trt.OnnxParser(network, logger)
+    parser = created(trt.OnnxParser, network, logger)
     if parser.parse_from_file(str(onnx)):
         return
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
@@ -461,7 +472,7 @@ def serialised(
 
 def inspect(plan: bytes, recipe: dict[str, Any], trt: Any, logger: Any) -> str:
     """Open the plan once: it must hold what was asked for. Returns its layers as JSON."""
-    runtime = trt.Runtime(logger)
+    runtime = created(trt.Runtime, logger)
     if recipe["version_compatible"]:
         runtime.engine_host_code_allowed = True  # such a plan brings a runtime; it was made here
     engine = made("the plan cannot be opened", runtime.deserialize_cuda_engine(plan), logger)
@@ -470,7 +481,7 @@ def inspect(plan: bytes, recipe: dict[str, Any], trt: Any, logger: Any) -> str:
     if recipe["weights"] != "plain" and not engine.refittable:
         raise Failed("the plan cannot be refitted")
     if recipe["refit"]:
-        refitter = trt.Refitter(engine, logger)
+        refitter = created(trt.Refitter, engine, logger)
         weights = set(refitter.get_all_weights())
         if missing := [name for name in recipe["refit"] if name not in weights]:
             raise Failed(f"the plan cannot refit {', '.join(missing)}")

@@ -71,7 +71,7 @@ def readme(recipe: Recipe, *, reads_bank: bool) -> str:
         "",
         "## With Python",
         "",
-        "    pip install 'tensorrt>=10,<12'",
+        "    pip install 'tensorrt>=10.14,<12'",
         f"    python {SCRIPT}",
         "",
         f"writes `{builder.PLAN}`, `{builder.ABOUT}` and `{builder.LAYERS}`. Keep the first two together:",

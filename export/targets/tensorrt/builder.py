@@ -195,8 +195,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 def shape_at(entry: dict[str, Any], batch: int, tasks: int) -> tuple[int, ...]:
     """The shape of an input where the free axes have these sizes."""
-    sizes = {"batch": batch, "tasks": tasks}
-    return tuple(int(sizes.get(axis, axis)) for axis in entry["shape"])
+    sizes: dict[Any, Any] = {"batch": batch, "tasks": tasks}
+    return tuple(sizes.get(axis, axis) for axis in entry["shape"])
 
 
 # TensorRT

@@ -95,7 +95,8 @@ class Stream:
     """A queue of work on the device, apart from the default one."""
 
     def __init__(self, cuda: Cuda) -> None:
-        self.cuda, self.handle = cuda, None
+        self.cuda = cuda
+        self.handle: Any = None
         runtime = cuda.runtime
         self.handle = cuda.ok(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
 
@@ -104,7 +105,7 @@ class Stream:
             self.cuda.runtime.cudaStreamDestroy(self.handle)
 
     def __int__(self) -> int:
-        return int(self.handle)  # type: ignore[arg-type]
+        return int(self.handle)
 
     def wait(self) -> None:
         """Until all work of the stream is done."""

@@ -60,9 +60,7 @@ def main() -> None:
     foreign = [read_peft(options.scratch / name, backbone) for name in names]
     deltas = [f.delta(n, backbone) for f, n in zip(foreign, names, strict=True)]
     bank = stack(deltas, torch.float32)
-    mixed = trace(
-        Mixed(backbone, bank).eval(), Inputs(backbone.example(2), torch.tensor([0, 1]))
-    )
+    mixed = trace(Mixed(backbone, bank).eval(), Inputs(backbone.example(2), torch.tensor([0, 1])))
     finish(mixed, "fp32")
     folded = []
     for delta in deltas:

@@ -96,41 +96,22 @@ def export_bundle(
         BuildFailed: The graph cannot be made.
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
-    refuse_existing(output, force=force)
-    name = name or output.name
-    if not SERVABLE.fullmatch(name):
-        raise UsageError(
-            "a bundle of this name could not be served",
-            wanted="letters, digits, '_', '.' and '-', beginning with a letter, digit or '_'",
-            found=name,
-            do="choose another --name",
-        )
-    deltas = [task.delta for task in tasks]
-    dtype = backbone.dtype
-    if dtype != torch.float32:
-        raise UsageError(
-            "an engine is built from a float32 backbone",
-            found=dtype,
-            do="load the float32 weights that the tasks were trained on",
-        )
-    progress("measure")
-    sites = measure(backbone)
-    for delta in deltas:
-        require_backbone(delta, backbone, sites)
-    require_one_kind_of_answer([delta.labels for delta in deltas])
     require_runnable(precision, device)
-    entries = manifest_tasks(tasks, backbone, sites)
+    name, deltas, sites, entries, plan, groups = begin(
+        output,
+        backbone,
+        tasks,
+        name,
+        mode=mode,
+        bank=bank,
+        fan_out=fan_out,
+        force=force,
+        progress=progress,
+    )
     every = fan_out or mode == FAN_OUT
-    if every:
-        require_one_preprocessing(deltas)
-    groups = fan_out_groups(backbone, deltas, sites) if every else ()
-    plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank, groups=groups)
     progress("trace")
-    if plan.mode == FAN_OUT:
-        made = [_fan_out(backbone, groups)]
-    else:
-        made = [_graph(plan, backbone, deltas, sites, precision)]
-        made += [_fan_out(backbone, groups)] if fan_out else []
+    made = [graph_of(plan, backbone, deltas, sites, groups, precision)]
+    made += [_fan_out(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
     finished = [finish(graph.model, precision) for graph in made]
     descriptions = [
@@ -140,7 +121,7 @@ def export_bundle(
             precision=precision,
             opset=OPSET,
             max_batch=max_batch,
-            inputs=_inputs(backbone, graph.model),
+            inputs=inputs_of(backbone, graph.model),
             outputs=specs(graph.model.graph.outputs),
         )
         for file, graph in zip((ENGINE_FILE, bundles.FAN_OUT_FILE), made, strict=False)
@@ -227,6 +208,66 @@ def export_bundle(
     return bundles.open_bundle(output)
 
 
+class Begun(NamedTuple):
+    """What is decided before anything is traced."""
+
+    name: str
+    deltas: list[Delta]
+    sites: Sites
+    entries: tuple[bundles.Task, ...]
+    plan: Plan
+    groups: tuple[Group, ...]
+
+
+def begin(
+    output: Path,
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    name: str | None,
+    *,
+    mode: str,
+    bank: str,
+    fan_out: bool,
+    force: bool,
+    progress: Callable[[str], None],
+) -> Begun:
+    """Hold tasks, backbone and output to what can be built, and plan it; arguments of `export_bundle`.
+
+    Raises:
+        UsageError: The output exists, or the mode does not fit the tasks.
+        IncompatibleArtefact: A delta does not belong to the backbone.
+    """
+    refuse_existing(output, force=force)
+    name = name or output.name
+    if not SERVABLE.fullmatch(name):
+        raise UsageError(
+            "a bundle of this name could not be served",
+            wanted="letters, digits, '_', '.' and '-', beginning with a letter, digit or '_'",
+            found=name,
+            do="choose another --name",
+        )
+    deltas = [task.delta for task in tasks]
+    dtype = backbone.dtype
+    if dtype != torch.float32:
+        raise UsageError(
+            "an engine is built from a float32 backbone",
+            found=dtype,
+            do="load the float32 weights that the tasks were trained on",
+        )
+    progress("measure")
+    sites = measure(backbone)
+    for delta in deltas:
+        require_backbone(delta, backbone, sites)
+    require_one_kind_of_answer([delta.labels for delta in deltas])
+    entries = manifest_tasks(tasks, backbone, sites)
+    every = fan_out or mode == FAN_OUT
+    if every:
+        require_one_preprocessing(deltas)
+    groups = fan_out_groups(backbone, deltas, sites) if every else ()
+    plan = make_plan(deltas, backbone, sites, mode=mode, bank=bank, groups=groups)
+    return Begun(name, deltas, sites, entries, plan, groups)
+
+
 class Finished(NamedTuple):
     """What was done to a traced graph: how often each pass rewrote something, and its types."""
 
@@ -234,16 +275,22 @@ class Finished(NamedTuple):
     typing: Typing
 
 
-def finish(model: ir.Model, precision: str) -> Finished:
+def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finished:
     """Run every pass on a traced graph, in place, and give it the types of a precision.
 
     Folds are float32 or wider; weights are cast once, behind them.
+
+    Args:
+        model: The graph.
+        precision: A key of `export.precision.PRECISIONS`.
+        standard: Keep to ONNX's own operators, for runtimes that are not ONNX Runtime.
     """
     rewritten = rewrite(model)
     clean(model)
     typing = retype(model, precision)
-    rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
-    common.TopologicalSortPass()(model)
+    if not standard:
+        rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
+        common.TopologicalSortPass()(model)
     return Finished(rewritten, typing)
 
 
@@ -257,7 +304,7 @@ def bank_inputs(
     return {name: to_half(array, precision)[0] for name, array in arrays.items()}
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """A traced model, its bank, and the tasks whose prompts became prefixes."""
 
     model: ir.Model
@@ -350,9 +397,9 @@ def _counted(
     return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
 
 
-def _fan_out(backbone: Backbone, groups: Sequence[Group]) -> _Made:
+def _fan_out(backbone: Backbone, groups: Sequence[Group]) -> Made:
     """The engine for every task; each group runs the trunk, and what they share of it becomes one."""
-    return _Made(merge_equal(_traced(FanOut(backbone, groups), backbone)), None, [])
+    return Made(merge_equal(_traced(FanOut(backbone, groups), backbone)), None, [])
 
 
 def _traced(module: torch.nn.Module, backbone: Backbone) -> ir.Model:
@@ -365,7 +412,7 @@ def _rows(backbone: Backbone) -> dict[str, torch.Tensor]:
     return dict(zip(names, backbone.draw(batch=2), strict=True))
 
 
-def _inputs(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
+def inputs_of(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
     """The graph's inputs, with what their integers are below."""
     below = {
         entry.name: 2 if entry.values == "mask" else entry.high
@@ -375,17 +422,33 @@ def _inputs(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
     return tuple(replace(t, high=below.get(t.name)) for t in specs(model.graph.inputs))
 
 
-def _graph(
-    plan: Plan, backbone: Backbone, deltas: Sequence[Delta], sites: Sites, precision: str
-) -> _Made:
-    """The traced model of the engine that takes a task per row, or has one task."""
+def graph_of(
+    plan: Plan,
+    backbone: Backbone,
+    deltas: Sequence[Delta],
+    sites: Sites,
+    groups: Sequence[Group],
+    precision: str,
+) -> Made:
+    """The traced model of a plan's engine.
+
+    Args:
+        plan: Of the tasks.
+        backbone: The frozen backbone.
+        deltas: The tasks in row order.
+        sites: Of the backbone.
+        groups: What tasks share, in mode `fan-out`.
+        precision: In half, the bank is laid out for fused kernels; `fp32` for standard operators.
+    """
+    if plan.mode == FAN_OUT:
+        return _fan_out(backbone, groups)
     rows = _rows(backbone)
     if plan.mode == "merged":
         merged = fold(deltas[0], backbone, sites=sites)
         arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
         plain = create(backbone.identity.architecture, arguments).model
         plain.load_state_dict(dict(merged.tensors))
-        return _Made(trace(plain, Inputs(rows)), None, [])
+        return Made(trace(plain, Inputs(rows)), None, [])
     double = in_double(backbone)
     constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
@@ -394,16 +457,16 @@ def _graph(
     if plan.mode == "parallel" and precision in HALF and mixes:
         rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
         module = Alone(backbone, stacked).eval()
-        return _Made(trace(module, Inputs(rows), rename=rename), stacked, lowered)
+        return Made(trace(module, Inputs(rows), rename=rename), stacked, lowered)
     if plan.mode == "parallel":
-        return _Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
+        return Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
     module = Mixed(backbone, stacked).eval()
     task = torch.tensor([0, min(1, len(deltas) - 1)])
     if plan.bank == "inputs":
         bank = {f"bank/{key}": tensor for key, tensor in stacked.tensors.items()}
-        return _Made(trace(module, Inputs(rows, task, bank)), stacked, lowered)
+        return Made(trace(module, Inputs(rows, task, bank)), stacked, lowered)
     rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
-    return _Made(trace(module, Inputs(rows, task), rename=rename), stacked, lowered)
+    return Made(trace(module, Inputs(rows, task), rename=rename), stacked, lowered)
 
 
 def manifest_tasks(

@@ -79,6 +79,7 @@ def check_engine(
     device: Device = CPU,
     precision: str = "fp32",
     fans: bool = False,
+    session: Session | None = None,
 ) -> Verdict:
     """Run every comparison.
 
@@ -94,9 +95,22 @@ def check_engine(
         device: Where the engine runs.
         precision: Numbers that the engine computes in; the budget is that of torch in the same.
         fans: The engine answers every task for every row, `[B, T, ...]`, and takes no task rows.
+        session: The engine as another runtime has built and opened it, which then answers; isolation from
+            other tasks' tensors is not asked of it, since its tensors cannot be exchanged.
     """
     return _Check(
-        engine, backbone, deltas, sites, mixes, bank, max_batch, evidence, device, precision, fans
+        engine,
+        backbone,
+        deltas,
+        sites,
+        mixes,
+        bank,
+        max_batch,
+        evidence,
+        device,
+        precision,
+        fans,
+        session,
     ).run()
 
 
@@ -182,12 +196,14 @@ class _Check:
         device: Device,
         precision: str,
         fans: bool,
+        session: Session | None,
     ) -> None:
         self.fans = fans
+        self.elsewhere = session is not None
         self.engine, self.backbone, self.deltas, self.sites = engine, backbone, deltas, sites
         self.mixes, self.bank, self.max_batch = mixes, bank, max_batch
         self.evidence, self.device, self.precision = evidence, device, precision
-        self.session = self.open(engine, bank)
+        self.session = session or self.open(engine, bank)
         self.double = copy.deepcopy(backbone.model).double()
         self.half: nn.Module | None = None
         if precision in HALF:
@@ -223,7 +239,7 @@ class _Check:
             found.append(self.every_cell())
         if self.mixes:
             found.append(self.outside_rows())
-            if len(self.deltas) > 1:
+            if len(self.deltas) > 1 and not self.elsewhere:
                 found.append(self.task_isolation())
         found.append(self.liveness())
         return Verdict(tuple(found))

@@ -236,7 +236,7 @@ def identity_of(
     if bank == "inputs":
         facts["inputs"] = _shapes(inputs)
     if bank != "inputs" or (fan_out is not None and not fan_out.reads_bank):
-        facts["tasks"] = [_task_json(task) for task in tasks]
+        facts["tasks"] = [task_json(task) for task in tasks]
     if fan_out is not None:
         facts["fan_out"] = {
             "precision": fan_out.precision,
@@ -264,7 +264,7 @@ def write_manifest(folder: Path, bundle: Bundle) -> None:
         "bank": bundle.bank,
         "engine": _engine_json(bundle.engine),
         **({} if bundle.fan_out is None else {"fan_out": _engine_json(bundle.fan_out)}),
-        "tasks": [_task_json(task) for task in bundle.tasks],
+        "tasks": [task_json(task) for task in bundle.tasks],
         "backbone": dict(bundle.backbone),
         "plan": dict(bundle.plan),
         "check": dict(bundle.check),
@@ -356,7 +356,7 @@ def open_bundle(path: Path) -> Bundle:
 
 def tasks_digest(tasks: tuple[Task, ...]) -> str:
     """SHA-256 over rows, names, labels, preprocessing and deltas."""
-    return hashlib.sha256(canonical_json([_task_json(task) for task in tasks]).encode()).hexdigest()
+    return hashlib.sha256(canonical_json([task_json(task) for task in tasks]).encode()).hexdigest()
 
 
 def _require_bank_of(bundle: Bundle) -> None:
@@ -472,7 +472,8 @@ def _shapes(tensors: tuple[Tensor, ...]) -> list[list[Any]]:
     return [[t.name, t.dtype, list(t.shape)] for t in tensors]
 
 
-def _task_json(task: Task) -> dict[str, Any]:
+def task_json(task: Task) -> dict[str, Any]:
+    """What a manifest says of a task."""
     return {
         "name": task.name,
         "row": task.row,

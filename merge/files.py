@@ -34,6 +34,7 @@ def digest(path: Path) -> str:
 OURS = (  # marks of the folders that we write
     "manifest.json",
     "backbone.json",
+    "recipe.json",
     "config.pbtxt",
     "*/config.pbtxt",
     "adapter_config.json",
@@ -62,7 +63,7 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> 
         )
     if path.is_dir() and not any(any(path.glob(marker)) for marker in OURS):
         raise UsageError(
-            "the folder holds other things than a bundle, a backbone or a model repository",
+            "the folder holds other things than a bundle, a backbone, a recipe or a model repository",
             where=path,
             do="name another output: --force replaces only what utune-deploy wrote",
         )

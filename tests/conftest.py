@@ -6,14 +6,18 @@ The tests of serving run without torch, so torch is imported by the fixtures tha
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
 
     from torch import Tensor, nn
 
@@ -251,3 +255,20 @@ def random_delta(
         return replace(delta, tensors=tensors)
 
     return random_delta
+
+
+STANDINS = Path(__file__).parent / "export" / "standins"
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The stand-in for TensorRT, loaded afresh beside the one for CUDA's runtime; see its docstring."""
+    monkeypatch.setattr(sys, "path", [str(STANDINS), *sys.path])
+    for name in ("tensorrt", "standin_cuda"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    standin = importlib.import_module("tensorrt")
+    assert Path(standin.__file__ or "").parent == STANDINS
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", standin.standin_cuda)
+    yield standin
+    for name in ("tensorrt", "standin_cuda"):
+        sys.modules.pop(name, None)

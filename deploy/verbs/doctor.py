@@ -85,11 +85,23 @@ def _torch_cuda() -> Row:
 
 
 def _tensorrt() -> Row:
+    """Load TensorRT and CUDA's runtime, and ask for the device."""
+    from ...export.targets.tensorrt import library
+    from ...merge.errors import UtuneError
+
     try:
-        tensorrt = import_module("tensorrt")
-    except ImportError:
-        return ("tensorrt", "absent", "no TensorRT target in this version")
-    return ("tensorrt", f"{tensorrt.__version__} loads", "no TensorRT target in this version")
+        version = library.tensorrt().__version__
+    except UtuneError as error:
+        absent = isinstance(getattr(error.__cause__, "__cause__", None), ModuleNotFoundError)
+        state = "absent" if absent else error.details["found"]
+        return ("tensorrt", state, f"{library.INSTALL}; or export --target tensorrt --prepare")
+    try:
+        from ...export.targets.tensorrt.cuda import Cuda
+
+        capability = ".".join(map(str, Cuda().capability()))
+    except UtuneError as error:
+        return ("tensorrt", f"{version} loads; {error.what}", error.details.get("do", ""))
+    return ("tensorrt", f"{version} loads, compute capability {capability}", "")
 
 
 def _triton(environment: Path) -> Row:

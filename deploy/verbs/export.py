@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...export.engine import Device
     from ..console import Console
 
-STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
+STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "build", "done")
 
 
 @click.command("export")
@@ -63,6 +63,23 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "done")
 @click.option(
     "--images", type=PATH, help="Folder of real pictures for the check, or one per task in it."
 )
+@click.option(
+    "--target",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="The runtime to build for; tensorrt writes a folder of its own, see docs/tensorrt.md.",
+)
+@click.option(
+    "--prepare",
+    is_flag=True,
+    help="tensorrt: write what the machine with the GPU needs to build the plan itself.",
+)
+@click.option(
+    "--weights-form",
+    type=click.Choice(["plain", "stripped", "refit"]),
+    help="tensorrt: weights in the plan (plain), read from the ONNX file (stripped), or replaceable (refit).",
+)
 @device_options
 @dry_run_option
 @json_option
@@ -80,6 +97,9 @@ def command(
     name: str | None,
     max_batch: int,
     images: Path | None,
+    target: str,
+    prepare: bool,
+    weights_form: str | None,
     device: Device,
     dry_run: bool,
     as_json: bool,
@@ -89,6 +109,16 @@ def command(
 
     Nothing is written unless every comparison passes.
     """
+    from ...merge.errors import UsageError
+
+    if target != "tensorrt" and (prepare or weights_form):
+        raise UsageError("--prepare and --weights-form are of --target tensorrt")
+    if target == "tensorrt" and fan_out:
+        raise UsageError(
+            "one folder holds one TensorRT engine",
+            found="--fan-out, which asks for a second",
+            do="use --mode fan-out for an engine of its own",
+        )
     from ...merge.delta import load_delta, require_backbone
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
@@ -116,6 +146,35 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
+    if target == "tensorrt":
+        from ..tensorrt import export_tensorrt
+
+        with console.steps(*STEPS) as step:
+            recipe = export_tensorrt(
+                output,
+                backbone,
+                tasks,
+                prepare=prepare,
+                weights=weights_form or "plain",
+                name=name,
+                mode=mode,
+                bank=bank,
+                precision=precision,
+                max_batch=max_batch,
+                evidence=Evidence(pictures),
+                device=device,
+                force=force,
+                progress=step,
+            )
+        if as_json:
+            console.json({"folder": str(output), "recipe": recipe.to_json()})
+            return
+        if recipe.check == "unchecked":
+            console.warn(f"unchecked: no processor at hand computes in {precision}")
+        console.result(
+            f"wrote {output} ({'to be built with python build.py' if prepare else 'built'})"
+        )
+        return
     with console.steps(*STEPS) as step:
         bundle = export_bundle(
             output,

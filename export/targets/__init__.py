@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TARGETS = {
     "onnxruntime": ".onnxruntime",
+    "tensorrt": ".tensorrt",
 }
 
 

@@ -242,7 +242,7 @@ def test_a_task_without_room_in_the_bank_is_refused(
 def traced(vit: Backbone, deltas: dict[str, Delta], sites_of: Any) -> bytes:
     """The graph of the merged `lora` task, as it is traced."""
     plan = build.make_plan([deltas["lora"]], vit)
-    model, _, _ = build._graph(plan, vit, [deltas["lora"]], sites_of(vit), "fp32")
+    model, _, _ = build.graph_of(plan, vit, [deltas["lora"]], sites_of(vit), (), "fp32")
     return ir.to_proto(model).SerializeToString()
 
 
@@ -258,7 +258,7 @@ def export(
     """`export_bundle` of the `lora` task to `tmp_path/out`, traced once for all tests here."""
 
     def graph(*_: Any) -> Any:
-        return build._Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
+        return build.Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
 
     def export(**settings: Any) -> Bundle:
         return export_bundle(
@@ -268,7 +268,7 @@ def export(
             **{"max_batch": 2, "device": Device(threads=1), **settings},
         )
 
-    monkeypatch.setattr(build, "_graph", graph)
+    monkeypatch.setattr(build, "graph_of", graph)
     yield export
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left in ([], ["out"]), "something temporary was left behind"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STANDINS = Path(__file__).parents[1] / "export" / "standins"
 COMMON = ("--max-batch", 4, "--threads", 1, "--target", "tensorrt")
-FILES = ["README.md", "build.py", "model.onnx", "recipe.json", "tasks.json"]
+FILES = ["README.md", "build.py", "model.onnx", "recipe.json", "tasks.json", "trtexec.sh"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from utune_deploy.export.engine import Tensor
 from utune_deploy.export.targets.tensorrt import builder
-from utune_deploy.export.targets.tensorrt.folder import readme
+from utune_deploy.export.targets.tensorrt.folder import readme, write_folder
 from utune_deploy.export.targets.tensorrt.recipe import (
     Profile,
     Recipe,
@@ -192,4 +192,14 @@ def test_the_page_says_what_is_unchecked_and_what_cannot_be_done() -> None:
     assert "**unchecked**" not in readme(PLAIN, reads_bank=False)
     assert "bank.safetensors" in readme(BANKED, reads_bank=True)
     assert "Not possible" in readme(FORMS[3], reads_bank=False)
-    assert trtexec(PLAIN) in readme(PLAIN, reads_bank=False)
+    assert "sh trtexec.sh" in readme(PLAIN, reads_bank=False)
+    assert "trtexec.sh" not in readme(FORMS[3], reads_bank=False)
+
+
+def test_a_folder_holds_the_command_of_trtexec_unless_it_cannot_build_it(tmp_path: Path) -> None:
+    for name, recipe in (("plain", PLAIN), ("refit", FORMS[3])):
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path / name, recipe, b"", [], {})
+    script = tmp_path / "plain" / "trtexec.sh"
+    assert script.read_text().splitlines()[1] == f'exec {trtexec(PLAIN)} "$@"'
+    assert not (tmp_path / "refit" / "trtexec.sh").exists()

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from .recipe import Recipe
 
-ONNX, BANK, TASKS, SCRIPT, README = (
+ONNX, BANK, TASKS, SCRIPT, TRTEXEC, README = (
     "model.onnx",
     "bank.safetensors",
     "tasks.json",
     "build.py",
+    "trtexec.sh",
     "README.md",
 )
 
@@ -48,6 +49,8 @@ def write_folder(
 
         save_file(dict(bank), folder / BANK)
     (folder / SCRIPT).write_bytes(Path(builder.__file__).read_bytes())
+    if recipe.weights != "refit":  # which trtexec cannot build
+        (folder / TRTEXEC).write_text(f'#!/bin/sh\nexec {trtexec(recipe)} "$@"\n')
     (folder / README).write_text(readme(recipe, reads_bank=bool(bank)))
     recipe.write(folder)
 
@@ -84,10 +87,10 @@ def readme(recipe: Recipe, *, reads_bank: bool) -> str:
         lines += ["Not possible: `trtexec` cannot mark single weights for refitting.", ""]
     else:
         lines += [
-            f"    {trtexec(recipe)}",
+            f"    sh {TRTEXEC}",
             "",
-            "on TensorRT 11; on TensorRT 10 add `--stronglyTyped`. Use it to measure: it does not write",
-            f"`{builder.ABOUT}`.",
+            f"on TensorRT 11; on TensorRT 10, `sh {TRTEXEC} --stronglyTyped`. Use it to measure: it does not",
+            f"write `{builder.ABOUT}`.",
             "",
         ]
     lines += ["## Files", ""]
@@ -97,6 +100,7 @@ def readme(recipe: Recipe, *, reads_bank: bool) -> str:
         (SCRIPT, "builds it"),
         (TASKS, "what the rows of `task` and the columns of the answer mean"),
     ]
+    files += [(TRTEXEC, "the same engine by trtexec")] if recipe.weights != "refit" else []
     files += [(BANK, "the tasks' tensors, inputs of the engine")] if reads_bank else []
     lines += [f"- `{name}`: {what}" for name, what in files]
     return "\n".join(lines) + "\n"

@@ -287,8 +287,10 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(prepared: Callable[..., Path])
     path = prepared()
     where = {"PATH": os.environ["PATH"], "PYTHONPATH": str(STANDINS), "STANDIN_FAULTS": "slow"}
     running = subprocess.Popen(
-        [sys.executable, "build.py"], cwd=path, env=where, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "build.py"], cwd=path, env=where, stderr=subprocess.PIPE, text=True,
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert running.stderr is not None
     assert running.stderr.readline().startswith("Building Engine")
     time.sleep(0.3)

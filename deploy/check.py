@@ -445,7 +445,7 @@ class _Check:
         found = Liveness()
         looked = self.looked_at()
         for number in looked:
-            live = self.slopes(number, 1, found) or self.slopes(number, LOOKS, found, final=True)
+            live = self.slopes(number, 1, found) or self.slopes(number, LOOKS, found)
             assert live is not None
             for tensor in self.sample(live.tensors, len(looked)):
                 self.change(number, tensor, live, found)
@@ -462,13 +462,10 @@ class _Check:
         first = {delta.layout: number for number, delta in reversed(list(enumerate(self.deltas)))}
         return sorted({*first.values(), *self.choose(count, SAMPLE).tolist()})
 
-    def slopes(
-        self, number: int, looks: int, found: Liveness, *, final: bool = False
-    ) -> _Live | None:
-        """The tensors of a task that move its answer; None if some do not and this is not the final look."""
+    def slopes(self, number: int, looks: int, found: Liveness) -> _Live | None:
+        """The tensors of a task that move its answer; None if some do not and `LOOKS` may show more."""
         delta, torch_task = self.deltas[number], self.torch(number)
         task = np.full(min(looks, self.max_batch), number)
-        final = final or len(task) == min(LOOKS, self.max_batch)
         inputs = self.inputs(task, real=bool(self.evidence.images))
         plain, exact, typed = self.reference(inputs, task, "model", "exact", "typed")
         allowed = budget(plain, exact, "fp32")
@@ -487,7 +484,7 @@ class _Check:
                 for n in moves
                 if slopes[n][0] > 2 * seen
             ]
-        if inert and not final:
+        if inert and len(task) < min(LOOKS, self.max_batch):
             return None
         found.tensors += tensors
         found.inert += inert

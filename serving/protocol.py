@@ -463,8 +463,8 @@ def _best(registry: Registry, answers: Answers, count: int) -> NDArray[Any]:
     """`[n, count]` of `value:index:label`, best first; empty where a task has fewer classes."""
     count = min(count, registry.classes)
     cells = np.full((len(answers), count), b"", dtype=object)
-    for row, task in enumerate(answers.tasks):
-        labels = registry.labels(task)
+    for row, version in enumerate(answers.versions):
+        labels = version.labels
         own = answers.logits[row, : len(labels)]
         for rank, index in enumerate(np.argsort(-own, kind="stable")[:count]):
             cells[row, rank] = f"{own[index]:f}:{index}:{labels[index]}".encode()

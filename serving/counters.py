@@ -73,6 +73,11 @@ class Counters:
                 last_ms=time.time_ns() // 1_000_000,
             )
 
+    def forget(self, task: str) -> None:
+        """Show a removed task no longer."""
+        with self._lock:
+            self._rows_by_task.pop(task, None)
+
     def failure(self, failed_ns: int = 0) -> None:
         """Count one request that was refused or failed."""
         with self._lock:

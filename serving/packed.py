@@ -141,9 +141,9 @@ def layout_json(bundle: Bundle) -> dict[str, Any]:
     """What a sender must know of a bundle to lay a task out for it, as JSON values."""
     return {
         "identity": bundle.identity,
-        "fingerprint": bundle.backbone["fingerprint"],
+        "fingerprint": bundle.backbone.get("fingerprint"),
         "precision": bundle.engine.precision,
-        "slots": bundle.plan["slots"],
+        "slots": bundle.plan.get("slots", []),
     }
 
 

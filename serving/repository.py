@@ -60,6 +60,7 @@ CARRIED = (
     "serving/service.py",
     "serving/store.py",
     "serving/tasks.py",
+    "serving/tensors.py",
     "serving/triton_model.py",
     "serving/versions.py",
 )

@@ -17,11 +17,12 @@ import numpy as np
 from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
 from .counters import Counters
+from .packed import layout_json
 from .registry import Registry
 from .rejections import EngineFailed, InvalidRequest
 from .resident import Resident, default_rows, row_bytes
 from .store import Store
-from .tasks import Tasks, fixed
+from .tasks import Tasks, entry, fixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +215,27 @@ class Service:
             tasks.discard(staged)
             raise
         return staged.version
+
+    def entries(self, name: str | None = None) -> list[dict[str, Any]]:
+        """What there is to say of every task, or of one, as JSON values; see `tasks.entry`.
+
+        Raises:
+            UsageError: There is no such task.
+        """
+        if self.tasks is not None:
+            return self.tasks.entries(name)
+        versions = self.registry.versions
+        if name is not None and name not in versions:
+            raise UsageError("unknown task", wanted=self.registry.some_names, found=name)
+        shown = versions.values() if name is None else [versions[name]]
+        return [entry(version, [version.number]) for version in shown]
+
+    def description(self) -> dict[str, Any]:
+        """What a sender must know to lay a task out for this bank, as JSON values.
+
+        `fixed` says why the tasks cannot change, or is None; the others are those of `packed.layout_json`.
+        """
+        return {**layout_json(self.registry.bundle), "fixed": fixed(self.registry.bundle)}
 
     def require_tasks(self) -> Tasks:
         """The life of the tasks.

@@ -27,7 +27,7 @@ from .store import Kept, Store
 from .versions import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -103,6 +103,12 @@ class Tasks:
         with self._lock:
             shown = [name] if name is not None else list(self._registry.versions)
             return [self._entry(each, self._living(each)) for each in shown]
+
+    def numbers(self, name: str) -> list[int]:
+        """The versions of a task that are kept; none of an unknown one."""
+        with self._lock:
+            life = self._lives.get(name)
+            return sorted(life.versions) if life is not None else []
 
     def version(self, name: str, number: int) -> Version:
         """A version of a task, in use or not.
@@ -359,18 +365,30 @@ class Tasks:
 
     def _entry(self, name: str, life: _Life) -> dict[str, Any]:
         version = life.versions[life.current]
-        facts = task_json(version.task)
-        return {
-            "name": name,
-            "version": life.current,
-            "versions": sorted(life.versions),
-            "labels": facts["labels"],
-            "width": facts.get("width"),
-            "preprocessing": facts["preprocessing"],
-            "delta": facts["delta"],
-            "resident": version in self._resident,
-            "pinned": life.pinned,
-        }
+        return entry(
+            version,
+            sorted(life.versions),
+            resident=version in self._resident,
+            pinned=life.pinned,
+        )
+
+
+def entry(
+    version: Version, numbers: Sequence[int], *, resident: bool = True, pinned: bool = True
+) -> dict[str, Any]:
+    """What there is to say of a task, as JSON values: the version in use, and those that are kept."""
+    facts = task_json(version.task)
+    return {
+        "name": version.name,
+        "version": version.number,
+        "versions": list(numbers),
+        "labels": facts["labels"],
+        "width": facts.get("width"),
+        "preprocessing": facts["preprocessing"],
+        "delta": facts["delta"],
+        "resident": resident,
+        "pinned": pinned,
+    }
 
 
 def fixed(bundle: Bundle) -> str | None:

@@ -139,6 +139,7 @@ async def infer(
     Raises:
         InvalidRequest: The request cannot be answered as written.
         Overloaded: The queue is full.
+        Expired: The request waited too long.
         Stopping: The server drains.
         EngineFailed: The engine could not answer.
     """
@@ -147,11 +148,10 @@ async def infer(
     try:
         check_outputs(registry, outputs)
         request = read_request(registry, inputs)
-        answers = await batcher.submit(request)
-    except Exception:
-        batcher.service.counters.failure(time.perf_counter_ns() - start)
+    except Exception as refusal:
+        batcher.service.counters.failure(refusal, time.perf_counter_ns() - start)
         raise
-    return write_answers(registry, answers, outputs)
+    return write_answers(registry, await batcher.submit(request), outputs)
 
 
 def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
@@ -364,9 +364,9 @@ def _statistics(service: Service) -> dict[str, Any]:
             "success": duration(totals.answered, totals.request_ns),
             "fail": duration(totals.failed, totals.failed_ns),
             "queue": duration(totals.answered, totals.queue_ns),
-            "compute_input": duration(totals.answered, 0),
+            "compute_input": duration(totals.answered, totals.input_ns),
             "compute_infer": duration(totals.answered, totals.engine_ns),
-            "compute_output": duration(totals.answered, 0),
+            "compute_output": duration(totals.answered, totals.output_ns),
         },
     }
 

@@ -188,14 +188,14 @@ class Service:
         start = time.perf_counter_ns()
         try:
             request = self.registry.check(inputs, tasks)
-        except InvalidRequest:
-            self.counters.failure(time.perf_counter_ns() - start)
+        except InvalidRequest as refusal:
+            self.counters.failure(refusal, time.perf_counter_ns() - start)
             raise
         queued = time.perf_counter_ns()
         (result,) = self.run([request])
         spent = time.perf_counter_ns() - start
         if not isinstance(result, Answers):
-            self.counters.failure(spent)
+            self.counters.failure(result, spent, request.tasks)
             raise result
         self.counters.answer(
             len(request),
@@ -236,7 +236,9 @@ class Service:
             )
             failure.__cause__ = cause
             return [failure]
-        self.counters.batch()
+        self.counters.batch(
+            sum(map(len, requests)), len({task for request in requests for task in request.tasks})
+        )
         spent = time.perf_counter_ns() - start
         ends = np.cumsum([len(request) for request in requests])[:-1]
         parts = np.split(logits, ends)

@@ -69,10 +69,14 @@ class BundleModel:
         """Answer the request that `read` gives, and count it, however it ends."""
         start = time.perf_counter_ns()
         try:
-            return await self.batcher.submit(read())
-        except Exception:
-            self.batcher.service.counters.failure(time.perf_counter_ns() - start)
+            request = read()
+        except Exception as refusal:
+            spent = time.perf_counter_ns() - start
+            self.batcher.service.counters.failure(refusal, spent)
             raise
+        return await self.batcher.submit(
+            request, priority=asked.priority, timeout_us=asked.timeout_us
+        )
 
 
 class TaskModel:

@@ -146,6 +146,7 @@ class TaskCommands:
                 answers = await self._batcher.submit(tasks.probe(staged))
                 tasks.require_right(staged, answers)
                 await asyncio.to_thread(tasks.publish, staged, update=update)
+            self._service.counters.know(staged.version.name)
         return self._shown(staged.version.name)
 
     async def remove(self, name: str) -> dict[str, Any]:

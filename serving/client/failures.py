@@ -50,8 +50,9 @@ GRPC = {
     "UNIMPLEMENTED": BadReply,
 }
 _NOT_CONNECTED = ("failed to connect", "Connection refused", "DNS resolution failed")
-_BROKEN = (  # what gRPC itself says of a connection; all else that is UNAVAILABLE a server said
+_BROKEN = (  # what gRPC itself says of a connection
     "Socket closed",
+    "Cancelling all calls",
     "Connection reset",
     "Broken pipe",
     "GOAWAY",
@@ -111,7 +112,8 @@ def of_code(address: Address, code: str, text: str) -> Failure:
     if code in ("UNAVAILABLE", "CANCELLED") and any(part in text for part in _BROKEN):
         return unreachable(address, text, LOST)
     error = _said(GRPC.get(code, EngineFailed), text or f"gRPC status {code}", address)
-    return Failure(error, REFUSED if code == "UNAVAILABLE" else FINAL)
+    # gRPC does not tell a server that turned the call away from one that went down over it.
+    return Failure(error, LOST if code == "UNAVAILABLE" else FINAL)
 
 
 def unreachable(address: Address, found: object, kind: str) -> Failure:

@@ -114,13 +114,16 @@ def read_answers(
     count = len(tasks)
     logits = outputs.get(LOGITS)
     labels, scores = outputs.get(LABEL), outputs.get(SCORE)
-    if logits is None or (labels is None) != (scores is None):
+    if logits is None or logits.ndim < 2 or (labels is None) != (scores is None):
         raise BadReply("the reply lacks an output", where=where, found=", ".join(outputs))
     if any(len(array) != count for array in (logits, labels, scores) if array is not None):
         raise BadReply("the reply has another number of rows", where=where, wanted=count)
     said: list[tuple[str | None, float | None]] = [(None, None)] * count
     if labels is not None and scores is not None:
-        said = [(l, float(s)) for l, s in zip(texts(labels), scores.ravel(), strict=True)]  # noqa: E741
+        try:
+            said = list(zip(texts(labels), scores.ravel().tolist(), strict=True))
+        except ValueError as cause:  # no text, or not one for each row
+            raise BadReply("the labels cannot be read", where=where, found=str(cause)) from cause
     return [
         Answer(label, score, _own(row), task)
         for (label, score), row, task in zip(said, logits, tasks, strict=True)

@@ -125,7 +125,19 @@ def _picture(item: Item, task: TaskInfo, model: ModelFacts) -> dict[str, NDArray
             wanted="an array",
             found=type(item.source).__name__,
         )
+    if not _is_picture(item.source):
+        raise InvalidRequest(
+            "this is neither a picture nor a row",
+            wanted="a path, the bytes of a file, a Pillow picture or several, an array, or arrays by name",
+            found=type(item.source).__name__,
+        )
     return {IMAGES: read_rows(item.source, task.preprocessing)}  # type: ignore[arg-type]
+
+
+def _is_picture(source: Any) -> bool:
+    if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
+        return bool(source) and all(hasattr(frame, "convert") for frame in source)
+    return isinstance(source, (str, bytes, os.PathLike)) or hasattr(source, "convert")
 
 
 def _arrays(item: Item, model: ModelFacts) -> dict[str, NDArray[Any]]:

@@ -145,7 +145,11 @@ class Verbs:
         prepared = yield Work(lambda: rows.prepare(asked, facts, shape))
         inputs = rows.join(prepared)
         counts = [len(next(iter(part.values()))) for part in prepared]
-        names = [item.task for item, count in zip(asked, counts, strict=True) for _ in range(count)]
+        names = [
+            fact.name if fact else item.task
+            for item, fact, count in zip(asked, facts, counts, strict=True)
+            for _ in range(count)
+        ]
         model = yield from self._name(deadline)
         answers: list[Answer] = []
         for at in range(0, len(names), shape.max_batch):

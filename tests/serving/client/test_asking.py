@@ -230,6 +230,7 @@ def test_the_only_task_needs_no_name(client_kind, url, embed, single, rows, task
         seen = client.ask(picture)
     assert answer.label.startswith("cars-")
     assert seen.label.startswith("cars-")
+    assert (answer.task, seen.task) == (None, "cars")
 
 
 def test_the_model_of_every_task_is_not_taken_for_a_second_one(
@@ -296,6 +297,28 @@ def test_a_picture_that_is_none_is_said(client, tasks, tmp_path):
         client.ask(tmp_path / "cat.jpg", task="pets")
     with pytest.raises(UsageError, match="no picture that can be read"):
         client.ask(b"not a picture", task="pets")
+
+
+@pytest.mark.parametrize("source", [[0.1, 0.2], [], 3, None, ["cat.jpg"]])
+def test_what_is_neither_picture_nor_row_is_refused(client, tasks, source):
+    with pytest.raises(InvalidRequest, match="neither a picture nor a row"):
+        client.ask(source, task="pets")
+
+
+def test_real_triton_answers_too(client_kind, url, triton_environment, bundle, service, rows):
+    from utune_deploy.serving.servers.triton import running
+
+    images, names = rows(9)
+    with (
+        running(bundle, environment=triton_environment, device=Device(threads=1)) as process,
+        client_kind(url(process.addresses)) as client,
+    ):
+        answers = client.ask_many(images, tasks=names, deadline_s=30.0, priority=1)
+        with pytest.raises(InvalidRequest, match="unknown task"):
+            client.ask(images[0], task="birds")
+        with pytest.raises(UnknownModel, match="how its tasks want"):
+            client.ask(b"picture", task="pets")
+    assert all(map(_close, answers, [service] * 9, images, names))
 
 
 def test_a_closed_client_says_so(client_kind, url, addresses):

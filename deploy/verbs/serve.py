@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 @click.option(
     "--max-delay-ms", type=click.FloatRange(0), help="Longest that a request waits for company."
 )
+@click.option(
+    "--perf-input",
+    type=PATH,
+    metavar="FILE",
+    help="Write requests for perf_analyzer to this new file.",
+)
 @triton_env_option
 @device_options
 @click.pass_obj
@@ -43,19 +49,26 @@ def command(
     grpc_port: int,
     metrics_port: int,
     max_delay_ms: float | None,
+    perf_input: Path | None,
     triton_env: Path,
     device: Device,
 ) -> None:
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
+    from ...serving import perf_analyzer
     from ...serving.greeting import greeting
     from ...serving.registry import MAX_DELAY_MS
     from ...serving.servers import server
 
     opened = open_bundle(bundle)
+    if perf_input is not None:
+        perf_analyzer.write(perf_input, opened)
 
     def on_ready(addresses) -> None:
-        console.result(greeting(opened, addresses, server=engine, provider=device.provider))
+        said = greeting(
+            opened, addresses, server=engine, provider=device.provider, perf_input=perf_input
+        )
+        console.result(said)
 
     options = {
         "host": host,

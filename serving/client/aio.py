@@ -43,6 +43,9 @@ class AsyncClient:
         certificates: For TLS, the authorities to trust.
         facts_age_s: Seconds for which a task's facts are believed.
 
+    Attributes:
+        url: The server's, with its port.
+
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
     """
@@ -58,6 +61,7 @@ class AsyncClient:
         facts_age_s: float = FACTS_AGE_S,
     ) -> None:
         address = parse(url)
+        self.url = str(address)
         self._verbs = Verbs(address, model, retry or Retry(), deadline_s, facts_age_s)
         transport = AsyncGrpcTransport if address.is_grpc else AsyncHttpTransport
         self._transport = transport(address, certificates)
@@ -88,6 +92,10 @@ class AsyncClient:
     async def tasks(self, *, deadline_s: float | None = None) -> tuple[TaskInfo, ...]:
         """See `Client.tasks`."""
         return await self._run(self._verbs.tasks(deadline_s))
+
+    async def describe(self, *, deadline_s: float | None = None) -> dict[str, Any]:
+        """See `Client.describe`."""
+        return await self._run(self._verbs.describe(deadline_s))
 
     async def add(
         self, file: bytes | str | os.PathLike[str], *, deadline_s: float | None = None

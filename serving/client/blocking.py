@@ -51,6 +51,9 @@ class Client:
         certificates: For TLS, a PEM file with the authorities to trust; None for the system's.
         facts_age_s: Seconds for which a task's facts are believed.
 
+    Attributes:
+        url: The server's, with its port.
+
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
     """
@@ -66,6 +69,7 @@ class Client:
         facts_age_s: float = FACTS_AGE_S,
     ) -> None:
         address = parse(url)
+        self.url = str(address)
         self._verbs = Verbs(address, model, retry or Retry(), deadline_s, facts_age_s)
         transport = GrpcTransport if address.is_grpc else HttpTransport
         self._transport = transport(address, certificates)
@@ -127,6 +131,10 @@ class Client:
     def tasks(self, *, deadline_s: float | None = None) -> tuple[TaskInfo, ...]:
         """What tasks the server has now."""
         return self._run(self._verbs.tasks(deadline_s))
+
+    def describe(self, *, deadline_s: float | None = None) -> dict[str, Any]:
+        """What a sender must know to lay a task out for the server's bank, as JSON values."""
+        return self._run(self._verbs.describe(deadline_s))
 
     def add(
         self, file: bytes | str | os.PathLike[str], *, deadline_s: float | None = None

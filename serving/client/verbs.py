@@ -12,6 +12,7 @@ import numpy as np
 from ...merge.errors import UsageError
 from ..registry import ALL
 from ..rejections import BadReply, InvalidRequest, UnknownModel
+from ..task_commands import COMMAND, FILE, REPLY, TASKS
 from . import rows
 from .answers import mean, read_answers, read_task
 from .calls import Config, Index, Infer
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from .calls import Call, ModelFacts
     from .rows import Item, Source
     from .steps import Steps
-
-TASKS = ".tasks"
-"""Behind a bundle's name: the model that tells of its tasks and changes them."""
-
-COMMAND, FILE, REPLY = "command", "file", "reply"
 
 
 class Verbs:
@@ -183,6 +179,10 @@ class Verbs:
         self._tasks = {**self._tasks, task.name: task}
         return task
 
+    def describe(self, deadline_s: float | None) -> Steps[dict[str, Any]]:
+        """What the reply to `describe` holds."""
+        return (yield from self._command("describe", self._deadline(deadline_s), True))
+
     def bring(
         self, action: str, file: bytes | str | os.PathLike[str], deadline_s: float | None
     ) -> Steps[TaskInfo]:
@@ -275,7 +275,7 @@ class Verbs:
         """The model's name."""
         if self._model is None:
             ready = yield from self._call(Index(), deadline)
-            names = [name for name in ready if not name.endswith((ALL, TASKS))]
+            names = _bundles(ready)
             if len(names) != 1:
                 raise UsageError(
                     "it is not said which model is asked" if names else "no model is ready",
@@ -325,6 +325,15 @@ class Verbs:
                 raise deadline.exceeded(self._address, last.what) from last
             yield Wait(pause_s)
             attempt += 1
+
+
+def _bundles(ready: Sequence[str]) -> list[str]:
+    """Those of a server's models that are bundles: each has its model of tasks beside it.
+
+    A server without such models has no model per task either.
+    """
+    bundles = [name for name in ready if name + TASKS in ready]
+    return bundles or [name for name in ready if not name.endswith((ALL, TASKS))]
 
 
 def _fits(answer: Answer, task: TaskInfo | None) -> bool:

@@ -44,7 +44,7 @@ class AsyncClient:
         facts_age_s: Seconds for which a task's facts are believed.
 
     Attributes:
-        url: The server's, with its port.
+        url: As it was given.
 
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
@@ -61,7 +61,7 @@ class AsyncClient:
         facts_age_s: float = FACTS_AGE_S,
     ) -> None:
         address = parse(url)
-        self.url = str(address)
+        self.url = url
         self._verbs = Verbs(address, model, retry or Retry(), deadline_s, facts_age_s)
         transport = AsyncGrpcTransport if address.is_grpc else AsyncHttpTransport
         self._transport = transport(address, certificates)
@@ -94,7 +94,7 @@ class AsyncClient:
         return await self._run(self._verbs.tasks(deadline_s))
 
     async def describe(self, *, deadline_s: float | None = None) -> dict[str, Any]:
-        """See `Client.describe`."""
+        """What a task for this server must be laid out for, as `deploy.pack.Layout` reads it."""
         return await self._run(self._verbs.describe(deadline_s))
 
     async def add(

@@ -52,7 +52,7 @@ class Client:
         facts_age_s: Seconds for which a task's facts are believed.
 
     Attributes:
-        url: The server's, with its port.
+        url: As it was given.
 
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
@@ -69,7 +69,7 @@ class Client:
         facts_age_s: float = FACTS_AGE_S,
     ) -> None:
         address = parse(url)
-        self.url = str(address)
+        self.url = url
         self._verbs = Verbs(address, model, retry or Retry(), deadline_s, facts_age_s)
         transport = GrpcTransport if address.is_grpc else HttpTransport
         self._transport = transport(address, certificates)
@@ -133,7 +133,7 @@ class Client:
         return self._run(self._verbs.tasks(deadline_s))
 
     def describe(self, *, deadline_s: float | None = None) -> dict[str, Any]:
-        """What a sender must know to lay a task out for the server's bank, as JSON values."""
+        """What a task for this server must be laid out for, as `deploy.pack.Layout` reads it."""
         return self._run(self._verbs.describe(deadline_s))
 
     def add(

@@ -179,10 +179,6 @@ class Verbs:
         self._tasks = {**self._tasks, task.name: task}
         return task
 
-    def describe(self, deadline_s: float | None) -> Steps[dict[str, Any]]:
-        """What the reply to `describe` holds."""
-        return (yield from self._command("describe", self._deadline(deadline_s), True))
-
     def bring(
         self, action: str, file: bytes | str | os.PathLike[str], deadline_s: float | None
     ) -> Steps[TaskInfo]:
@@ -192,6 +188,10 @@ class Verbs:
         else:
             content = yield Work(lambda: _read(Path(file)))
         return (yield from self.change(action, deadline_s, repeatable=False, content=content))
+
+    def describe(self, deadline_s: float | None) -> Steps[dict[str, Any]]:
+        """What a task must be laid out for; see `serving.packed.layout_json`."""
+        return (yield from self._command("describe", self._deadline(deadline_s), True))
 
     def remove(self, name: str, deadline_s: float | None) -> Steps[None]:
         """Nothing, once the task is gone."""
@@ -275,7 +275,9 @@ class Verbs:
         """The model's name."""
         if self._model is None:
             ready = yield from self._call(Index(), deadline)
-            names = _bundles(ready)
+            # Every task is a model too: where tasks can be listed, the bundle is the one that lists them.
+            listing = [name.removesuffix(TASKS) for name in ready if name.endswith(TASKS)]
+            names = listing or [name for name in ready if not name.endswith(ALL)]
             if len(names) != 1:
                 raise UsageError(
                     "it is not said which model is asked" if names else "no model is ready",
@@ -325,15 +327,6 @@ class Verbs:
                 raise deadline.exceeded(self._address, last.what) from last
             yield Wait(pause_s)
             attempt += 1
-
-
-def _bundles(ready: Sequence[str]) -> list[str]:
-    """Those of a server's models that are bundles: each has its model of tasks beside it.
-
-    A server without such models has no model per task either.
-    """
-    bundles = [name for name in ready if name + TASKS in ready]
-    return bundles or [name for name in ready if not name.endswith((ALL, TASKS))]
 
 
 def _fits(answer: Answer, task: TaskInfo | None) -> bool:

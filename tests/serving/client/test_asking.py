@@ -257,6 +257,26 @@ def test_the_model_of_every_task_is_not_taken_for_a_second_one(
         )
 
 
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["tiny", "tiny.tasks", "pets", "cars"], None),
+        (["tiny", "tiny.all"], None),  # a server without models of tasks
+        (["a", "a.tasks", "b", "b.all", "b.tasks", "pets"], "a, b"),
+        ([], "no model is ready"),
+    ],
+)
+def test_the_bundle_is_told_from_its_tasks_models(client_kind, stage, models, said):
+    stage.models = models
+    row = np.zeros(2, np.float32)
+    with client_kind(stage.url) as client:
+        if said is None:
+            assert client.ask(row, task="pets").label == "dog"
+        else:
+            with pytest.raises(UsageError, match=said):
+                client.ask(row, task="pets")
+
+
 def test_an_unknown_model_is_said(client_kind, url, addresses):
     with (
         client_kind(url(addresses), model="other") as client,

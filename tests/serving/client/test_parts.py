@@ -15,7 +15,6 @@ from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.client import Client, Retry
 from utune_deploy.serving.client.address import parse
 from utune_deploy.serving.client.failures import FINAL, LOST, REFUSED, seconds
-from utune_deploy.serving.client.verbs import _bundles
 from utune_deploy.serving.rejections import InvalidRequest, from_line, one_line
 
 
@@ -62,20 +61,6 @@ def test_addresses(url, said):
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(UsageError, match="no address"):
         Client(url)
-
-
-@pytest.mark.parametrize(
-    ("ready", "found"),
-    [
-        (["tiny", "tiny.tasks", "pets", "cars"], ["tiny"]),
-        (["a.tasks", "a", "b", "b.all", "b.tasks"], ["a", "b"]),
-        (["tiny", "tiny.all"], ["tiny"]),  # a server without models of tasks
-        (["one", "two"], ["one", "two"]),
-        ([], []),
-    ],
-)
-def test_a_bundle_is_told_from_its_tasks_models(ready, found):
-    assert _bundles(ready) == found
 
 
 def test_waits_grow_spread_and_end():

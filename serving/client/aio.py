@@ -43,6 +43,9 @@ class AsyncClient:
         certificates: For TLS, the authorities to trust.
         facts_age_s: Seconds for which a task's facts are believed.
 
+    Attributes:
+        url: As it was given.
+
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
     """

@@ -51,6 +51,9 @@ class Client:
         certificates: For TLS, a PEM file with the authorities to trust; None for the system's.
         facts_age_s: Seconds for which a task's facts are believed.
 
+    Attributes:
+        url: As it was given.
+
     Raises:
         UsageError: The URL is none, or a setting makes no sense.
     """

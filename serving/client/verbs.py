@@ -12,6 +12,7 @@ import numpy as np
 from ...merge.errors import UsageError
 from ..registry import ALL
 from ..rejections import BadReply, InvalidRequest, UnknownModel
+from ..task_commands import COMMAND, FILE, REPLY, TASKS
 from . import rows
 from .answers import mean, read_answers, read_task
 from .calls import Config, Index, Infer
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from .calls import Call, ModelFacts
     from .rows import Item, Source
     from .steps import Steps
-
-TASKS = ".tasks"
-"""Behind a bundle's name: the model that tells of its tasks and changes them."""
-
-COMMAND, FILE, REPLY = "command", "file", "reply"
 
 
 class Verbs:

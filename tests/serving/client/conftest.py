@@ -171,11 +171,13 @@ class Stage:
     Attributes:
         script: What the next requests meet, one function of the handler each; then they are answered.
         bodies: The JSON heads of the inference requests.
+        models: What the index names.
     """
 
     def __init__(self) -> None:
         self.script: list[Callable[[BaseHTTPRequestHandler], None]] = []
         self.bodies: list[dict[str, Any]] = []
+        self.models = ["tiny", "tiny.all", "tiny.tasks", "pets"]
         self.let_go = threading.Event()
 
     @staticmethod
@@ -246,9 +248,7 @@ def _staged():
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path.endswith("/index"):
-                index = [
-                    {"name": name, "state": "READY"} for name in ("tiny", "tiny.all", "tiny.tasks")
-                ]
+                index = [{"name": name, "state": "READY"} for name in made.models]
                 made.say(200, index)(self)
                 return
             length = int(self.headers.get("Inference-Header-Content-Length", len(body)))

@@ -15,6 +15,7 @@ from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.preprocessing import Clip, Preprocessing
 from utune_deploy.serving.client import AsyncClient, Client
+from utune_deploy.serving.client.failures import Failure
 from utune_deploy.serving.rejections import InvalidRequest, UnknownModel
 from utune_deploy.serving.service import Service
 
@@ -49,7 +50,7 @@ def picture() -> Image.Image:
 
 def _close(answer, service, row, task) -> bool:
     reference = service.answer(row[None], [task])
-    own = len(service.registry.versions[task].labels)
+    own = len(service.registry.bundle.task(task).labels)
     return (
         answer.task == task
         and answer.label == reference.labels[0]
@@ -183,11 +184,20 @@ def test_a_video_is_answered_by_the_mean_of_its_views(client, tasks, service, pi
     assert answer.score == pytest.approx(float(shares.max() / shares.sum()), rel=1e-4)
 
 
-def test_pictures_want_a_server_that_says_how(client, picture):
+def test_pictures_want_a_server_that_says_how(client, tasks, picture, monkeypatch):
+    def unknown(call):
+        raise Failure(UnknownModel("unknown model or version", found=call.model))
+
+    monkeypatch.setattr(tasks, "answer", unknown)
     with pytest.raises(UnknownModel, match="how its tasks want") as refused:
         client.ask(picture, task="pets")
     assert refused.value.details["wanted"] == "the model tiny.tasks"
     assert "arrays" in refused.value.details["do"]
+
+
+def test_the_server_itself_says_how(client, service, picture):
+    prepared = Preprocessing((SIZE, SIZE)).apply(picture)
+    assert _close(client.ask(picture, task="cars"), service, prepared, "cars")
 
 
 def test_rows_by_name(client_kind, url, embed, text, sentences):
@@ -247,13 +257,33 @@ def test_the_model_of_every_task_is_not_taken_for_a_second_one(
         )
 
 
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["tiny", "tiny.tasks", "pets", "cars"], None),
+        (["tiny", "tiny.all"], None),  # a server without models of tasks
+        (["a", "a.tasks", "b", "b.all", "b.tasks", "pets"], "a, b"),
+        ([], "no model is ready"),
+    ],
+)
+def test_the_bundle_is_told_from_its_tasks_models(client_kind, stage, models, said):
+    stage.models = models
+    row = np.zeros(2, np.float32)
+    with client_kind(stage.url) as client:
+        if said is None:
+            assert client.ask(row, task="pets").label == "dog"
+        else:
+            with pytest.raises(UsageError, match=said):
+                client.ask(row, task="pets")
+
+
 def test_an_unknown_model_is_said(client_kind, url, addresses):
     with (
         client_kind(url(addresses), model="other") as client,
         pytest.raises(UnknownModel) as refused,
     ):
         client.ask(np.zeros((3, SIZE, SIZE), np.float32), task="pets")
-    assert "tiny" in refused.value.details["wanted"]
+    assert refused.value.details["found"] == "other"
 
 
 @pytest.mark.parametrize(
@@ -316,8 +346,6 @@ def test_real_triton_answers_too(client_kind, url, triton_environment, bundle, s
         answers = client.ask_many(images, tasks=names, deadline_s=30.0, priority=1)
         with pytest.raises(InvalidRequest, match="unknown task"):
             client.ask(images[0], task="birds")
-        with pytest.raises(UnknownModel, match="how its tasks want"):
-            client.ask(b"picture", task="pets")
     assert all(map(_close, answers, [service] * 9, images, names))
 
 

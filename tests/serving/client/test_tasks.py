@@ -50,6 +50,17 @@ def test_tasks_are_told_with_all_their_facts(client, tasks, bundle):
     assert len(tasks.commands) == 2  # never from memory
 
 
+def test_a_real_server_tells_its_tasks_and_refuses_what_it_cannot_change(client, bundle):
+    found = client.tasks()
+    assert [(task.name, task.labels, task.preprocessing, task.delta) for task in found] == [
+        (task.name, task.labels, task.preprocessing, task.delta) for task in bundle.tasks
+    ]
+    assert "fixed" in client.describe()
+    for change in (lambda: client.pin("pets"), lambda: client.add(b"no packed task")):
+        with pytest.raises(InvalidRequest):
+            change()
+
+
 @pytest.mark.parametrize("form", ["bytes", "path", "text"])
 def test_a_packed_task_is_sent_whole(client, tasks, tmp_path, form):
     path = tmp_path / "birds.task.safetensors"

@@ -61,7 +61,10 @@ LABEL org.opencontainers.image.title="utune-deploy" \
 RUN groupadd --gid 10001 utune \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/utune --shell /usr/sbin/nologin utune \
  && install -d -o 10001 -g 10001 -m 0750 /var/lib/utune
+# ONNX Runtime's wheels report to their maker over the network, and keep an identifier in the home, unless this
+# is set before they are loaded.
 ENV PATH=/opt/utune/bin:$PATH \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /var/lib/utune
@@ -80,6 +83,7 @@ COPY --from=build-triton /opt/site /opt/utune/site
 COPY --from=build-triton /src/sbom.cdx.json /usr/share/doc/utune-deploy/sbom.cdx.json
 # Before the image's own packages: this numpy is the one that the Python backend must find.
 ENV PYTHONPATH=/opt/utune/site \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 EXPOSE 8000 8001 8002

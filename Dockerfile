@@ -8,7 +8,7 @@
 ARG PYTHON=3.11-slim-bookworm
 # NVIDIA's release, and the Python inside it: wheels of that Python are carried over.
 ARG TRITON=25.10-py3
-ARG TRITON_PYTHON=3.12-slim-bookworm
+ARG TRITON_PYTHON=3.12
 
 
 # Where wheels are installed. The environment has no pip of its own, so neither has the image.
@@ -37,14 +37,14 @@ RUN pip --python /opt/utune install --no-cache-dir -c requirements/constraints.t
  && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.cdx.json /opt/utune/bin/python
 
 # numpy stays below 2 here, so this list carries its own pins.
-FROM python:${TRITON_PYTHON} AS build-triton
+FROM python:${TRITON_PYTHON}-slim-bookworm AS build-triton
 WORKDIR /src
 COPY requirements requirements
 RUN python -m venv --without-pip /opt/utune \
  && python -m venv /opt/sbom \
  && /opt/sbom/bin/pip install --no-cache-dir -r requirements/sbom.txt \
- && pip --python /opt/utune install --no-cache-dir --target /opt/site -r requirements/triton-image.txt \
- && PYTHONPATH=/opt/site /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o sbom.cdx.json /opt/utune/bin/python
+ && pip --python /opt/utune install --no-cache-dir -r requirements/triton-image.txt \
+ && /opt/sbom/bin/cyclonedx-py environment --output-reproducible -o sbom.cdx.json /opt/utune/bin/python
 
 
 # What every image of ours has in common.
@@ -79,10 +79,14 @@ LABEL org.opencontainers.image.title="utune-deploy on Triton" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-COPY --from=build-triton /opt/site /opt/utune/site
+# The Python backend takes the packages of the first python3 in PATH, and some releases of it ignore PYTHONPATH:
+# so an environment of the image's own Python, into which the packages are laid.
+ARG TRITON_PYTHON
+RUN python3 -m venv --without-pip /opt/utune
+COPY --from=build-triton /opt/utune/lib/python${TRITON_PYTHON}/site-packages /opt/utune/lib/python${TRITON_PYTHON}/site-packages
 COPY --from=build-triton /src/sbom.cdx.json /usr/share/doc/utune-deploy/sbom.cdx.json
-# Before the image's own packages: this numpy is the one that the Python backend must find.
-ENV PYTHONPATH=/opt/utune/site \
+RUN /opt/utune/bin/python3 -c "import ml_dtypes, numpy, onnxruntime, safetensors"
+ENV PATH=/opt/utune/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000

@@ -218,8 +218,8 @@ class _Check:
     def task_in_torch(self, number: int) -> _Torch:
         """One task over the shared trunks."""
         model = restore(self.backbone, self.deltas[number], self.sites).eval()
-        typed = model if self.half is None else _in(dtype_of(self.half), model, self.half)
-        return _Torch(model, _in(torch.float64, model, self.double), typed)
+        typed = model if self.half is None else in_dtype(dtype_of(self.half), model, self.half)
+        return _Torch(model, in_dtype(torch.float64, model, self.double), typed)
 
     def open(self, engine: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
         return OnnxRuntimeSession(engine, self.device, bank=bank, tf32=self.precision == "tf32")
@@ -573,7 +573,7 @@ def in_torch(inputs: Rows, model: Tuned) -> list[torch.Tensor]:
     return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
 
 
-def _in(dtype: torch.dtype, model: Tuned, trunk: torch.nn.Module) -> Tuned:
+def in_dtype(dtype: torch.dtype, model: Tuned, trunk: torch.nn.Module) -> Tuned:
     """The tuned model in another dtype, over a shared trunk of that dtype."""
     shared = model.trunk
     twin = copy.deepcopy(model, {id(shared): trunk, id(model.backbone): model.backbone})

@@ -22,6 +22,7 @@ from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.files import canonical_json, digest
 from ..merge.preprocessing import Preprocessing
 from .engine import BANK_PREFIX, CPU, Tensor
+from .mapped import map_file
 from .targets import target
 
 if TYPE_CHECKING:
@@ -161,15 +162,22 @@ class Bundle:
             found=name,
         )
 
-    def open_session(self, device: Device = CPU, *, cuda_graph: bool = False) -> Session:
+    def open_session(
+        self, device: Device = CPU, *, cuda_graph: bool = False, rows: int | None = None
+    ) -> Session:
         """The engine, open on a device.
+
+        Args:
+            device: Where it runs.
+            cuda_graph: See the target.
+            rows: Make its bank so many rows long and leave them to be written, instead of reading it all.
 
         Raises:
             UsageError: The provider does not have what is asked of it.
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The engine cannot be loaded, or is another bundle's.
         """
-        return self._open(self.engine, device, cuda_graph)
+        return self._open(self.engine, device, cuda_graph, rows)
 
     def open_fan_out(self, device: Device = CPU, *, cuda_graph: bool = False) -> Session:
         """The engine that answers every task for every row, open on a device.
@@ -181,11 +189,14 @@ class Bundle:
         """
         return self._open(self.require_fan_out(), device, cuda_graph)
 
-    def _open(self, engine: Engine, device: Device, cuda_graph: bool) -> Session:
+    def _open(
+        self, engine: Engine, device: Device, cuda_graph: bool, rows: int | None = None
+    ) -> Session:
+        bank = None if rows is not None else self.read_bank() if engine.reads_bank else {}
         session = target(engine.target).open_session(
             self.path / engine.file,
             device,
-            bank=self.read_bank() if engine.reads_bank else {},
+            bank=bank,
             tf32=engine.precision == "tf32",
             cuda_graph=cuda_graph,
         )
@@ -197,6 +208,8 @@ class Bundle:
                 found=f"identity {session.metadata.get(IDENTITY, 'none')}",
                 do="copy the bundle again, or export it again",
             )
+        if rows is not None:
+            session.reserve(rows)
         return session
 
     def read_engine(self) -> bytes:
@@ -204,12 +217,8 @@ class Bundle:
         return (self.path / self.engine.file).read_bytes()
 
     def read_bank(self) -> dict[str, Any]:
-        """The bank's tensors by engine input name; empty unless the bank is an input."""
-        if self.bank != "inputs":
-            return {}
-        from safetensors.numpy import load_file
-
-        return dict(load_file(self.path / BANK))
+        """The bank's tensors by engine input name, mapped from its file; empty unless the bank is an input."""
+        return map_file(self.path / BANK)[1] if self.bank == "inputs" else {}
 
 
 def identity_of(
@@ -360,14 +369,8 @@ def tasks_digest(tasks: tuple[Task, ...]) -> str:
 
 
 def _require_bank_of(bundle: Bundle) -> None:
-    from safetensors import SafetensorError, safe_open
-
     path = bundle.path / BANK
-    try:
-        with safe_open(path, framework="np") as file:
-            found = (file.metadata() or {}).get(TASKS)
-    except (SafetensorError, OSError) as cause:
-        raise IncompatibleArtefact("the bank cannot be read", where=path) from cause
+    found = map_file(path)[0].get(TASKS)
     if found != tasks_digest(bundle.tasks):
         raise IncompatibleArtefact(
             "the bank does not hold the tasks that the manifest names",
@@ -398,19 +401,7 @@ def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         mode=manifest["mode"],
         bank=manifest["bank"],
         engine=_engine(manifest["engine"]),
-        tasks=tuple(
-            Task(
-                name=task["name"],
-                row=task["row"],
-                labels=tuple(task["labels"]),
-                preprocessing=None
-                if task["preprocessing"] is None
-                else Preprocessing.from_json(task["preprocessing"], where=path / MANIFEST),
-                delta=task["delta"],
-                width=None if task["labels"] else _size(task, "width"),
-            )
-            for task in manifest["tasks"]
-        ),
+        tasks=tuple(task_from_json(task, where=path / MANIFEST) for task in manifest["tasks"]),
         backbone=manifest["backbone"],
         plan=manifest["plan"],
         check=manifest["check"],
@@ -470,6 +461,27 @@ def _size(entry: Mapping[str, Any], field: str) -> int:
 
 def _shapes(tensors: tuple[Tensor, ...]) -> list[list[Any]]:
     return [[t.name, t.dtype, list(t.shape)] for t in tensors]
+
+
+def task_from_json(entry: Mapping[str, Any], *, where: object) -> Task:
+    """The task that `task_json` wrote.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field is not what it should be.
+        IncompatibleArtefact: The preprocessing is not one that is known.
+    """
+    preprocessing = entry["preprocessing"]
+    if preprocessing is not None:
+        preprocessing = Preprocessing.from_json(preprocessing, where=where)
+    return Task(
+        name=entry["name"],
+        row=entry["row"],
+        labels=tuple(entry["labels"]),
+        preprocessing=preprocessing,
+        delta=entry["delta"],
+        width=None if entry["labels"] else _size(entry, "width"),
+    )
 
 
 def task_json(task: Task) -> dict[str, Any]:

@@ -169,3 +169,24 @@ class Session(Protocol):
     def replace_bank(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Serve from other task tensors from the next call on (bank as inputs only)."""
         ...
+
+    def reserve(self, rows: int) -> None:
+        """Make the bank so many rows long, to be written one by one; what it held is gone.
+
+        Memory that no row was written to is not touched where the system allows that (the CPU of Linux and
+        macOS).
+
+        Raises:
+            UsageError: The tasks are constants of this engine, or its target cannot write single rows.
+        """
+        ...
+
+    def write_row(self, row: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Put one task's tensors, `[...]` each by input name, into a row that `reserve` made.
+
+        No call that is running may have been given this row; calls with other rows may run meanwhile.
+
+        Raises:
+            IncompatibleArtefact: A tensor is missing, unknown, or of another type or shape than the engine reads.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2, once for every server: tensors, metadata, configuration, statistics.
+"""A bundle in the Open Inference Protocol v2, once for every server: requests, answers, metadata, statistics.
 
 The model NAME answers each row with the task that the row names:
 
@@ -20,6 +20,9 @@ takes no `task`, and gives, T tasks in row order:
 
 Tasks without labels have neither `label` nor `score`, and their logits may have more axes.
 
+Every task is a model too, by its own name and in its versions, for clients that know only "model = task": it takes
+no `task`, and its logits are its own classes alone. It waits in the same queue.
+
 Messages are plain dicts in the protocol's own spelling, which JSON and protobuf both read. Needs
 NumPy only, so that a Triton model can carry it. Source: the v2 dataplane of
 https://github.com/kserve/open-inference-protocol with Triton's extensions for binary tensors,
@@ -28,130 +31,39 @@ classification, model configuration and statistics.
 
 from __future__ import annotations
 
-import math
-import struct
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..export.engine import LOGITS, TASK
-from .rejections import InvalidRequest, UnknownModel
+from .counters import TaskTotals
+from .rejections import InvalidRequest
+from .tensors import InputTensor, OutputRequest, OutputTensor, TensorFacts, datatype, numbers, texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from .batcher import Batcher
     from .registry import Registry, Request
     from .service import Answers, Service
+    from .versions import Version
 
 LABEL = "label"
 SCORE = "score"
 VERSION = "1"
 SERVER = "utune-deploy"
 ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
-
-_DATATYPES = {"float32": "FP32", "int64": "INT64"}
-_NUMBERS = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """An input or output of a model as its metadata states it.
-
-    Attributes:
-        name: Its name.
-        datatype: The protocol's name of its element type.
-        dims: Its sizes without the batch.
-    """
-
-    name: str
-    datatype: str
-    dims: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class InputTensor:
-    """An input as it came over the network.
-
-    Attributes:
-        name: Its name.
-        datatype: The protocol's name of its element type.
-        shape: Its sizes.
-        content: Little-endian bytes, or a list of numbers or strings, flat or nested.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    content: bytes | memoryview | Sequence[Any]
-
-
-@dataclass(frozen=True)
-class OutputRequest:
-    """An output that the client asks for.
-
-    Attributes:
-        name: Its name.
-        classes: With the classification extension, how many best classes; 0 for the tensor itself.
-    """
-
-    name: str
-    classes: int = 0
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """An output of a reply.
-
-    Attributes:
-        name: Its name.
-        datatype: `FP32` or `BYTES`.
-        array: `[n, ...]`; float32, or object holding UTF-8 bytes.
-    """
-
-    name: str
-    datatype: str
-    array: NDArray[Any]
-
-    def raw(self) -> bytes:
-        """Little-endian bytes; a BYTES element is its length in four bytes, then its bytes."""
-        if self.datatype == "BYTES":
-            return b"".join(struct.pack("<I", len(item)) + item for item in self.array.flat)
-        return self.array.astype(_NUMBERS[self.datatype], copy=False).tobytes()
-
-    def values(self) -> list[float] | list[str]:
-        """The elements in row order as JSON values; a float32 comes back bit for bit."""
-        if self.datatype == "BYTES":
-            return [item.decode() for item in self.array.flat]
-        return self.array.ravel().tolist()
-
-
-async def infer(
-    batcher: Batcher, inputs: Sequence[InputTensor], outputs: Sequence[OutputRequest]
-) -> list[OutputTensor]:
-    """One inference request, from wire tensors to wire tensors.
-
-    Raises:
-        InvalidRequest: The request cannot be answered as written.
-        Overloaded: The queue is full.
-        Stopping: The server drains.
-        EngineFailed: The engine could not answer.
-    """
-    registry = batcher.service.registry
-    start = time.perf_counter_ns()
-    try:
-        check_outputs(registry, outputs)
-        request = read_request(registry, inputs)
-        answers = await batcher.submit(request)
-    except Exception:
-        batcher.service.counters.failure(time.perf_counter_ns() - start)
-        raise
-    return write_answers(registry, answers, outputs)
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
 
 
 def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
@@ -161,7 +73,29 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
         InvalidRequest: A tensor is missing, surplus, of the wrong type, or not what its shape says;
             or the service refuses its content.
     """
-    known = {facts.name: facts for facts in model_inputs(registry)}
+    tensors = _named_once(model_inputs(registry), registry.inputs, inputs)
+    task = tensors.get(TASK)
+    rows = {name: numbers(tensors[name]) for name in registry.inputs}
+    return registry.check(rows, None if task is None else _names(task))
+
+
+def read_rows(
+    known: Sequence[TensorFacts], needed: Iterable[str], inputs: Sequence[InputTensor]
+) -> dict[str, NDArray[Any]]:
+    """The row inputs that wire tensors spell, `[n, ...]` by name.
+
+    Raises:
+        InvalidRequest: See `read_request`.
+    """
+    tensors = _named_once(known, needed, inputs)
+    return {name: numbers(tensors[name]) for name in needed}
+
+
+def _named_once(
+    facts: Sequence[TensorFacts], needed: Iterable[str], inputs: Sequence[InputTensor]
+) -> dict[str, InputTensor]:
+    """The tensors by name, each known, of the right type, and given once; none that is needed is missing."""
+    known = {each.name: each for each in facts}
     tensors: dict[str, InputTensor] = {}
     for tensor in inputs:
         if tensor.name not in known or tensor.name in tensors:
@@ -179,13 +113,21 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
                 found=tensor.datatype,
             )
         tensors[tensor.name] = tensor
-    if any(name not in tensors for name in registry.inputs):
+    if any(name not in tensors for name in needed):
+        raise InvalidRequest("an input is missing", wanted=", ".join(needed), found=sorted(tensors))
+    return tensors
+
+
+def _names(tensor: InputTensor) -> list[str]:
+    """The task names of `[n]` or `[n, 1]` BYTES."""
+    if len(tensor.shape) not in (1, 2) or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
         raise InvalidRequest(
-            "an input is missing", wanted=", ".join(registry.inputs), found=sorted(tensors)
+            "an input has the wrong shape",
+            where=tensor.name,
+            wanted="[n, 1] or [n]",
+            found=list(tensor.shape),
         )
-    rows = {name: _numbers(tensors[name]) for name in registry.inputs}
-    task = tensors.get(TASK)
-    return registry.check(rows, None if task is None else _names(task))
+    return task_names(texts(tensor))
 
 
 def task_names(elements: Iterable[bytes | str]) -> list[str]:
@@ -248,6 +190,20 @@ def write_answers(
     return written
 
 
+def task_statistics(service: Service, version: Version) -> dict[str, Any]:
+    """What a service has done for one task, in all its versions; a call is shared, so its time is not here."""
+    totals = service.counters.read().tasks.get(version.name, TaskTotals())
+    return {
+        "name": version.name,
+        "version": str(version.number),
+        "inference_count": totals.rows,
+        "inference_stats": {
+            "success": {"count": totals.answered, "ns": totals.request_ns},
+            "fail": {"count": totals.refused + totals.failed, "ns": 0},
+        },
+    }
+
+
 def server_metadata(version: str) -> dict[str, Any]:
     """What `GET /v2` says."""
     return {"name": SERVER, "version": version, "extensions": list(EXTENSIONS)}
@@ -281,43 +237,10 @@ def model_config(registry: Registry, *, max_delay_ms: float) -> dict[str, Any]:
     }
 
 
-def model_statistics(services: Iterable[Service]) -> dict[str, Any]:
-    """What the services have done, in the statistics extension's fields; times in nanoseconds."""
-    return {"model_stats": [_statistics(service) for service in services]}
-
-
-def repository_index(batchers: Iterable[Batcher]) -> list[dict[str, str]]:
-    """The models that are served."""
-    return [
-        {
-            "name": batcher.service.registry.name,
-            "version": VERSION,
-            "state": "READY" if batcher.ready else "UNAVAILABLE",
-        }
-        for batcher in batchers
-    ]
-
-
-def find_model(batchers: Iterable[Batcher], name: str, version: str = "") -> Batcher:
-    """The served model of that name and version.
-
-    Raises:
-        UnknownModel: There is none.
-    """
-    models = {batcher.service.registry.name: batcher for batcher in batchers}
-    if name not in models or version not in ("", VERSION):
-        raise UnknownModel(
-            "unknown model or version",
-            wanted=f"{' or '.join(models)} version {VERSION}",
-            found=f"{name} version {version}" if version else name,
-        )
-    return models[name]
-
-
 def model_inputs(registry: Registry) -> list[TensorFacts]:
     """What requests bring, in the engine's order, and the task's name where rows choose one."""
     rows = [
-        TensorFacts(t.name, _DATATYPES[t.dtype], tuple(int(size) for size in t.shape[1:]))
+        TensorFacts(t.name, datatype(t.dtype), tuple(int(size) for size in t.shape[1:]))
         for t in registry.inputs.values()
     ]
     return rows if registry.all_tasks else [*rows, TensorFacts(TASK, "BYTES", (1,))]
@@ -339,6 +262,41 @@ def model_outputs(registry: Registry) -> list[TensorFacts]:
     return outputs
 
 
+def alias_metadata(registry: Registry, version: Version, versions: Iterable[int]) -> dict[str, Any]:
+    """Of the model that answers with one task: no `task` goes in, and only its own classes come out."""
+    return {
+        **model_metadata(registry),
+        "name": version.name,
+        "versions": [str(number) for number in versions],
+        "inputs": [_metadata(facts) for facts in alias_inputs(registry)],
+        "outputs": [_metadata(facts) for facts in alias_outputs(registry, version)],
+    }
+
+
+def alias_config(registry: Registry, version: Version, *, max_delay_ms: float) -> dict[str, Any]:
+    """Its configuration, in Triton's fields."""
+    return {
+        **model_config(registry, max_delay_ms=max_delay_ms),
+        "name": version.name,
+        "input": [_config(facts) for facts in alias_inputs(registry)],
+        "output": [_config(facts) for facts in alias_outputs(registry, version)],
+    }
+
+
+def alias_inputs(registry: Registry) -> list[TensorFacts]:
+    """The row inputs."""
+    return [facts for facts in model_inputs(registry) if facts.name != TASK]
+
+
+def alias_outputs(registry: Registry, version: Version) -> list[TensorFacts]:
+    """The model's outputs, with the task's own number of logits."""
+    own = len(version.labels) or version.task.width or registry.classes
+    return [
+        replace(facts, dims=(*facts.dims[:-1], own)) if facts.name == LOGITS else facts
+        for facts in model_outputs(registry)
+    ]
+
+
 def _metadata(facts: TensorFacts) -> dict[str, Any]:
     return {"name": facts.name, "datatype": facts.datatype, "shape": [-1, *facts.dims]}
 
@@ -348,7 +306,8 @@ def _config(facts: TensorFacts) -> dict[str, Any]:
     return {"name": facts.name, "data_type": kind, "dims": list(facts.dims)}
 
 
-def _statistics(service: Service) -> dict[str, Any]:
+def statistics(service: Service) -> dict[str, Any]:
+    """What a service has done, in the statistics extension's fields; times in nanoseconds."""
     totals = service.counters.read()
 
     def duration(count: int, nanoseconds: int) -> dict[str, int]:
@@ -364,89 +323,11 @@ def _statistics(service: Service) -> dict[str, Any]:
             "success": duration(totals.answered, totals.request_ns),
             "fail": duration(totals.failed, totals.failed_ns),
             "queue": duration(totals.answered, totals.queue_ns),
-            "compute_input": duration(totals.answered, 0),
+            "compute_input": duration(totals.answered, totals.input_ns),
             "compute_infer": duration(totals.answered, totals.engine_ns),
-            "compute_output": duration(totals.answered, 0),
+            "compute_output": duration(totals.answered, totals.output_ns),
         },
     }
-
-
-def _numbers(tensor: InputTensor) -> NDArray[Any]:
-    """An FP32 or INT64 input as its shape says, a view where the bytes allow it."""
-    dtype = _NUMBERS[tensor.datatype]
-    count = math.prod(tensor.shape)
-    if isinstance(tensor.content, (bytes, memoryview)):
-        if len(tensor.content) != count * dtype.itemsize:
-            raise _size_error(tensor, f"{count * dtype.itemsize} bytes", len(tensor.content))
-        return np.frombuffer(tensor.content, dtype=dtype).reshape(tensor.shape)
-    try:
-        values = np.asarray(tensor.content)
-    except (ValueError, OverflowError, TypeError) as cause:  # ragged or too deep
-        raise _values_error(tensor) from cause
-    # NumPy reads integers that leave int64 as another kind than "i".
-    if values.size and values.dtype.kind not in ("iuf" if tensor.datatype == "FP32" else "i"):
-        raise _values_error(tensor)
-    if values.size != count or (values.ndim != 1 and values.shape != tensor.shape):
-        raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
-    with np.errstate(over="ignore"):  # what leaves float32's range is refused as not finite
-        return values.astype(dtype.newbyteorder("=")).reshape(tensor.shape)
-
-
-def _names(tensor: InputTensor) -> list[str]:
-    """The task names of `[n]` or `[n, 1]` BYTES."""
-    if len(tensor.shape) not in (1, 2) or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
-        raise InvalidRequest(
-            "an input has the wrong shape",
-            where=tensor.name,
-            wanted="[n, 1] or [n]",
-            found=list(tensor.shape),
-        )
-    elements: list[Any]
-    if isinstance(tensor.content, (bytes, memoryview)):
-        elements = _split_bytes(tensor)
-    else:
-        elements = list(tensor.content)
-        if len(tensor.shape) == 2 and all(isinstance(e, list) and len(e) == 1 for e in elements):
-            elements = [element[0] for element in elements]
-        if not all(isinstance(element, (str, bytes)) for element in elements):
-            raise _values_error(tensor)
-    if len(elements) != tensor.shape[0]:
-        raise _size_error(tensor, f"{tensor.shape[0]} elements", len(elements))
-    return task_names(elements)
-
-
-def _split_bytes(tensor: InputTensor) -> list[bytes]:
-    content = bytes(tensor.content)
-    elements = []
-    at = 0
-    while at < len(content):
-        end = at + 4
-        if end <= len(content):
-            (length,) = struct.unpack_from("<I", content, at)
-            at, end = end, end + length
-        if end > len(content):
-            raise _size_error(tensor, "elements behind their length in 4 bytes", "a cut element")
-        elements.append(content[at:end])
-        at = end
-    return elements
-
-
-def _size_error(tensor: InputTensor, wanted: object, found: object) -> InvalidRequest:
-    return InvalidRequest(
-        "an input does not hold what its shape says",
-        where=f"{tensor.name} {list(tensor.shape)}",
-        wanted=wanted,
-        found=found,
-    )
-
-
-def _values_error(tensor: InputTensor) -> InvalidRequest:
-    kind = {"FP32": "numbers", "INT64": "integers", "BYTES": "strings"}[tensor.datatype]
-    return InvalidRequest(
-        "an input holds values of the wrong kind",
-        where=tensor.name,
-        wanted=f"a list of {kind}, flat or nested as its shape",
-    )
 
 
 def _output(name: str, answers: Answers) -> NDArray[Any]:
@@ -463,8 +344,8 @@ def _best(registry: Registry, answers: Answers, count: int) -> NDArray[Any]:
     """`[n, count]` of `value:index:label`, best first; empty where a task has fewer classes."""
     count = min(count, registry.classes)
     cells = np.full((len(answers), count), b"", dtype=object)
-    for row, task in enumerate(answers.tasks):
-        labels = registry.labels(task)
+    for row, version in enumerate(answers.versions):
+        labels = version.labels
         own = answers.logits[row, : len(labels)]
         for rank, index in enumerate(np.argsort(-own, kind="stable")[:count]):
             cells[row, rank] = f"{own[index]:f}:{index}:{labels[index]}".encode()

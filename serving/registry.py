@@ -7,21 +7,24 @@ engine batch that it would have shared.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.bundle import FAN_OUT
+from ..export.bundle import BANK, FAN_OUT
 from ..export.engine import LOGITS, TASK, by_name, row_inputs
+from ..export.mapped import map_file
 from ..merge.errors import IncompatibleArtefact
 from .rejections import InvalidRequest
+from .versions import Version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from ..export.bundle import Bundle, Engine
+    from ..export.bundle import Bundle, Engine, Task
     from ..export.engine import Rows, Tensor
 
 MAX_DELAY_MS = 0.1
@@ -32,6 +35,7 @@ ALL = ".all"
 """Behind a bundle's name: the model that answers every task for every row."""
 
 DTYPES = ("float32", "int64")
+SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,17 @@ class Request:
 
     Attributes:
         inputs: `[n, ...]` each, by name in the engine's order; float32 is finite.
-        tasks: The task of each answer: one per row, or all of them for the first row, then all for the
-            second.
-        rows: `[n]` int64, where each row's task stands in the bank, or in the answer of an engine of all
-            tasks; empty where all tasks answer.
+        versions: The task of each answer, as it was when the request was checked: one per row, or all of
+            them for the first row, then all for the second.
     """
 
     inputs: dict[str, NDArray[Any]]
-    tasks: tuple[str, ...]
-    rows: NDArray[np.int64]
+    versions: tuple[Version, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The name of each answer's task."""
+        return tuple(version.name for version in self.versions)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -67,6 +73,8 @@ class Registry:
         all_tasks: Whether every row is answered by every task, so that requests name none.
         fans_out: Whether the engine answers every task for every row.
         takes_rows: Whether the engine wants a bank row per row.
+        versions: The tasks that requests may name, in row order, each in the version in use. Replaced as a
+            whole when one changes.
     """
 
     def __init__(self, bundle: Bundle, *, all_tasks: bool = False) -> None:
@@ -114,20 +122,17 @@ class Registry:
             _require_tasks(bundle, engine, logits[1])
         elif not self.fans_out and not self.takes_rows:
             _require_tasks(bundle, engine, 1)
-        self._tasks = {task.name: task for task in bundle.tasks}
-        self._places = {
-            task.name: place if self.fans_out else task.row
+        read_row = shipped_row if bundle.bank == "inputs" and not self.fans_out else None
+        self.versions: dict[str, Version] = {
+            task.name: Version(
+                task,
+                place=place if self.fans_out else task.row,
+                read=None if read_row is None else partial(read_row, bundle, task.row),
+            )
             for place, task in enumerate(bundle.tasks)
         }
         for task in bundle.tasks:
-            width = len(task.labels) if self.labelled else task.width or 0
-            if not 1 <= width <= self.classes:
-                raise IncompatibleArtefact(
-                    f"a task has another {'number of labels' if self.labelled else 'width'} than its logits",
-                    where=f"{bundle.path}, task {task.name}",
-                    wanted=f"1 to {self.classes}",
-                    found=width,
-                )
+            self.require_answers(task, where=f"{bundle.path}, task {task.name}")
 
     @property
     def classes(self) -> int:
@@ -137,11 +142,50 @@ class Registry:
     @property
     def names(self) -> tuple[str, ...]:
         """The tasks' names in row order."""
-        return tuple(self._tasks)
+        return tuple(self.versions)
 
-    def labels(self, task: str) -> tuple[str, ...]:
-        """The class names of a known task, in the order of its logits."""
-        return self._tasks[task].labels
+    @property
+    def some_names(self) -> str:
+        """The tasks' names for an error's text, which stays short."""
+        names = self.names
+        more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+        return ", ".join(names[:SHOWN_NAMES]) + more
+
+    def require_answers(self, task: Task, *, where: object) -> None:
+        """Refuse a task whose answers the engine's logits cannot hold.
+
+        Raises:
+            IncompatibleArtefact: It has too many classes, or labels where the others have none.
+        """
+        if bool(task.labels) != self.labelled:
+            raise IncompatibleArtefact(
+                "a task has labels and the others have none"
+                if task.labels
+                else "a task has no labels and the others have some",
+                where=where,
+                do="serve it from a bundle of its own",
+            )
+        width = len(task.labels) if self.labelled else task.width or 0
+        if not 1 <= width <= self.classes:
+            raise IncompatibleArtefact(
+                f"a task has another {'number of labels' if self.labelled else 'width'} than its logits",
+                where=where,
+                wanted=f"1 to {self.classes}",
+                found=width,
+            )
+
+    def draw(self) -> dict[str, NDArray[Any]]:
+        """One row of seeded noise: normal numbers, ids of 1 or 0."""
+        random = np.random.default_rng(0)
+        rows = {}
+        for name, tensor in self.inputs.items():
+            shape = (1, *(int(size) for size in tensor.shape[1:]))
+            rows[name] = (
+                random.standard_normal(shape).astype(np.float32)
+                if tensor.dtype == "float32"
+                else np.full(shape, min(1, (tensor.high or 2) - 1), dtype=np.int64)
+            )
+        return rows
 
     def check(self, inputs: Rows, tasks: Sequence[str] | None = None) -> Request:
         """A request that the engine can run.
@@ -156,10 +200,7 @@ class Registry:
                 unknown task, a number of names that is not the number of rows, a value that is not
                 finite, or an id that is out of range.
         """
-        arrays = by_name(inputs, tuple(self.inputs), InvalidRequest)
-        for name, array in arrays.items():
-            self._check_shape(name, array)
-        count = self._count(arrays)
+        arrays, count = self._rows(inputs)
         if self.all_tasks:
             if tasks is not None:
                 raise InvalidRequest(
@@ -168,15 +209,33 @@ class Registry:
                     found=", ".join(dict.fromkeys(tasks)),
                     do=f"leave the tasks out, or ask the model {self.bundle.name}",
                 )
-            names, rows = self.names * count, np.empty(0, dtype=np.int64)
+            versions = tuple(self.versions.values()) * count
         else:
-            names = self._names(tasks, count)
-            rows = np.array([self._places[name] for name in names], dtype=np.int64)
+            versions = self._named(tasks, count)
+        return Request(self._finite(arrays), versions)
+
+    def check_version(self, inputs: Rows, version: Version) -> Request:
+        """A request that the engine can run, of rows that all ask one version of a task.
+
+        Raises:
+            InvalidRequest: As of `check`.
+        """
+        arrays, count = self._rows(inputs)
+        return Request(self._finite(arrays), (version,) * count)
+
+    def _rows(self, inputs: Rows) -> tuple[dict[str, NDArray[Any]], int]:
+        """The inputs by name, of the right shapes, and how many rows they have."""
+        arrays = by_name(inputs, tuple(self.inputs), InvalidRequest)
+        for name, array in arrays.items():
+            self._check_shape(name, array)
+        return arrays, self._count(arrays)
+
+    def _finite(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The inputs once their values are seen to be right, where kernels can read them."""
         for name, array in arrays.items():
             self._check_values(name, array)
         # A view into a network buffer may start anywhere; kernels expect numbers on their boundary.
-        aligned = {k: np.require(v, requirements=["C", "A"]) for k, v in arrays.items()}
-        return Request(aligned, names, rows)
+        return {k: np.require(v, requirements=["C", "A"]) for k, v in arrays.items()}
 
     def _check_shape(self, name: str, array: NDArray[Any]) -> None:
         wanted = self.inputs[name]
@@ -233,29 +292,30 @@ class Registry:
                 found=array[row][outside[row]][0],
             )
 
-    def _names(self, tasks: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    def _named(self, tasks: Sequence[str] | None, count: int) -> tuple[Version, ...]:
         """The task of each row, every one known."""
+        versions = self.versions  # one table for all rows, whatever changes meanwhile
         if tasks is None:
-            if len(self._tasks) > 1:
+            if len(versions) > 1:
                 raise InvalidRequest(
                     "the request names no task",
                     where=TASK,
-                    wanted=f"one of {', '.join(self._tasks)} for each of the {count} rows",
+                    wanted=f"one of {self.some_names} for each of the {count} rows",
                 )
-            return self.names * count
+            return tuple(versions.values()) * count
         if len(tasks) != count:
             raise InvalidRequest(
                 "the request needs one task per row", where=TASK, wanted=count, found=len(tasks)
             )
         for row, name in enumerate(tasks):
-            if name not in self._tasks:
+            if name not in versions:
                 raise InvalidRequest(
                     "unknown task",
                     where=f"{TASK}, row {row}",
-                    wanted=f"one of {', '.join(self._tasks)}",
+                    wanted=f"one of {self.some_names}",
                     found=name,
                 )
-        return tuple(tasks)
+        return tuple(versions[name] for name in tasks)
 
 
 def _require_tasks(bundle: Bundle, engine: Engine, count: int | str) -> None:
@@ -282,3 +342,8 @@ def _is_servable(tensor: Tensor) -> bool:
 def _first_row(wrong: NDArray[np.bool_]) -> int:
     """The first of `[n, ...]` rows that is wrong anywhere."""
     return int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))[0])
+
+
+def shipped_row(bundle: Bundle, row: int) -> dict[str, NDArray[Any]]:
+    """One task's row of the bank that the bundle shipped, `[...]` by engine input name."""
+    return {name: tensor[row] for name, tensor in map_file(bundle.path / BANK)[1].items()}

@@ -3,6 +3,7 @@
 InvalidRequest   the client's mistake: it fails alone, its neighbours in the batch are answered
 UnknownModel     the address names a model or version that is not served
 Overloaded       the queue is full: try again later
+Expired          the request waited longer than it allowed
 Stopping         the server drains: try another one
 EngineFailed     the engine raised, or answered with something that is not a number
 ServerFailed     the server process itself did not start, or died
@@ -23,6 +24,10 @@ class UnknownModel(UsageError):
 
 class Overloaded(UtuneError):
     """The queue is full."""
+
+
+class Expired(UtuneError):
+    """The request waited longer than it allowed."""
 
 
 class Stopping(UtuneError):

@@ -47,14 +47,22 @@ CARRIED = (
     "export/__init__.py",
     "export/bundle.py",
     "export/engine.py",
+    "export/mapped.py",
+    "export/parity.py",
     "export/targets/*.py",
     "serving/__init__.py",
     "serving/counters.py",
+    "serving/packed.py",
     "serving/protocol.py",
     "serving/registry.py",
     "serving/rejections.py",
+    "serving/resident.py",
     "serving/service.py",
+    "serving/store.py",
+    "serving/tasks.py",
+    "serving/tensors.py",
     "serving/triton_model.py",
+    "serving/versions.py",
 )
 """Everything that `triton_model.py` imports, as patterns below the package."""
 

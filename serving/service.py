@@ -7,6 +7,7 @@ the bundle has an engine that answers every task for every row.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,16 @@ import numpy as np
 from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
 from .counters import Counters
+from .packed import layout_json
 from .registry import Registry
 from .rejections import EngineFailed, InvalidRequest
+from .resident import Resident, default_rows, row_bytes
+from .store import Store
+from .tasks import Tasks, entry, fixed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from ..export.engine import Device, Rows, Session
     from ..merge.errors import UtuneError
     from .registry import Request
+    from .versions import Version
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Answers:
         labels: The name of the best of the task's own classes, `n` of them; none without labels.
         scores: `[n]` float32, the softmax of that class over the task's own classes; `[0]` without
             labels.
-        tasks: The task of each answer.
+        versions: The task of each answer, as it was when the request was checked.
         engine_ns: How long the engine call took that these rows were part of.
 
     Where every task answers every row, the answers to the first row stand before those to the second.
@@ -49,11 +56,16 @@ class Answers:
     logits: NDArray[np.float32]
     labels: tuple[str, ...]
     scores: NDArray[np.float32]
-    tasks: tuple[str, ...]
+    versions: tuple[Version, ...]
     engine_ns: int
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The name of each answer's task."""
+        return tuple(version.name for version in self.versions)
+
     def __len__(self) -> int:
-        return len(self.tasks)
+        return len(self.versions)
 
     def split(self, size: int) -> list[Answers]:
         """The same in parts of `size` answers each."""
@@ -63,7 +75,7 @@ class Answers:
                 logits=self.logits[at : at + size],
                 labels=self.labels[at : at + size],
                 scores=self.scores[at : at + size],
-                tasks=self.tasks[at : at + size],
+                versions=self.versions[at : at + size],
             )
             for at in range(0, len(self), size)
         ]
@@ -76,6 +88,8 @@ class Service:
         registry: The bundle's tasks and shapes.
         session: The engine that runs it.
         counters: What was done so far.
+        resident: Which tasks stand in the engine's bank; None where it holds them as constants.
+        tasks: The life of its tasks; None where they cannot change.
     """
 
     def __init__(
@@ -85,6 +99,8 @@ class Service:
         *,
         all_tasks: bool = False,
         fan_out: Callable[[], Session] | None = None,
+        resident: Resident | None = None,
+        store: Store | None = None,
     ) -> None:
         """Join the two.
 
@@ -94,13 +110,19 @@ class Service:
             all_tasks: Answer every task for every row; then `session` is the engine that does so.
             fan_out: Opens that engine, for a service of one task per row that offers `every` beside it.
                 Needless where `session` is that engine.
+            resident: The rows of the session's bank, which it reserved; None where it holds all tasks.
+            store: Keeps the tasks that come while running; None where none can.
 
         Raises:
             UsageError: The bundle has no engine of all tasks.
-            IncompatibleArtefact: See `Registry`.
+            IncompatibleArtefact: See `Registry` and `Tasks`.
         """
         self.registry = Registry(bundle, all_tasks=all_tasks)
         self.session = session
+        self.resident = resident
+        self.tasks: Tasks | None = None
+        if resident is not None and store is not None:
+            self.tasks = Tasks(self.registry, resident, store)
         self.counters = Counters(self.registry.names)
         self._open_fan_out = (lambda: session) if self.registry.fans_out else fan_out
 
@@ -111,6 +133,8 @@ class Service:
         device: Device = CPU,
         *,
         all_tasks: bool = False,
+        rows: int | None = None,
+        keep: Path | None = None,
     ) -> Service:
         """The service over a bundle whose engine is opened here.
 
@@ -118,6 +142,9 @@ class Service:
             bundle: What is served.
             device: Where the engine runs.
             all_tasks: Answer every task for every row.
+            rows: Tasks that stand in the engine's memory at once, where the bank is an input; the others are read
+                when they are asked for. None: see `default_rows`.
+            keep: Folder of the tasks that come while running; None forgets them at the end.
 
         Raises:
             UsageError: The bundle has no engine of all tasks.
@@ -130,11 +157,101 @@ class Service:
 
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
-        return cls(
-            bundle,
-            bundle.open_session(device),
-            fan_out=fan_out if bundle.engine_of_all is not None else None,
-        )
+        every = fan_out if bundle.engine_of_all is not None else None
+        if why := fixed(bundle):
+            for given, option in ((rows, "--rows"), (keep, "--tasks")):
+                if given is not None:
+                    raise UsageError(
+                        f"{option} is for tasks that can change", where=bundle.path, found=why
+                    )
+        if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
+            return cls(bundle, bundle.open_session(device), fan_out=every)
+        count = default_rows(bundle, device) if rows is None else rows
+        if count < bundle.engine.max_batch:
+            raise UsageError(
+                "a batch could ask for more tasks than the bank has rows",
+                wanted=f"--rows of at least {bundle.engine.max_batch}, the largest batch",
+                found=count,
+            )
+        session = bundle.open_session(device, rows=count)
+        resident = Resident(session, count, row_bytes(bundle))
+        store = None if why else Store(keep, bundle.identity)
+        return cls(bundle, session, fan_out=every, resident=resident, store=store)
+
+    def close(self) -> None:
+        """Forget the tasks that were not to be kept."""
+        if self.tasks is not None:
+            self.tasks.store.close()
+
+    def warm(self) -> None:
+        """Read the tasks into the engine's memory, as many as it has rows for."""
+        if self.resident is None:
+            return
+        for version in list(self.registry.versions.values())[: self.resident.rows]:
+            self.resident.fetch(version)
+
+    def add(self, data: bytes, *, update: bool = False) -> Version:
+        """Answer a further task, or a new version of one, from now on; in the calling thread.
+
+        Args:
+            data: A packed task.
+            update: Whether it is to replace one that is there.
+
+        Raises:
+            UsageError: The bundle's tasks cannot change; or see `Tasks.stage`.
+            IncompatibleArtefact: See `Tasks.stage`.
+            EngineFailed: The engine does not answer with finite numbers.
+            CheckFailed: It does not answer as torch does.
+        """
+        tasks = self.require_tasks()
+        staged = tasks.stage(data, update=update)
+        try:
+            (result,) = self.run([tasks.probe(staged)])
+            if not isinstance(result, Answers):
+                raise result
+            tasks.require_right(staged, result)
+            tasks.publish(staged, update=update)
+        except BaseException:
+            tasks.discard(staged)
+            raise
+        self.counters.know(staged.version.name)
+        return staged.version
+
+    def entries(self, name: str | None = None) -> list[dict[str, Any]]:
+        """What there is to say of every task, or of one, as JSON values; see `tasks.entry`.
+
+        Raises:
+            UsageError: There is no such task.
+        """
+        if self.tasks is not None:
+            return self.tasks.entries(name)
+        versions = self.registry.versions
+        if name is not None and name not in versions:
+            raise UsageError("unknown task", wanted=self.registry.some_names, found=name)
+        shown = versions.values() if name is None else [versions[name]]
+        return [entry(version, [version.number]) for version in shown]
+
+    def description(self) -> dict[str, Any]:
+        """What a sender must know to lay a task out for this bank, as JSON values.
+
+        `fixed` says why the tasks cannot change, or is None; the others are those of `packed.layout_json`.
+        """
+        return {**layout_json(self.registry.bundle), "fixed": fixed(self.registry.bundle)}
+
+    def require_tasks(self) -> Tasks:
+        """The life of the tasks.
+
+        Raises:
+            UsageError: They cannot change.
+        """
+        if self.tasks is None:
+            raise UsageError(
+                "the tasks of this bundle cannot change while it is served",
+                where=self.registry.bundle.path,
+                found=fixed(self.registry.bundle) or "a service that was opened without a store",
+                do="export it with --bank inputs",
+            )
+        return self.tasks
 
     @cached_property
     def every(self) -> Service | None:
@@ -188,14 +305,14 @@ class Service:
         start = time.perf_counter_ns()
         try:
             request = self.registry.check(inputs, tasks)
-        except InvalidRequest:
-            self.counters.failure(time.perf_counter_ns() - start)
+        except InvalidRequest as refusal:
+            self.counters.failure(refusal, time.perf_counter_ns() - start)
             raise
         queued = time.perf_counter_ns()
         (result,) = self.run([request])
         spent = time.perf_counter_ns() - start
         if not isinstance(result, Answers):
-            self.counters.failure(spent)
+            self.counters.failure(result, spent, request.tasks)
             raise result
         self.counters.answer(
             len(request),
@@ -219,13 +336,14 @@ class Service:
         """
         start = time.perf_counter_ns()
         try:
-            logits = self.session.run(
-                {
-                    name: _joined([r.inputs[name] for r in requests])
-                    for name in self.registry.inputs
-                },
-                _joined([r.rows for r in requests]) if self.registry.takes_rows else None,
-            )
+            with self._rows(requests) as rows:
+                logits = self.session.run(
+                    {
+                        name: _joined([r.inputs[name] for r in requests])
+                        for name in self.registry.inputs
+                    },
+                    rows,
+                )
         except Exception as cause:  # whatever a runtime raises belongs to the request, not to us
             if len(requests) > 1:
                 return [result for request in requests for result in self.run([request])]
@@ -236,7 +354,9 @@ class Service:
             )
             failure.__cause__ = cause
             return [failure]
-        self.counters.batch()
+        self.counters.batch(
+            sum(map(len, requests)), len({task for request in requests for task in request.tasks})
+        )
         spent = time.perf_counter_ns() - start
         ends = np.cumsum([len(request) for request in requests])[:-1]
         parts = np.split(logits, ends)
@@ -245,6 +365,18 @@ class Service:
             for request, part in zip(requests, parts, strict=True)
         ]
 
+    @contextmanager
+    def _rows(self, requests: Sequence[Request]) -> Iterator[NDArray[np.int64] | None]:
+        """The bank row of each row, kept inside the block; None for an engine that takes none."""
+        versions = [version for request in requests for version in request.versions]
+        if not self.registry.takes_rows:
+            yield None
+        elif self.resident is None:
+            yield np.array([version.place for version in versions], dtype=np.int64)
+        else:
+            with self.resident.hold(versions) as rows:
+                yield rows
+
     def _answers(
         self, request: Request, logits: NDArray[np.float32], engine_ns: int
     ) -> Answers | UtuneError:
@@ -252,7 +384,7 @@ class Service:
         if self.registry.all_tasks:  # [n, T, ...] -> [n * T, ...]
             logits = logits.reshape(-1, *logits.shape[2:])
         elif self.registry.fans_out:  # [n, T, ...] -> [n, ...], of each row its own task
-            logits = logits[np.arange(len(request)), request.rows]
+            logits = logits[np.arange(len(request)), [v.place for v in request.versions]]
         if not np.isfinite(logits).all():
             return EngineFailed(
                 "the engine answered with a value that is not finite",
@@ -262,25 +394,30 @@ class Service:
         labels: tuple[str, ...] = ()
         scores = np.empty(0, dtype=np.float32)
         if self.registry.labelled:
-            labels, scores = self._best(request.tasks, logits)
+            labels, scores = _best(request.versions, logits)
         return Answers(
-            logits=logits, labels=labels, scores=scores, tasks=request.tasks, engine_ns=engine_ns
+            logits=logits,
+            labels=labels,
+            scores=scores,
+            versions=request.versions,
+            engine_ns=engine_ns,
         )
 
-    def _best(
-        self, tasks: Sequence[str], logits: NDArray[np.float32]
-    ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-        """Top-1 and its softmax over each answer's own classes, computed in float64."""
-        labels = [self.registry.labels(task) for task in tasks]
-        own = np.array([len(names) for names in labels])
-        padding = np.arange(logits.shape[1]) >= own[:, None]
-        masked = np.where(padding, -np.inf, logits.astype(np.float64))
-        best = masked.argmax(axis=1)
-        shifted = np.exp(masked - masked.max(axis=1, keepdims=True))
-        return (
-            tuple(names[index] for names, index in zip(labels, best, strict=True)),
-            (1.0 / shifted.sum(axis=1)).astype(np.float32),
-        )
+
+def _best(
+    versions: Sequence[Version], logits: NDArray[np.float32]
+) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Top-1 and its softmax over each answer's own classes, computed in float64."""
+    labels = [version.labels for version in versions]
+    own = np.array([len(names) for names in labels])
+    padding = np.arange(logits.shape[1]) >= own[:, None]
+    masked = np.where(padding, -np.inf, logits.astype(np.float64))
+    best = masked.argmax(axis=1)
+    shifted = np.exp(masked - masked.max(axis=1, keepdims=True))
+    return (
+        tuple(names[index] for names, index in zip(labels, best, strict=True)),
+        (1.0 / shifted.sum(axis=1)).astype(np.float32),
+    )
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from ...merge.errors import IncompatibleArtefact, MissingDependency, UsageError
 from ..engine import CPU, LOGITS, TASK, by_name, is_row_input
+from .onnxruntime_rows import BFLOAT16, DeviceRows, HostRows, host_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 GRAPHS = itertools.count(
     1
 )  # numbers of recorded CUDA graphs; a graph belongs to the memory of one batch
-BFLOAT16 = 16  # in onnx.TensorProto.DataType
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -52,7 +52,7 @@ class OnnxRuntimeSession:
         Args:
             model: Path or serialised bytes.
             device: Its provider is a key of `PROVIDERS`.
-            bank: Task tensors by input name, for an engine whose bank is an input.
+            bank: Task tensors by input name, for an engine whose bank is an input; None where `reserve` follows.
             tf32: Let the device round float32 products to TF32.
             cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
                 runs through `bind` alone.
@@ -124,8 +124,15 @@ class OnnxRuntimeSession:
         self.mixes_tasks = TASK in names
         self._row_names = [name for name in names if is_row_input(name)]
         self._bank_names = frozenset(names) - {TASK, *self._row_names}
+        self._row_shapes = {
+            entry.name: tuple(entry.shape[1:])
+            for entry in self._session.get_inputs()
+            if entry.name in self._bank_names
+        }
         self._bank: dict[str, ort.OrtValue] = {}
-        self.replace_bank(bank or {})
+        self._memory: HostRows | DeviceRows | None = None
+        if bank is not None or not self._bank_names:
+            self.replace_bank(bank or {})
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -179,6 +186,42 @@ class OnnxRuntimeSession:
         self._bank = {
             name: _on_device(np.array(v, order="C"), self.device) for name, v in tensors.items()
         }
+        self._memory = None
+
+    def reserve(self, rows: int) -> None:
+        """See `Session.reserve`."""
+        if not self._bank_names:
+            raise UsageError(
+                "the tasks are constants of this engine, so none can be written",
+                wanted="an engine that was exported with --bank inputs",
+            )
+        shapes = {name: (rows, *self._row_shapes[name]) for name in self._bank_names}
+        if self.device == "cpu":
+            self._memory = HostRows({n: np.empty(s, self._types[n]) for n, s in shapes.items()})
+        else:
+            self._memory = DeviceRows(shapes, self._types, self.device)
+        self._bank = dict(self._memory.values)
+
+    def write_row(self, row: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """See `Session.write_row`."""
+        if self._memory is None:
+            raise UsageError("the engine's bank has no rows of its own", do="call reserve first")
+        if set(tensors) != self._bank_names:
+            missing = sorted(self._bank_names ^ set(tensors))
+            raise IncompatibleArtefact(
+                "the row does not hold the tensors that the engine reads",
+                wanted=f"{len(self._bank_names)} tensors",
+                found=f"{len(tensors)}; not in both: {', '.join(missing[:4])}",
+            )
+        for name, value in tensors.items():
+            if value.dtype != self._types[name] or value.shape != self._row_shapes[name]:
+                raise IncompatibleArtefact(
+                    "a tensor of the row is not as the engine reads it",
+                    where=name,
+                    wanted=f"{self._types[name]} {list(self._row_shapes[name])}",
+                    found=f"{value.dtype} {list(value.shape)}",
+                )
+        self._memory.write(row, tensors)
 
 
 class OnnxRuntimeBound:
@@ -235,12 +278,11 @@ def _register(options: ort.SessionOptions, kernels: Path) -> None:
 
 def _on_device(array: NDArray[Any], device: str) -> ort.OrtValue:
     """An array where the provider computes."""
-    if array.dtype == ml_dtypes.bfloat16:  # numpy has no such type of its own
-        host = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
-        if device == "cpu":
-            return host
+    if device == "cpu":
+        return host_value(array)
+    if array.dtype == ml_dtypes.bfloat16:
         there = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), BFLOAT16, device, 0)  # type: ignore[arg-type]
-        there.update_inplace(host)
+        there.update_inplace(host_value(array))
         return there
     return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 

@@ -16,6 +16,7 @@ import uvicorn
 
 from ...export.engine import CPU
 from ..batcher import Batcher
+from ..bundle_models import BundleModel, BundleRepository
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..service import Service
@@ -91,6 +92,7 @@ async def running(
     grpc_port: int = 0,
     max_delay_ms: float = MAX_DELAY_MS,
     max_queued_rows: int | None = None,
+    task_control: bool = True,
 ) -> AsyncIterator[Addresses]:
     """Both servers over a service; leaving the block drains them.
 
@@ -102,6 +104,7 @@ async def running(
         grpc_port: Port of gRPC; 0 picks a free one.
         max_delay_ms: Longest that a request waits for company.
         max_queued_rows: See `Batcher`.
+        task_control: Whether clients may add, change and remove tasks.
 
     Raises:
         UsageError: A port cannot be had.
@@ -113,20 +116,18 @@ async def running(
         Batcher(each, max_delay_ms=max_delay_ms, max_queued_rows=max_queued_rows)
         for each in services
     ]
+    models = [BundleModel(batcher, max_delay_ms=max_delay_ms) for batcher in batchers]
+    repository = BundleRepository(models, control=task_control)
     limit = max(MIN_BODY, *(JSON_GROWTH * _largest_request(each.registry) for each in services))
     version = _version()
+    await asyncio.to_thread(service.warm)
     with listen(host, http_port) as socket:
         rpc, grpc_port = grpc_server(
-            batchers,
-            version=version,
-            max_delay_ms=max_delay_ms,
-            max_message=limit,
-            host=host,
-            port=grpc_port,
+            repository, version=version, max_message=limit, host=host, port=grpc_port
         )
         web = _Uvicorn(
             uvicorn.Config(
-                http_app(batchers, version=version, max_delay_ms=max_delay_ms, max_body=limit),
+                http_app(repository, version=version, max_body=limit),
                 lifespan="off",
                 ws="none",
                 log_config=None,

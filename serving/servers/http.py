@@ -19,16 +19,18 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ...merge.errors import UtuneError
+from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
 from .. import protocol
-from ..rejections import InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
+from ..models import Asked, index, require_model
+from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
+from ..tensors import InputTensor, OutputRequest, OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from starlette.requests import Request
 
-    from ..batcher import Batcher
+    from ..models import Model, Repository
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 COMPRESSION_LEVEL = 1  # pixels and logits barely shrink: the cheapest level loses nothing
@@ -38,24 +40,24 @@ _AUTOMATIC = zlib.MAX_WBITS | 32  # gzip and zlib by their first bytes
 log = logging.getLogger(__name__)
 
 
-def http_app(
-    batchers: Sequence[Batcher], *, version: str, max_delay_ms: float, max_body: int
-) -> Starlette:
-    """The app over the models' batchers.
+def http_app(repository: Repository, *, version: str, max_body: int) -> Starlette:
+    """The app over a repository of models.
 
     Args:
-        batchers: What answers, one per model; already entered when the first request comes.
+        repository: What answers; ready for requests when the first one comes.
         version: The server's version, for its metadata.
-        max_delay_ms: The batching delay, for the model's configuration.
         max_body: Largest request body in bytes, packed or unpacked.
     """
-    endpoints = _Endpoints(batchers, version, max_delay_ms, max_body)
+    endpoints = _Endpoints(repository, version, max_body)
+    change = "/v2/repository/models/{model}"
     routes = [
         Route("/v2", endpoints.server),
         Route("/v2/health/live", endpoints.live),
         Route("/v2/health/ready", endpoints.ready),
         Route("/v2/models/stats", endpoints.statistics),
         Route("/v2/repository/index", endpoints.index, methods=["POST"]),
+        Route(f"{change}/load", endpoints.load, methods=["POST"]),
+        Route(f"{change}/unload", endpoints.unload, methods=["POST"]),
     ]
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
@@ -76,12 +78,9 @@ def http_app(
 
 
 class _Endpoints:
-    def __init__(
-        self, batchers: Sequence[Batcher], version: str, max_delay_ms: float, max_body: int
-    ) -> None:
-        self._batchers = batchers
+    def __init__(self, repository: Repository, version: str, max_body: int) -> None:
+        self._repository = repository
         self._version = version
-        self._max_delay_ms = max_delay_ms
         self._max_body = max_body
 
     async def server(self, _request: Request) -> Response:
@@ -91,30 +90,48 @@ class _Endpoints:
         return JSONResponse({"live": True})
 
     async def ready(self, _request: Request) -> Response:
-        ready = all(batcher.ready for batcher in self._batchers)
+        ready = all(model.ready for model in self._repository.models())
         return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def model_ready(self, request: Request) -> Response:
-        batcher = self._find(request)
-        body = {"name": batcher.service.registry.name, "ready": batcher.ready}
-        return JSONResponse(body, status_code=200 if batcher.ready else 503)
+        model, _ = self._find(request)
+        body = {"name": model.name, "ready": model.ready}
+        return JSONResponse(body, status_code=200 if model.ready else 503)
 
     async def metadata(self, request: Request) -> Response:
-        return JSONResponse(protocol.model_metadata(self._find(request).service.registry))
+        model, version = self._find(request)
+        return JSONResponse(model.metadata(version))
 
     async def config(self, request: Request) -> Response:
-        registry = self._find(request).service.registry
-        return JSONResponse(protocol.model_config(registry, max_delay_ms=self._max_delay_ms))
+        model, version = self._find(request)
+        return JSONResponse(model.config(version))
 
     async def statistics(self, request: Request) -> Response:
-        asked = [self._find(request)] if "model" in request.path_params else self._batchers
-        return JSONResponse(protocol.model_statistics(batcher.service for batcher in asked))
+        if "model" in request.path_params:
+            shown = [self._find(request)[0]]
+        else:
+            shown = self._repository.models()
+        return JSONResponse({"model_stats": [entry for m in shown for entry in m.statistics()]})
 
-    async def index(self, _request: Request) -> Response:
-        return JSONResponse(protocol.repository_index(self._batchers))
+    async def index(self, request: Request) -> Response:
+        body = await _read_body(request, self._max_body)
+        asked = _read_json(memoryview(body)) if body.strip() else {}
+        only_ready = _flag(asked, "ready", False)
+        return JSONResponse(index(self._repository, only_ready=only_ready))
+
+    async def load(self, request: Request) -> Response:
+        body = await _read_body(request, self._max_body)
+        asked = _read_json(memoryview(body)) if body.strip() else {}
+        parameters = _object(asked.get("parameters", {}), "parameters")
+        await self._repository.load(request.path_params["model"], parameters)
+        return Response(status_code=200)
+
+    async def unload(self, request: Request) -> Response:
+        await self._repository.unload(request.path_params["model"])
+        return Response(status_code=200)
 
     async def infer(self, request: Request) -> Response:
-        batcher = self._find(request)
+        model, version = self._find(request)
         try:
             body = await _read_body(request, self._max_body)
         except ClientDisconnect:
@@ -123,16 +140,25 @@ class _Endpoints:
         message = _read_json(head)
         inputs = _read_inputs(message, tail)
         outputs, binary = _read_outputs(message)
+        parameters = _object(message.get("parameters", {}), "parameters")
         identity = message.get("id", "")
         if not isinstance(identity, str):
             raise InvalidRequest("the request's id is not a string", where="id")
-        answered = await _unless_gone(request, protocol.infer(batcher, inputs, outputs))
+        asked = Asked(
+            inputs,
+            outputs,
+            version,
+            priority=_count(parameters, "priority"),
+            timeout_us=_count(parameters, "timeout"),
+            parameters=parameters,
+        )
+        answered = await _unless_gone(request, model.infer(asked))
         if answered is None:
             return Response(status_code=CLIENT_GONE)
         return _write(
             {
-                "model_name": batcher.service.registry.name,
-                "model_version": protocol.VERSION,
+                "model_name": model.name,
+                "model_version": version or model.versions[-1],
                 **({"id": identity} if identity else {}),
             },
             answered,
@@ -140,10 +166,10 @@ class _Endpoints:
             request.headers.get("Accept-Encoding", ""),
         )
 
-    def _find(self, request: Request) -> Batcher:
-        return protocol.find_model(
-            self._batchers, request.path_params["model"], request.path_params.get("version", "")
-        )
+    def _find(self, request: Request) -> tuple[Model, str]:
+        """The model that a path names, and its version, empty for the one in use."""
+        version = request.path_params.get("version", "")
+        return require_model(self._repository, request.path_params["model"], version), version
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -200,7 +226,7 @@ def _read_json(head: memoryview) -> dict[str, Any]:
     return _object(message, "body")
 
 
-def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[protocol.InputTensor]:
+def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[InputTensor]:
     """The inputs; binary ones take their bytes from the tail in the order of the list."""
     tensors = []
     for entry in _list(message, "inputs"):
@@ -224,7 +250,7 @@ def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[protocol.
             content, tail = tail[:size], tail[size:]
         elif not isinstance(content, list):
             raise InvalidRequest("an input has no data", where=name, wanted="a list")
-        tensors.append(protocol.InputTensor(name, datatype, tuple(shape), content))
+        tensors.append(InputTensor(name, datatype, tuple(shape), content))
     if len(tail):
         raise InvalidRequest("bytes are left behind the last input", found=f"{len(tail)} bytes")
     return tensors
@@ -232,7 +258,7 @@ def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[protocol.
 
 def _read_outputs(
     message: Mapping[str, Any],
-) -> tuple[list[protocol.OutputRequest], dict[str, bool]]:
+) -> tuple[list[OutputRequest], dict[str, bool]]:
     """The outputs asked for, and which of them as bytes; `""` holds the default."""
     parameters = _object(message.get("parameters", {}), "parameters")
     binary = {"": _flag(parameters, "binary_data_output", False)}
@@ -247,13 +273,13 @@ def _read_outputs(
         if not _is_size(classes):
             raise InvalidRequest("the number of classes is not a size", where=name, found=classes)
         binary[name] = _flag(settings, "binary_data", binary[""])
-        outputs.append(protocol.OutputRequest(name, classes))
+        outputs.append(OutputRequest(name, classes))
     return outputs, binary
 
 
 def _write(
     head: dict[str, Any],
-    outputs: Sequence[protocol.OutputTensor],
+    outputs: Sequence[OutputTensor],
     binary: Mapping[str, bool],
     accepted: str,
 ) -> Response:
@@ -286,7 +312,7 @@ def _write(
     return Response(body, media_type=kind, headers=headers)
 
 
-async def _unless_gone(request: Request, work: Any) -> list[protocol.OutputTensor] | None:
+async def _unless_gone(request: Request, work: Any) -> list[OutputTensor] | None:
     """The result of `work`, or None when the client hangs up first: then the work is cancelled."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
@@ -328,6 +354,13 @@ def _flag(settings: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
+def _count(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key, 0)
+    if not _is_size(value):
+        raise InvalidRequest("a parameter is not a whole number", where=key, found=_kind(value))
+    return value
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -345,9 +378,9 @@ async def _on_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, UtuneError)
     if isinstance(error, UnknownModel):
         return _refuse(404, one_line(error))
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
         return _refuse(400, one_line(error))
-    if isinstance(error, (Overloaded, Stopping)):
+    if isinstance(error, (Overloaded, Expired, Stopping)):
         return _refuse(503, one_line(error), {"Retry-After": "1"})
     log.error("a request failed", exc_info=error)
     return _refuse(500, one_line(error))

@@ -58,7 +58,7 @@ def test_every_task_is_compared_even_where_no_batch_has_room_for_all(vit, tmp_pa
     deltas = [random_task(vit, lora(2), name=f"t{i}", seed=i) for i in range(5)]
     tasks = [Task(delta, "0" * 64) for delta in deltas]
     bundle = export_bundle(tmp_path / "b", vit, tasks, bank="inputs", max_batch=2)
-    bank = bundle.read_bank()
+    bank = {name: value.copy() for name, value in bundle.read_bank().items()}
 
     def verdict(tensors):
         return check_engine(
@@ -81,7 +81,7 @@ def test_a_loud_task_does_not_hide_the_error_of_a_quiet_one(vit, tmp_path: Path)
             tensor.mul_(factor)
     tasks = [Task(delta, "0" * 64) for delta in (loud, quiet)]
     bundle = export_bundle(tmp_path / "b", vit, tasks, bank="inputs", max_batch=4)
-    bank = bundle.read_bank()
+    bank = {name: value.copy() for name, value in bundle.read_bank().items()}
     for name in bank:
         if name.endswith("/up"):
             bank[name][1] *= 1.002

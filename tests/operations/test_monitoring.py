@@ -9,38 +9,12 @@ from typing import Any
 
 import pytest
 
-NV = {"model", "version"}
-# What http://HOST:8002/metrics gives: name -> kind and labels.
-METRICS: dict[str, tuple[str, set[str]]] = {
-    "nv_inference_request_success": ("counter", NV),
-    "nv_inference_request_failure": ("counter", NV | {"reason"}),
-    "nv_inference_count": ("counter", NV),
-    "nv_inference_exec_count": ("counter", NV),
-    "nv_inference_request_duration_us": ("counter", NV),
-    "nv_inference_queue_duration_us": ("counter", NV),
-    "nv_inference_compute_input_duration_us": ("counter", NV),
-    "nv_inference_compute_infer_duration_us": ("counter", NV),
-    "nv_inference_compute_output_duration_us": ("counter", NV),
-    "nv_inference_pending_request_count": ("gauge", NV),
-    "utune_task_rows_total": ("counter", {"model", "task"}),
-    "utune_task_requests_total": ("counter", {"model", "task", "outcome"}),
-    "utune_task_request_seconds": ("summary", {"model", "task"}),
-    "utune_request_seconds": ("histogram", {"model"}),
-    "utune_batch_rows": ("histogram", {"model"}),
-    "utune_batch_tasks": ("histogram", {"model"}),
-    "utune_bank_rows": ("gauge", {"model", "state"}),
-    "utune_bank_bytes": ("gauge", {"model"}),
-    "utune_tasks": ("gauge", {"model"}),
-    "utune_task_loads_total": ("counter", {"model"}),
-    "utune_task_evictions_total": ("counter", {"model"}),
-    "utune_task_changes_total": ("counter", {"model", "action"}),
-    "utune_queue_rows": ("gauge", {"model"}),
-}
-SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
+from utune_deploy.serving.metrics import METRICS, SUFFIXES
+
 SERIES = {
-    name + suffix: (kind, labels | ({"le"} if suffix == "_bucket" else set()))
-    for name, (kind, labels) in METRICS.items()
-    for suffix in SUFFIXES.get(kind, ("",))
+    name + suffix: (family.kind, {*family.labels} | ({"le"} if suffix == "_bucket" else set()))
+    for name, family in METRICS.items()
+    for suffix in SUFFIXES[family.kind]
 }
 SERIES["up"] = ("gauge", set())
 SCRAPED = {"job", "instance", "namespace", "pod"}  # labels that whoever asks for metrics adds

@@ -154,6 +154,26 @@ class TensorRTSession:
         with self._lock:
             self._bank = {name: Array(self._stream, array) for name, array in tensors.items()}
 
+    def reserve(self, rows: int) -> None:
+        """See `Session.reserve`: single rows cannot be written, so this target's tasks are its bank's.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "the TensorRT target cannot write single rows of a bank",
+            found=f"{rows} rows asked for",
+            do="replace the whole bank, or serve the bundle with its ONNX Runtime engine",
+        )
+
+    def write_row(self, row: int, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """See `reserve`.
+
+        Raises:
+            UsageError: Always.
+        """
+        self.reserve(1)
+
     def refit(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Serve from other task tensors from the next call on; waits for what is running.
 

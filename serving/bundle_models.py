@@ -1,0 +1,230 @@
+"""A served bundle as models: NAME, NAME.all, every task by its own name, and NAME.tasks for their life."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..export.engine import LOGITS
+from ..merge.errors import UsageError
+from . import protocol
+from .rejections import InvalidRequest, UnknownModel
+from .task_commands import TaskCommands
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from .batcher import Batcher
+    from .models import Asked, Model
+    from .registry import Request
+    from .service import Answers
+    from .tensors import OutputTensor
+    from .versions import Version
+
+FILE = "file:"  # of the parameters of a load: files by their place in the model's folder
+
+
+class BundleModel:
+    """NAME, whose rows name their tasks, or NAME.all."""
+
+    def __init__(self, batcher: Batcher, *, max_delay_ms: float) -> None:
+        """Over a batcher that is entered before the first request comes."""
+        self.batcher = batcher
+        self.registry = batcher.service.registry
+        self.max_delay_ms = max_delay_ms
+        self.name = self.registry.name
+        self.versions = (protocol.VERSION,)
+
+    @property
+    def ready(self) -> bool:
+        """See `Model.ready`."""
+        return self.batcher.ready
+
+    def metadata(self, version: str) -> dict[str, Any]:
+        """See `Model.metadata`."""
+        return protocol.model_metadata(self.registry)
+
+    def config(self, version: str) -> dict[str, Any]:
+        """See `Model.config`."""
+        return protocol.model_config(self.registry, max_delay_ms=self.max_delay_ms)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """See `Model.statistics`."""
+        return [protocol.statistics(self.batcher.service)]
+
+    async def infer(self, asked: Asked) -> list[OutputTensor]:
+        """See `Model.infer`."""
+
+        def read() -> Request:
+            protocol.check_outputs(self.registry, asked.outputs)
+            return protocol.read_request(self.registry, asked.inputs)
+
+        answers = await self.answer(asked, read)
+        return protocol.write_answers(self.registry, answers, asked.outputs)
+
+    async def answer(self, asked: Asked, read: Callable[[], Request]) -> Answers:
+        """Answer the request that `read` gives, and count it, however it ends."""
+        start = time.perf_counter_ns()
+        try:
+            request = read()
+        except Exception as refusal:
+            spent = time.perf_counter_ns() - start
+            self.batcher.service.counters.failure(refusal, spent)
+            raise
+        return await self.batcher.submit(
+            request, priority=asked.priority, timeout_us=asked.timeout_us
+        )
+
+
+class TaskModel:
+    """One task by its own name: NAME with the task filled in, in the same queue."""
+
+    def __init__(self, bundle: BundleModel, version: Version) -> None:
+        """Of a task's version in use."""
+        self._bundle = bundle
+        self._version = version
+        self.name = version.name
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """See `Model.versions`."""
+        tasks = self._bundle.batcher.service.tasks
+        if tasks is None:
+            return (protocol.VERSION,)
+        current = self._version.number
+        others = [n for n in tasks.numbers(self.name) if n != current]
+        return tuple(map(str, (*others, current)))
+
+    @property
+    def ready(self) -> bool:
+        """See `Model.ready`."""
+        return self._bundle.ready
+
+    def metadata(self, version: str) -> dict[str, Any]:
+        """See `Model.metadata`."""
+        return protocol.alias_metadata(
+            self._bundle.registry, self._of(version), map(int, self.versions)
+        )
+
+    def config(self, version: str) -> dict[str, Any]:
+        """See `Model.config`."""
+        return protocol.alias_config(
+            self._bundle.registry, self._of(version), max_delay_ms=self._bundle.max_delay_ms
+        )
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """See `Model.statistics`."""
+        return [protocol.task_statistics(self._bundle.batcher.service, self._version)]
+
+    async def infer(self, asked: Asked) -> list[OutputTensor]:
+        """See `Model.infer`."""
+        registry, version = self._bundle.registry, self._of(asked.version)
+
+        def read() -> Request:
+            protocol.check_outputs(registry, asked.outputs)
+            rows = protocol.read_rows(
+                protocol.alias_inputs(registry), registry.inputs, asked.inputs
+            )
+            return registry.check_version(rows, version)
+
+        answers = await self._bundle.answer(asked, read)
+        own = protocol.alias_outputs(registry, version)[0].dims[-1]
+        return [
+            replace(tensor, array=tensor.array[..., :own])
+            if tensor.name == LOGITS and tensor.datatype == "FP32"
+            else tensor
+            for tensor in protocol.write_answers(registry, answers, asked.outputs)
+        ]
+
+    def _of(self, version: str) -> Version:
+        tasks = self._bundle.batcher.service.tasks
+        if not version or tasks is None or version == str(self._version.number):
+            return self._version
+        try:
+            return tasks.version(self.name, int(version))
+        except (UsageError, ValueError) as cause:
+            raise UnknownModel(
+                "unknown version of a task", where=self.name, found=version
+            ) from cause
+
+
+class BundleRepository:
+    """All of a bundle's models. Loading and unloading a task's model adds and removes the task."""
+
+    def __init__(self, models: Sequence[BundleModel], *, control: bool = True) -> None:
+        """Of NAME first.
+
+        Args:
+            models: NAME, and NAME.all where there is such an engine.
+            control: Whether clients may change the tasks.
+        """
+        self._models = {model.name: model for model in models}
+        self._bundle = models[0]
+        self._commands = TaskCommands(self._bundle.batcher, control=control)
+        self._own: dict[str, Model] = {**self._models, self._commands.name: self._commands}
+
+    def find(self, name: str) -> Model | None:
+        """See `Repository.find`."""
+        if name in self._own:
+            return self._own[name]
+        version = self._bundle.registry.versions.get(name)
+        return None if version is None else TaskModel(self._bundle, version)
+
+    def models(self) -> Iterable[Model]:
+        """See `Repository.models`."""
+        yield from self._own.values()
+        for name, version in self._bundle.registry.versions.items():
+            if name not in self._own:
+                yield TaskModel(self._bundle, version)
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Add the task whose packed file comes with the parameters, or a new version of it.
+
+        A model that is there and comes without a file is left as it is.
+
+        Raises:
+            UtuneError: See `TaskCommands`; or the parameters are none of a task.
+        """
+        files = {key: value for key, value in parameters.items() if key.startswith(FILE)}
+        if not files:
+            if self.find(name) is None:
+                raise UnknownModel(
+                    "there is no such model to load",
+                    found=name,
+                    do="send the packed task in a parameter `file:1/NAME.task`, base64",
+                )
+            return
+        if len(files) != 1 or name in self._own:
+            raise InvalidRequest(
+                "a load takes one packed task", where=name, found=", ".join(sorted(files))
+            )
+        (content,) = files.values()
+        update = name in self._bundle.registry.versions
+        await self._commands.add(_packed(content), update=update, name=name)
+
+    async def unload(self, name: str) -> None:
+        """Remove a task.
+
+        Raises:
+            UtuneError: There is no such task, or it is the last.
+        """
+        if name in self._own:
+            raise UsageError(
+                "this model is the server's own and stays", where=name, do="stop the server"
+            )
+        if self.find(name) is None:
+            raise UnknownModel("there is no such model to unload", found=name)
+        await self._commands.remove(name)
+
+
+def _packed(content: Any) -> bytes:
+    """The bytes of a file that came as a parameter: base64 in JSON, as they are in protobuf."""
+    if isinstance(content, bytes):
+        return content
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, TypeError, ValueError) as cause:
+        raise InvalidRequest("the packed task is not base64", found=str(cause)) from cause

@@ -1,0 +1,173 @@
+"""Where a server keeps the tasks that it was given while running: packed files beside one table.
+
+    <folder>/tasks.json          format, version, the bundle's identity, and for every task that differs from the
+                                 bundle's own: its versions with their files, the one in use, whether it is pinned
+    <folder>/<digest>.task       a packed task, named by the SHA-256 of its bytes
+
+A task that the bundle shipped and that was removed stands in the table without versions. Both kinds of file are
+written whole or not at all, files before the table that names them: a server that is killed
+at any moment finds a table whose files are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..export.mapped import map_file
+from ..merge.errors import IncompatibleArtefact, UsageError
+from ..merge.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+FORMAT = "utune-tasks"
+VERSION = 1
+TABLE = "tasks.json"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the table says of one task.
+
+    Attributes:
+        files: The packed file of each version by its number; of version 1 of a task that the bundle shipped
+            there is none.
+        current: The version in use; 0 where the task was removed.
+        pinned: Whether it stays in the engine's memory.
+        counted: The highest number that a version ever had.
+    """
+
+    files: Mapping[int, str]
+    current: int
+    pinned: bool = False
+    counted: int = 1
+
+
+class Store:
+    """One folder of kept tasks.
+
+    Attributes:
+        folder: Where it is.
+        lasting: Whether it outlives the server; a temporary one does not.
+    """
+
+    def __init__(self, folder: Path | None, identity: str) -> None:
+        """Open or make it.
+
+        Args:
+            folder: None makes a temporary one.
+            identity: Of the bundle whose tasks it keeps.
+
+        Raises:
+            UsageError: The folder cannot be written to.
+            IncompatibleArtefact: It keeps tasks of another bundle, or its table is malformed.
+        """
+        self.lasting = folder is not None
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="utune-tasks-")
+        self.folder = folder or Path(self._temporary.name if self._temporary else "")
+        self._identity = identity
+        self._named: set[str] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as cause:
+            raise UsageError(
+                "tasks cannot be kept there",
+                where=self.folder,
+                found=cause.strerror or str(cause),
+                do="name a folder that the server may write to: --tasks FOLDER",
+            ) from cause
+
+    def read(self) -> dict[str, Kept]:
+        """The table; empty where there is none yet.
+
+        Raises:
+            IncompatibleArtefact: It belongs to another bundle, is of another version, or malformed.
+        """
+        path = self.folder / TABLE
+        if not path.is_file():
+            return {}
+        try:
+            table = json.loads(path.read_text())
+            kind, version, identity = table["format"], table["version"], table["identity"]
+            kept = {
+                name: Kept(
+                    files={int(n): str(file) for n, file in entry["files"].items()},
+                    current=int(entry["current"]),
+                    pinned=bool(entry["pinned"]),
+                    counted=int(entry["counted"]),
+                )
+                for name, entry in table["tasks"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+            raise IncompatibleArtefact("the table of tasks is malformed", where=path) from cause
+        if (kind, version) != (FORMAT, VERSION) or identity != self._identity:
+            raise IncompatibleArtefact(
+                "the folder keeps tasks of another bundle, or of another version of this format",
+                where=path,
+                wanted=f"{FORMAT} version {VERSION} of bundle {self._identity[:16]}",
+                found=f"{kind} version {version} of bundle {str(identity)[:16]}",
+                do="name another folder, or remove this one if its tasks are no longer wanted",
+            )
+        return kept
+
+    def write(self, kept: Mapping[str, Kept]) -> None:
+        """Replace the table, then remove the files that neither it nor the one before it names.
+
+        A request that is under way may still ask for what was dropped just now.
+        """
+        table = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self._identity,
+            "tasks": {
+                name: {
+                    "files": {str(number): file for number, file in entry.files.items()},
+                    "current": entry.current,
+                    "pinned": entry.pinned,
+                    "counted": entry.counted,
+                }
+                for name, entry in kept.items()
+            },
+        }
+        with atomic_file(self.folder / TABLE) as temporary:
+            temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+        named = {file for entry in kept.values() for file in entry.files.values()}
+        for path in self.folder.glob("*.task"):
+            if path.name not in named | self._named:
+                with contextlib.suppress(OSError):  # on Windows a mapped file cannot be removed yet
+                    path.unlink(missing_ok=True)
+        self._named = named
+
+    def put(self, data: bytes) -> str:
+        """Keep a packed task; the name of its file."""
+        name = f"{hashlib.sha256(data).hexdigest()}.task"
+        path = self.folder / name
+        if not self.lasting:
+            path.write_bytes(data)
+        elif not path.is_file():
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+        return name
+
+    def map(self, file: str) -> dict[str, NDArray]:
+        """The tensors of a kept file.
+
+        Raises:
+            IncompatibleArtefact: It is missing or damaged.
+        """
+        return map_file(self.folder / file)[1]
+
+    def close(self) -> None:
+        """Remove the folder if it is temporary."""
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,225 @@
+"""Tensors as the Open Inference Protocol carries them: bytes, or JSON and protobuf values, and their types.
+
+Source: the tensor data section of https://github.com/kserve/open-inference-protocol, and Triton's extension
+for binary tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .rejections import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+BYTES = "BYTES"
+DATATYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("<u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("<i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+"""NumPy's types of the protocol's names, little-endian; `BYTES` has none."""
+
+_KINDS = {"b": "truth values", "u": "whole numbers", "i": "integers", "f": "numbers"}
+_TAKES = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}
+
+
+def datatype(dtype: str) -> str:
+    """The protocol's name of NumPy's."""
+    return next(name for name, known in DATATYPES.items() if known.name == dtype)
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """An input or output of a model as its metadata states it.
+
+    Attributes:
+        name: Its name.
+        datatype: The protocol's name of its element type.
+        dims: Its sizes without the batch.
+    """
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """An input as it came over the network.
+
+    Attributes:
+        name: Its name.
+        datatype: The protocol's name of its element type.
+        shape: Its sizes.
+        content: Little-endian bytes, or a list of numbers or strings, flat or nested.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    content: bytes | memoryview | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """An output that the client asks for.
+
+    Attributes:
+        name: Its name.
+        classes: With the classification extension, how many best classes; 0 for the tensor itself.
+    """
+
+    name: str
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """An output of a reply.
+
+    Attributes:
+        name: Its name.
+        datatype: The protocol's name of its element type.
+        array: `[n, ...]`; numbers, or object holding bytes.
+    """
+
+    name: str
+    datatype: str
+    array: NDArray[Any]
+
+    def raw(self) -> bytes:
+        """Little-endian bytes; a BYTES element is its length in four bytes, then its bytes."""
+        if self.datatype == BYTES:
+            return b"".join(struct.pack("<I", len(item)) + item for item in self.array.flat)
+        return self.array.astype(DATATYPES[self.datatype], copy=False).tobytes()
+
+    def values(self) -> list[Any]:
+        """The elements in row order as JSON values; a float32 comes back bit for bit.
+
+        Raises:
+            InvalidRequest: An element is not text: it has to be asked for as binary data.
+        """
+        if self.datatype != BYTES:
+            return self.array.ravel().tolist()
+        try:
+            return [item.decode() for item in self.array.flat]
+        except UnicodeDecodeError as cause:
+            raise InvalidRequest(
+                "an output is not text, which JSON would need",
+                where=self.name,
+                do="ask for it with binary_data",
+            ) from cause
+
+
+def text_output(name: str, text: str) -> OutputTensor:
+    """A text as BYTES `[1]`."""
+    return OutputTensor(name, BYTES, np.array([text.encode()], dtype=object))
+
+
+def numbers(tensor: InputTensor) -> NDArray[Any]:
+    """An input of numbers as its shape says, a view where the bytes allow it.
+
+    Raises:
+        InvalidRequest: Its type is unknown, or its content is not what its shape and type say.
+    """
+    if tensor.datatype not in DATATYPES:
+        raise InvalidRequest(
+            "an input has a datatype that is not known here",
+            where=tensor.name,
+            wanted=", ".join(DATATYPES),
+            found=tensor.datatype,
+        )
+    dtype = DATATYPES[tensor.datatype]
+    count = math.prod(tensor.shape)
+    if isinstance(tensor.content, (bytes, memoryview)):
+        if len(tensor.content) != count * dtype.itemsize:
+            raise _size_error(tensor, f"{count * dtype.itemsize} bytes", len(tensor.content))
+        return np.frombuffer(tensor.content, dtype=dtype).reshape(tensor.shape)
+    try:
+        values = np.asarray(tensor.content)
+    except (ValueError, OverflowError, TypeError) as cause:  # ragged or too deep
+        raise _values_error(tensor) from cause
+    # NumPy reads integers that leave int64 as another kind than "i".
+    if values.size and values.dtype.kind not in _TAKES[dtype.kind]:
+        raise _values_error(tensor)
+    if dtype.kind in "iu" and values.size:
+        room = np.iinfo(dtype)
+        if values.min() < room.min or values.max() > room.max:
+            raise _values_error(tensor)
+    if values.size != count or (values.ndim != 1 and values.shape != tensor.shape):
+        raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
+    with np.errstate(over="ignore"):  # what leaves a float's range becomes infinite
+        return values.astype(dtype.newbyteorder("=")).reshape(tensor.shape)
+
+
+def texts(tensor: InputTensor) -> list[bytes | str]:
+    """The elements of a BYTES input in row order.
+
+    Raises:
+        InvalidRequest: Its content is not what its shape and type say.
+    """
+    if isinstance(tensor.content, (bytes, memoryview)):
+        elements: list[Any] = _split_bytes(tensor)
+    else:
+        elements = list(tensor.content)
+        for _ in tensor.shape[1:]:
+            if all(isinstance(element, list) for element in elements):
+                elements = [inner for element in elements for inner in element]
+        if not all(isinstance(element, (str, bytes)) for element in elements):
+            raise _values_error(tensor)
+    if len(elements) != math.prod(tensor.shape):
+        raise _size_error(tensor, f"{math.prod(tensor.shape)} elements", len(elements))
+    return elements
+
+
+def _split_bytes(tensor: InputTensor) -> list[bytes]:
+    content = bytes(tensor.content)
+    elements = []
+    at = 0
+    while at < len(content):
+        end = at + 4
+        if end <= len(content):
+            (length,) = struct.unpack_from("<I", content, at)
+            at, end = end, end + length
+        if end > len(content):
+            raise _size_error(tensor, "elements behind their length in 4 bytes", "a cut element")
+        elements.append(content[at:end])
+        at = end
+    return elements
+
+
+def _size_error(tensor: InputTensor, wanted: object, found: object) -> InvalidRequest:
+    return InvalidRequest(
+        "an input does not hold what its shape says",
+        where=f"{tensor.name} {list(tensor.shape)}",
+        wanted=wanted,
+        found=found,
+    )
+
+
+def _values_error(tensor: InputTensor) -> InvalidRequest:
+    known = DATATYPES.get(tensor.datatype)
+    kind = f"{_KINDS[known.kind]} of {tensor.datatype}" if known else "strings"
+    return InvalidRequest(
+        "an input holds values of the wrong kind",
+        where=tensor.name,
+        wanted=f"a list of {kind}, flat or nested as its shape",
+    )

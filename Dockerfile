@@ -11,7 +11,7 @@ ARG TRITON=25.10-py3
 ARG TRITON_PYTHON=3.12
 
 
-# Where wheels are installed. The environment has no pip of its own, so neither has the image.
+# Where wheels are installed. The environment has no pip of its own: it holds what the bill of materials names.
 FROM python:${PYTHON} AS build
 WORKDIR /src
 COPY requirements requirements

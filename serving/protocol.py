@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import LOGITS, TASK
+from ..export.engine import LABEL, LOGITS, SCORE, TASK
 from .rejections import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from .registry import Registry, Request
     from .service import Answers, Service
 
-LABEL = "label"
-SCORE = "score"
 VERSION = "1"
 SERVER = "utune-deploy"
 ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task

@@ -15,6 +15,7 @@ from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.repository import config_text, write_repository
+from utune_deploy.serving.repository.options import ModelOptions
 
 
 def _parsed(text: str):
@@ -22,7 +23,9 @@ def _parsed(text: str):
 
 
 def test_the_configuration_parses_back(bundle):
-    config = _parsed(config_text(bundle, device=Device(threads=3), max_delay_ms=2))
+    config = _parsed(
+        config_text(bundle, device=Device(threads=3), options=ModelOptions(max_delay_ms=2))
+    )
     assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 8)
     inputs = [(t.name, t.data_type, list(t.dims), t.optional) for t in config.input]
     assert inputs == [
@@ -43,7 +46,7 @@ def test_the_configuration_parses_back(bundle):
 
 
 def test_the_delay_is_never_zero(bundle):
-    config = _parsed(config_text(bundle, max_delay_ms=0))
+    config = _parsed(config_text(bundle, options=ModelOptions(max_delay_ms=0)))
     assert config.dynamic_batching.max_queue_delay_microseconds == 100
 
 

@@ -153,7 +153,7 @@ class _Ops:
         value = ir.Value(
             name=self._name(),
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape.dims),
+            shape=ir.Shape([int(str(size)) for size in tensor.shape]),
             const_value=tensor,
         )
         self._graph.register_initializer(value)

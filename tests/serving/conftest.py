@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
 from safetensors.numpy import save_file
 
 from utune_deploy.export.bundle import (

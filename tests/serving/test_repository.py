@@ -236,7 +236,7 @@ def test_a_task_is_added_as_a_version(fewer, bundle, tmp_path, layout):
     if layout == "hot":
         assert open_bundle(model / "2" / "bundle").identity == bundle.identity
         assert open_bundle(model / "1" / "bundle").identity == fewer.identity
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
     write_repository(bundle, tmp_path, layout=layout, graphs=served, new_version=True)
     assert _versions(model) == ["1", "2", "3"]
 

@@ -109,6 +109,9 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     help="Who runs the engine: our service in the Python backend, or Triton's ONNX Runtime backend.",
 )
 @click.option("--aliases", is_flag=True, help="Also a model NAME.TASK per task, without a `task`.")
+@click.option(
+    "--pictures", is_flag=True, help="Also a model NAME.pictures of pixels (--layout native)."
+)
 @click.option("--new-version", is_flag=True, help="Add a version beside those that are there.")
 @device_options
 @model_options
@@ -120,6 +123,7 @@ def command(
     output: Path,
     layout: str,
     aliases: bool,
+    pictures: bool,
     new_version: bool,
     device: Device,
     options: ModelOptions,
@@ -139,6 +143,7 @@ def command(
         device=device,
         options=options,
         aliases=aliases,
+        pictures=pictures,
         new_version=new_version,
         force=force,
         graphs=graphs,

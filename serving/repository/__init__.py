@@ -23,6 +23,7 @@ from .. import protocol
 from ..registry import Registry
 from . import aliases as alias
 from . import config
+from . import pictures as pixels
 from .hot import Hot
 from .native import Native
 from .options import ModelOptions
@@ -68,6 +69,7 @@ def write_repository(
     device: Device = CPU,
     options: ModelOptions | None = None,
     aliases: bool = False,
+    pictures: bool = False,
     new_version: bool = False,
     force: bool = False,
     graphs: Graphs | None = None,
@@ -80,9 +82,11 @@ def write_repository(
         layout: A key of `LAYOUTS`.
         device: Where the engine runs.
         options: How Triton schedules it; None for the defaults.
-        aliases: Write a model per task too; a new version has them if the one before has.
+        aliases: Write a model NAME.TASK per task too.
+        pictures: Write a model NAME.pictures too, which reads pixels; in the layout `native`.
         new_version: Add a version beside those that are there. Each version is whole before it can be
-            seen. Models of tasks that are gone are taken away.
+            seen. There are aliases, and NAME.pictures, if there were; models of tasks that are gone are
+            taken away.
         force: Replace the models when they are already there, and take away what stands beside an earlier
             bundle of this name and has no successor.
         graphs: The module `export.served`, for the layout `native`.
@@ -100,8 +104,15 @@ def write_repository(
     if new_version and force:
         raise UsageError("a version is added or everything is replaced, not both at once")
     main = repository / bundle.name
-    aliases = aliases or (new_version and main.with_name(main.name + alias.NAMES).exists())
-    models = _models(bundle, _layout(layout, graphs), device, options or ModelOptions(), aliases)
+    if new_version:
+        aliases = aliases or (repository / (bundle.name + alias.NAMES)).exists()
+        pictures = pictures or (repository / (bundle.name + pixels.PREPARE)).exists()
+    writer = _layout(layout, graphs)
+    models = _models(bundle, writer, device, options or ModelOptions())
+    if pictures:
+        models += _pictures(bundle, writer, models[0])
+    if aliases:
+        models += _aliases(bundle, writer, models)
     for model in models:
         if not _NAME.fullmatch(model.name):
             raise UsageError(
@@ -151,26 +162,50 @@ def _layout(name: str, graphs: Graphs | None) -> Hot | Native:
 
 
 def _models(
-    bundle: Bundle, layout: Hot | Native, device: Device, options: ModelOptions, aliases: bool
+    bundle: Bundle, layout: Hot | Native, device: Device, options: ModelOptions
 ) -> list[Model]:
-    """Everything that is written for a bundle, its own model first."""
-    models = [_model(bundle, layout, device, options, all_tasks=False)]
-    if bundle.engine_of_all is not None:
-        models.append(_model(bundle, layout, device, options, all_tasks=True))
-    if not aliases:
-        return models
-    registry, main = Registry(bundle), models[0].fields
+    """The models that have an engine, that of one task per row first."""
+    every = [False] if bundle.engine_of_all is None else [False, True]
+    return [_model(bundle, layout, device, options, all_tasks) for all_tasks in every]
+
+
+def _pictures(bundle: Bundle, layout: Hot | Native, main: Model) -> list[Model]:
+    """The model of pixels, and its first step."""
+    if not isinstance(layout, Native):
+        raise UsageError(
+            "the layout `hot` has no model of pictures",
+            wanted="the layout `native`",
+            found="hot",
+            do="prepare pictures at the client, or use --layout native",
+        )
+    registry = Registry(bundle)
+    graph = layout.graphs.picture_graph(bundle)  # first, because it may be refused
+    fields = pixels.prepare_fields(registry, main.fields)
+    layout.run_graph(fields)
+    return [
+        Model(fields, {}, lambda version: layout.write_graph(version, graph)),
+        Model(pixels.pictures_fields(registry, main.fields), {}, _nothing),
+    ]
+
+
+def _aliases(bundle: Bundle, layout: Hot | Native, others: list[Model]) -> list[Model]:
+    """A model per task, and the first step of all of them.
+
+    Raises:
+        UsageError: A task cannot be a model.
+    """
+    registry, main = Registry(bundle), others[0].fields
     fields = alias.names_fields(registry, main)
     layout.finish_names(fields)
     rows = alias.smallest_input(registry)
-    models.append(
-        Model(fields, {}, lambda version: layout.fill_names(version, registry.names, rows))
-    )
-    alias.require_names(registry, {model.name for model in models})
-    for task in registry.names:
-        fields, files = alias.alias_fields(registry, main, task)
-        models.append(Model(fields, files, lambda version: None))  # Triton wants its folder empty
-    return models
+    models = [Model(fields, {}, lambda version: layout.fill_names(version, registry.names, rows))]
+    alias.require_names(registry, {model.name for model in (*others, *models)})
+    ensembles = [alias.alias_fields(registry, main, task) for task in registry.names]
+    return models + [Model(*ensemble, _nothing) for ensemble in ensembles]
+
+
+def _nothing(version: Path) -> None:
+    """The version of an ensemble: Triton wants its folder, and nothing in it."""
 
 
 def _model(

@@ -3,7 +3,7 @@
     NAME/
       config.pbtxt
       labels.txt         class names of the logits, when the bundle has one task
-      1/model.onnx       the engine between task names and answers, see `export/served.py`
+      1/model.onnx       the engine between task names and answers, see `export/served`
 
 A request cannot be refused there once it is in a batch. So the model has one output more than that of
 the layout `hot`: `valid` BOOL [-1, 1], false for a row with an unknown task, a number that is not finite
@@ -30,7 +30,7 @@ MODEL = "model.onnx"
 
 
 class Graphs(Protocol):
-    """What makes the graphs: `export/served.py`. Handed in, because serving never imports onnx."""
+    """What makes the graphs: the package `export.served`. Handed in, because serving never imports onnx."""
 
     def serve_graph(self, bundle: Bundle, all_tasks: bool = ..., /) -> bytes:
         """The graph of a bundle's model."""
@@ -40,6 +40,10 @@ class Graphs(Protocol):
         """The graph of the aliases' first step."""
         ...
 
+    def picture_graph(self, bundle: Bundle, /) -> bytes:
+        """The graph from pixels to the engine's tensor."""
+        ...
+
 
 class Native:
     """See the module."""
@@ -47,14 +51,14 @@ class Native:
     backend = "onnxruntime"
 
     def __init__(self, graphs: Graphs) -> None:
-        self._graphs = graphs
+        self.graphs = graphs
 
     def finish(
         self, fields: dict[str, Any], registry: Registry, options: ModelOptions, device: Device
     ) -> None:
         """Add what the ONNX Runtime backend needs to a model's configuration."""
         del options
-        self._run_graph(fields)
+        self.run_graph(fields)
         for tensor in fields["input"]:
             if tensor["name"] == TASK:
                 tensor.pop("optional", None)
@@ -84,17 +88,22 @@ class Native:
             UsageError: The bundle's engine is no ONNX graph.
             BuildFailed: The graph is too large for one file.
         """
-        (version / MODEL).write_bytes(self._graphs.serve_graph(bundle, all_tasks))
+        self.write_graph(version, self.graphs.serve_graph(bundle, all_tasks))
 
     def finish_names(self, fields: dict[str, Any]) -> None:
         """Add to the configuration of the aliases' first step."""
-        self._run_graph(fields)
+        self.run_graph(fields)
 
     def fill_names(self, version: Path, tasks: tuple[str, ...], rows: Tensor) -> None:
         """Write the folder of a version of the aliases' first step."""
-        (version / MODEL).write_bytes(self._graphs.task_names(tasks, rows))
+        self.write_graph(version, self.graphs.task_names(tasks, rows))
 
-    def _run_graph(self, fields: dict[str, Any]) -> None:
+    def write_graph(self, version: Path, graph: bytes) -> None:
+        """Put a graph into the folder of a version."""
+        (version / MODEL).write_bytes(graph)
+
+    def run_graph(self, fields: dict[str, Any]) -> None:
+        """Let the ONNX Runtime backend run the model's graph."""
         fields["platform"] = "onnxruntime_onnx"
         fields["backend"] = self.backend
         fields["default_model_filename"] = MODEL

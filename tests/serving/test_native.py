@@ -8,10 +8,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
+from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from utune_deploy.export import served
 from utune_deploy.export.engine import Device
+from utune_deploy.export.served import wrapping
 from utune_deploy.merge.errors import BuildFailed, UsageError
 from utune_deploy.serving.repository import write_repository
 from utune_deploy.serving.repository.options import ModelOptions
@@ -192,7 +194,7 @@ def test_an_engine_that_is_no_onnx_graph_is_refused(bundle, tmp_path):
 
 
 def test_a_graph_that_one_file_cannot_hold_is_refused(bundle, monkeypatch):
-    monkeypatch.setattr(served, "LARGEST", 1000)
+    monkeypatch.setattr(wrapping, "LARGEST", 1000)
     with pytest.raises(BuildFailed, match="too large"):
         served.serve_graph(bundle)
 
@@ -200,3 +202,55 @@ def test_a_graph_that_one_file_cannot_hold_is_refused(bundle, monkeypatch):
 def test_an_unknown_layout_is_refused(bundle, tmp_path):
     with pytest.raises(UsageError, match="unknown layout"):
         write_repository(bundle, tmp_path, layout="lukewarm")
+
+
+def test_pictures_are_prepared_and_answered(bundle, rows, tmp_path):
+    write_repository(bundle, tmp_path, layout="native", graphs=served, pictures=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny", "tiny.pictures", "tiny.prepare",
+    ]  # fmt: skip
+    config, prepare = config_of(tmp_path / "tiny.pictures"), config_of(tmp_path / "tiny.prepare")
+    main = config_of(tmp_path / "tiny")
+    assert config.platform == "ensemble"
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
+        ("picture", model_config_pb2.TYPE_UINT8, [-1, -1, 3]),
+        ("task", model_config_pb2.TYPE_STRING, [1]),
+    ]
+    assert [t.name for t in config.output] == [t.name for t in main.output]
+    first, second = config.ensemble_scheduling.step
+    assert (first.model_name, second.model_name) == ("tiny.prepare", "tiny")
+    assert set(first.input_map) == {t.name for t in prepare.input}
+    assert set(first.output_map) == {t.name for t in prepare.output}
+    assert set(second.input_map) == {t.name for t in main.input}
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    tasks = np.array([[name] for name in rows(3)[1]], dtype=object)
+    feeds = {"picture": pictures, "task": tasks}
+    for step in (first, second):
+        session = opened((tmp_path / step.model_name / "1" / "model.onnx").read_bytes())
+        there = [output.name for output in session.get_outputs()]
+        given = {name: feeds[name] for name in step.input_map}
+        feeds |= dict(zip(there, session.run(None, given), strict=True))
+    prepared = [
+        bundle.task(name).preprocessing.apply(Image.fromarray(picture))
+        for (name,), picture in zip(tasks, pictures, strict=True)
+    ]
+    expected = Service.open(bundle, Device(threads=1)).answer(np.stack(prepared), rows(3)[1])
+    np.testing.assert_allclose(feeds["logits"], expected.logits, atol=0.2)
+    assert tuple(feeds["label"].ravel()) == expected.labels
+
+
+def test_a_new_version_has_pictures_if_there_were(bundle, tmp_path):
+    write_repository(bundle, tmp_path, layout="native", graphs=served, pictures=True)
+    write_repository(bundle, tmp_path, layout="native", graphs=served, new_version=True)
+    for name in ("tiny", "tiny.pictures", "tiny.prepare"):
+        assert sorted(p.name for p in (tmp_path / name).iterdir() if p.is_dir()) == ["1", "2"]
+    write_repository(bundle, tmp_path, layout="native", graphs=served, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_pictures_are_refused_where_there_are_none(bundle, text, tmp_path):
+    with pytest.raises(UsageError, match="has no model of pictures"):
+        write_repository(bundle, tmp_path, pictures=True)
+    with pytest.raises(UsageError, match="does not read single pictures"):
+        write_repository(text, tmp_path, layout="native", graphs=served, pictures=True)
+    assert not list(tmp_path.iterdir())

@@ -10,8 +10,6 @@ A server batches the rows of several requests, and no node can refuse one of the
 would refuse (an unknown task, a number that is not finite, an id out of range) is answered with NaN, an
 empty label and `valid` false, and its neighbours as if it were not there.
 
-`task_names` is the small graph of aliases: a model that knows its task gives that name to every row.
-
 Text runs on the CPU provider alone; ONNX Runtime puts those nodes there by itself.
 """
 
@@ -22,34 +20,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir import tape
 from onnx_ir.passes import common
 
-from ..merge.errors import BuildFailed, UsageError
-from .bundle import FAN_OUT, IDENTITY
-from .engine import LABEL, LOGITS, SCORE, TASK, VALID, row_inputs
+from ...merge.errors import BuildFailed, UsageError
+from ..bundle import FAN_OUT, IDENTITY
+from ..engine import LABEL, LOGITS, SCORE, TASK, VALID, row_inputs
+from .ops import ML, ML_OPSET, OWN, Ops, named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
-    from .bundle import Bundle, Engine
-    from .engine import Tensor
+    from ..bundle import Bundle, Engine
 
 TARGET = "onnxruntime"
-ML = "ai.onnx.ml"
-ML_OPSET = 3
-OPSET, IR_VERSION = 18, 10  # of the graph of aliases, which any server of the last years reads
 LARGEST = (1 << 31) - 1  # bytes of one protobuf message
-OWN = "served/"  # before the names of values that are added here
-
-_KINDS = {
-    "float32": ir.DataType.FLOAT,
-    "int64": ir.DataType.INT64,
-    "text": ir.DataType.STRING,
-    "bool": ir.DataType.BOOL,
-}
 
 
 def serve_graph(bundle: Bundle, all_tasks: bool = False) -> bytes:
@@ -94,76 +78,6 @@ def serve_graph(bundle: Bundle, all_tasks: bool = False) -> bytes:
     return proto.SerializeToString()
 
 
-def task_names(tasks: Sequence[str], rows: Tensor) -> bytes:
-    """A graph with an output per task, which says the task's name once for each row of an input.
-
-    Args:
-        tasks: Names; that of the output too.
-        rows: The input, of which only the number of rows matters.
-    """
-    x = ir.Value(
-        name=rows.name, type=ir.TensorType(_KINDS[rows.dtype]), shape=ir.Shape(list(rows.shape))
-    )
-    graph = ir.Graph([x], [], nodes=[], opset_imports={"": OPSET}, name="task_names")
-    ops = _Ops(graph)
-    size = ops("Concat", ops("Shape", x, start=0, end=1), ops.ints([1]), axis=0)
-    for name in tasks:
-        said = ops("Expand", ops.text([[name]]), size)
-        graph.outputs.append(_named(said, name, "text", [rows.shape[0], 1]))
-    ops.close()
-    return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString()
-
-
-class _Ops:
-    """Writes nodes and constants into a graph."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._tape = tape.Tape()
-        self._count = 0
-
-    def __call__(self, kind: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        """The output of a new node."""
-        domain = str(attributes.pop("domain", ""))
-        value = self._tape.op(kind, inputs, attributes, domain=domain)  # pyright: ignore[reportArgumentType]
-        value.name = self._name()
-        return value
-
-    def constant(self, array: NDArray) -> ir.Value:
-        """A constant of an array's own type."""
-        return self._register(ir.tensor(array))
-
-    def ints(self, values: object) -> ir.Value:
-        """An int64 constant."""
-        return self.constant(np.array(values, dtype=np.int64))
-
-    def text(self, values: object) -> ir.Value:
-        """A constant of texts, nested as `values`."""
-        array = np.array(values, dtype=object)
-        flat = [str(text).encode() for text in array.ravel()]
-        return self._register(ir.StringTensor(flat, shape=ir.Shape(array.shape)))
-
-    def close(self) -> None:
-        """Put the nodes into the graph."""
-        self._graph.extend(self._tape.nodes)
-        for number, node in enumerate(self._tape.nodes):
-            node.name = f"{OWN}{node.op_type}/{number}"
-
-    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(
-            name=self._name(),
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape([int(str(size)) for size in tensor.shape]),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(value)
-        return value
-
-    def _name(self) -> str:
-        self._count += 1
-        return f"{OWN}{self._count}"
-
-
 class _Wrapping:
     """One engine's graph, and what is written around it."""
 
@@ -175,7 +89,7 @@ class _Wrapping:
         self._labelled = all(task.labels for task in bundle.tasks)
         self._inputs: Mapping[str, ir.Value] = {value.name or "": value for value in graph.inputs}
         self._batch = next(t.shape[0] for t in engine.inputs if t.name in self._inputs)
-        self._ops = _Ops(graph)
+        self._ops = Ops(graph)
         for value in (*(v for node in graph for v in node.outputs), *graph.initializers.values()):
             if value.name in (LABEL, SCORE, VALID):  # these names are given below
                 value.name = f"{OWN}engine/{value.name}"
@@ -206,19 +120,19 @@ class _Wrapping:
         column = ops("Unsqueeze", valid, ops.ints([1]))
         nan = ops.constant(np.array(np.nan, dtype=np.float32))
         lifted = ops("Unsqueeze", valid, ops.ints(list(range(1, len(sizes)))))
-        outputs = [_named(ops("Where", lifted, answer, nan), LOGITS, "float32", sizes)]
+        outputs = [named(ops("Where", lifted, answer, nan), LOGITS, "float32", sizes)]
         per_row = [self._batch, len(bundle.tasks) if self._all_tasks else 1]
         if self._all_tasks:
             size = ops("Shape", answer, start=0, end=2)
             said = ops("Expand", ops.text([[task.name for task in bundle.tasks]]), size)
-            outputs.append(_named(said, TASK, "text", per_row))
+            outputs.append(named(said, TASK, "text", per_row))
         if self._labelled:
             label, score = self._best(answer, place, column)
-            outputs.append(_named(label, LABEL, "text", per_row))
+            outputs.append(named(label, LABEL, "text", per_row))
             score = ops("Where", column, score, nan)
-            outputs.append(_named(score, SCORE, "float32", per_row))
+            outputs.append(named(score, SCORE, "float32", per_row))
         outputs.append(
-            _named(ops("Identity", column), VALID, "bool", [self._batch, 1])
+            named(ops("Identity", column), VALID, "bool", [self._batch, 1])
         )  # its own value: an output is read by nobody
         self._graph.outputs.extend(outputs)
         ops.close()
@@ -273,21 +187,8 @@ class _Wrapping:
     def _place(self) -> tuple[ir.Value, ir.Value]:
         """The tasks' places in the bundle `[B]` int64, 0 for an unknown one; and which are known, bool."""
         ops, tasks = self._ops, self._bundle.tasks
-        shape = [self._batch, 1]
-        given = ir.Value(
-            name=TASK, type=ir.TensorType(ir.DataType.STRING), shape=ir.Shape(list(shape))
-        )
-        found = ops(
-            "LabelEncoder",
-            ops("Reshape", given, ops.ints([-1])),
-            domain=ML,
-            keys_strings=[task.name for task in tasks],
-            values_int64s=list(range(len(tasks))),
-            default_int64=-1,
-        )
-        zero = ops.ints(0)
-        known = ops("GreaterOrEqual", found, zero)
-        place = ops("Max", found, zero)
+        given = named(ir.Value(), TASK, "text", [self._batch, 1])
+        place, known = ops.place(given, [task.name for task in tasks])
         if (row := self._inputs.get(TASK)) is not None:
             self._graph.inputs.remove(row)
             bank_rows = ops("Gather", ops.ints([task.row for task in tasks]), place)
@@ -329,11 +230,3 @@ class _Wrapping:
         texts = ops.text([*(label for task in tasks for label in task.labels), ""])
         index = ops("Where", valid, ops("Add", starts, best), ops.ints(int(counts.sum())))
         return ops("Gather", texts, index), ops("Cast", score, to=ir.DataType.FLOAT.value)
-
-
-def _named(value: ir.Value, name: str, kind: str, shape: Sequence[int | str]) -> ir.Value:
-    """The value as an output of the graph."""
-    value.name = name
-    value.type = ir.TensorType(_KINDS[kind])
-    value.shape = ir.Shape(list(shape))
-    return value

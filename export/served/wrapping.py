@@ -107,14 +107,9 @@ class _Wrapping:
             place, known = self._place()
             valid = self._both(valid, known)
             if bundle.mode == FAN_OUT:  # [B, T, ...] -> [B, ...]
-                column = ops("Unsqueeze", place, ops.ints([1]))
-                answer = ops("GatherND", answer, column, batch_dims=1)
-        tensor = next(t for t in self._engine.outputs if t.name == LOGITS)
-        sizes = list(tensor.shape)
-        if bundle.mode == FAN_OUT and not self._all_tasks:
-            del sizes[1]
-        if self._all_tasks:
-            sizes[1] = len(bundle.tasks)
+                chosen = ops("Unsqueeze", place, ops.ints([1]))
+                answer = ops("GatherND", answer, chosen, batch_dims=1)
+        sizes = self._answer_sizes()
         valid = self._both(valid, self._finite(answer, len(sizes)))
         assert valid is not None
         column = ops("Unsqueeze", valid, ops.ints([1]))
@@ -131,11 +126,19 @@ class _Wrapping:
             outputs.append(named(label, LABEL, "text", per_row))
             score = ops("Where", column, score, nan)
             outputs.append(named(score, SCORE, "float32", per_row))
-        outputs.append(
-            named(ops("Identity", column), VALID, "bool", [self._batch, 1])
-        )  # its own value: an output is read by nobody
+        flags = ops("Identity", column)  # a value of its own: nodes read the other one
+        outputs.append(named(flags, VALID, "bool", [self._batch, 1]))
         self._graph.outputs.extend(outputs)
         ops.close()
+
+    def _answer_sizes(self) -> list[int | str]:
+        """The shape of the logits that are served."""
+        sizes = list(next(t for t in self._engine.outputs if t.name == LOGITS).shape)
+        if self._all_tasks:
+            sizes[1] = len(self._bundle.tasks)  # may be free in the engine
+        elif self._bundle.mode == FAN_OUT:
+            del sizes[1]
+        return sizes
 
     def _hold_bank(self) -> None:
         """Make constants of the bank's inputs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
@@ -183,6 +184,21 @@ def test_a_gpu_engine_rounds_only_where_it_was_exported_so(bundle, tmp_path):
         assert (group.count, list(group.gpus)) == (2, [0, 3])
         (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
         assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": tf32})
+
+
+def test_names_inside_the_engine_may_be_those_of_outputs(bundle, rows, tmp_path):
+    model = onnx.load(bundle.path / "model.onnx")
+    names = {"raw": "score", "own": "label", "lines": "valid"}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [names.get(name, name) for name in values]
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    onnx.save(model, tmp_path / "model.onnx")
+    images, tasks = rows(4)
+    found, right = (ask(b, images, tasks) for b in (replace(bundle, path=tmp_path), bundle))
+    assert found["logits"].tobytes() == right["logits"].tobytes()
+    assert (found["label"] == right["label"]).all()
 
 
 def test_an_engine_that_is_no_onnx_graph_is_refused(bundle, tmp_path):

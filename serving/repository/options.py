@@ -15,10 +15,13 @@ MIN_DELAY_US = 100  # microseconds; the delay that was seen to end the stalls, 0
 class ModelOptions:
     """What the configuration of a model says beside its tensors.
 
+    With priorities, a queue limit or a timeout, Triton 2.51 was seen to stall so at any delay: see
+    `docs/triton.md`.
+
     Attributes:
         max_delay_ms: Longest that a request waits for company, in milliseconds; never below
             `MIN_DELAY_US`, because with zero Triton 2.51 now and then leaves a lone request in its queue
-            for half a second.
+            for half a second (a stall).
         preferred_batches: Rows of a batch that does not wait any longer.
         priority_levels: Levels that clients may ask for, 1 the most urgent; a request that asks for none
             has the last. 0: all are equal.

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import LOGITS, TASK
+from ..export.engine import LABEL, LOGITS, SCORE, TASK
 from .counters import TaskTotals
 from .rejections import InvalidRequest
 from .tensors import InputTensor, OutputRequest, OutputTensor, TensorFacts, datatype, numbers, texts
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from .service import Answers, Service
     from .versions import Version
 
-LABEL = "label"
-SCORE = "score"
 VERSION = "1"
 SERVER = "utune-deploy"
 ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task

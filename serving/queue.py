@@ -44,7 +44,7 @@ LOOKAHEAD = 64
 _SLACK = 64  # deadlines of requests that are gone, kept before they are swept out
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Ticket(Generic[Item]):
     """A waiting request.
 
@@ -54,6 +54,8 @@ class Ticket(Generic[Item]):
         tasks: The task of each of its answers.
         arrived: When it came.
         number: Its place in the order of arrival.
+        level: Where its flow stands.
+        flow: The line that it stands in.
     """
 
     item: Item
@@ -217,11 +219,16 @@ class FairQueue(Generic[Item]):
     def _take_turns(self, level: _Level[Item], room: int, batch: list[Ticket[Item]]) -> int:
         """Move requests in turn into the batch until one does not fit; the room that is left."""
         ring = level.ring
+        in_vain = 0  # turns since a request was sent
         while room and ring:
+            if in_vain == len(ring):
+                level.skip_rounds()
+                in_vain = 0
             flow = next(iter(ring.values()))
             if not flow.has_turn:
                 flow.has_turn = True
                 flow.credit += flow.quantum
+            in_vain += 1
             while (head := flow.head) is not None and flow.credit >= head.rows:
                 if head.rows > room:
                     return room  # the flow keeps its turn and its credit
@@ -229,6 +236,7 @@ class FairQueue(Generic[Item]):
                 room -= head.rows
                 batch.append(head)
                 self.remove(head)
+                in_vain = 0
             if flow.line:
                 flow.has_turn = False
                 ring.move_to_end(flow.key)
@@ -238,14 +246,19 @@ class FairQueue(Generic[Item]):
         self, level: _Level[Item], room: int, max_rows: int, batch: list[Ticket[Item]]
     ) -> int:
         """Fill the room before a request that does not fit with later flows' requests that do."""
-        if not room:
-            return room
-        for flow in list(islice(level.ring.values(), 1, LOOKAHEAD)):
-            while (head := flow.head) is not None and head.rows <= room:
-                flow.credit = max(flow.credit - head.rows, -max_rows)
-                room -= head.rows
-                batch.append(head)
-                self.remove(head)
+        later = list(islice(level.ring.values(), 1, LOOKAHEAD)) if room else []
+        # First those that can pay for it later; what they leave would be empty, and is given away.
+        for floor in (-max_rows, -math.inf):
+            for flow in later:
+                while (head := flow.head) is not None and head.rows <= room:
+                    if flow.credit - head.rows < floor:
+                        break
+                    flow.credit -= head.rows
+                    room -= head.rows
+                    batch.append(head)
+                    self.remove(head)
+        for flow in later:
+            flow.credit = max(flow.credit, -max_rows)
         return room
 
     def _admit(self, rows: int, tasks: Sequence[str]) -> None:
@@ -301,3 +314,14 @@ class _Level(Generic[Item]):
 
     def __init__(self) -> None:
         self.ring: OrderedDict[Hashable, _Flow[Item]] = OrderedDict()
+
+    def skip_rounds(self) -> None:
+        """Give every flow at once what it gets in the rounds to come in which none can send."""
+        short = [
+            (next(iter(flow.line.values())).rows - flow.credit) / flow.quantum
+            for flow in self.ring.values()
+        ]
+        rounds = math.ceil(min(short)) - 1
+        if rounds > 0:
+            for flow in self.ring.values():
+                flow.credit += rounds * flow.quantum

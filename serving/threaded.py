@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..merge.errors import UtuneError
 from .batcher import Batcher
-from .rejections import EngineFailed, Stopping
+from .rejections import EngineFailed, ServerFailed, Stopping
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,7 @@ class ThreadedBatcher:
 
         Raises:
             UsageError: See `Batcher`.
+            ServerFailed: The thread could not start an event loop.
         """
         self._service = service
         # Built here, so that a wrong setting is raised where it was written; entered in the thread.
@@ -43,11 +44,11 @@ class ThreadedBatcher:
         self._lock = threading.Lock()
         self._closed = False
         self._started = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._run()), name="utune-batcher", daemon=True
-        )
+        self._thread = threading.Thread(target=self._main, name="utune-batcher", daemon=True)
         self._thread.start()
         self._started.wait()
+        if not self.batcher.ready:
+            raise ServerFailed("the batcher's thread did not start")
 
     def __enter__(self) -> ThreadedBatcher:
         return self
@@ -84,12 +85,18 @@ class ThreadedBatcher:
             on_done(refusal)
 
     def close(self) -> None:
-        """Take nothing new, answer what was taken, and end the thread."""
+        """Take nothing new, answer what was taken, and end the thread; not to be called in `on_done`."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._run())
+        finally:
+            self._started.set()  # also when it never did: who waits must hear of it
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()

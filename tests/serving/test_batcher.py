@@ -37,12 +37,13 @@ def gated(service, bundle) -> Service:
     return Service(bundle, GatedSession(service.session))
 
 
-async def _blocked(service: Service, batcher: Batcher, request) -> asyncio.Task:
+async def _blocked(service: Service, batcher: Batcher, request, **settings) -> asyncio.Task:
     """A request that the engine holds, so that what follows gathers in the queue."""
     service.session.gate.clear()
     service.session.entered.clear()
-    held = asyncio.create_task(batcher.submit(request))
+    held = asyncio.create_task(batcher.submit(request, **settings))
     while not service.session.entered.is_set():
+        assert not held.done(), held.result()
         await asyncio.sleep(0.001)
     return held
 
@@ -138,7 +139,7 @@ def test_who_waits_longer_than_allowed_hears_it_while_the_engine_runs(gated, row
 
     async def main():
         async with Batcher(gated, **settings) as batcher:
-            held = await _blocked(gated, batcher, requests[0])
+            held = await _blocked(gated, batcher, requests[0], timeout_us=60_000_000)
             patient = asyncio.create_task(batcher.submit(requests[2], timeout_us=60_000_000))
             with pytest.raises(Expired, match="longer than it allowed"):
                 await batcher.submit(requests[1], timeout_us=0 if by_default else 5000)

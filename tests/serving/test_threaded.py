@@ -93,7 +93,7 @@ def test_closing_answers_what_was_taken_and_refuses_the_rest(gated, rows):
 def test_refusals_come_through_the_callback(gated, rows):
     request = gated.registry.check(*rows(1))
     gated.session.gate.clear()
-    box = Box(4)
+    box = Box(5)
     with ThreadedBatcher(gated, max_queued_rows=2) as batcher:
         batcher.submit(request, box.at(0))
         assert gated.session.entered.wait(30)
@@ -104,13 +104,14 @@ def test_refusals_come_through_the_callback(gated, rows):
             late.set()
 
         batcher.submit(request, on_late, timeout_us=1000)
+        assert late.wait(30)  # and its room in the queue is free again
         batcher.submit(request, box.at(2), priority=1)
         batcher.submit(request, box.at(3))
-        assert late.wait(30)
+        batcher.submit(request, box.at(4))
         gated.session.gate.set()
         assert box.full.wait(30)
     kinds = [type(result) for result in box.results]
-    assert kinds == [Answers, Expired, Answers, Overloaded]
+    assert kinds == [Answers, Expired, Answers, Answers, Overloaded]
 
 
 def test_mistakes_of_ours_and_of_the_caller_end_no_thread(gated, rows, monkeypatch, caplog):

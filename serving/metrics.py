@@ -8,6 +8,7 @@ distributions, are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .batcher import Batcher
     from .counters import Counters, Histogram
+    from .service import Service
 
 COUNTER, GAUGE, HISTOGRAM, SUMMARY = "counter", "gauge", "histogram", "summary"
 
@@ -149,7 +151,10 @@ class Model:
 
     @classmethod
     def of(cls, batcher: Batcher, bank: Callable[[], BankFacts] | None = None) -> Model:
-        """The model that a batcher serves."""
+        """The model that a batcher serves; the state of its bank is read from the service unless it is given."""
+        service = batcher.service
+        if bank is None and service.resident is not None:
+            bank = partial(bank_facts, service)
         return cls(
             name=batcher.service.registry.name,
             counters=batcher.service.counters,
@@ -157,6 +162,22 @@ class Model:
             queued_rows=lambda: batcher.queued_rows,
             bank=bank,
         )
+
+
+def bank_facts(service: Service) -> BankFacts:
+    """The state of the bank of a service that has rows of its own."""
+    resident, tasks = service.resident, service.tasks
+    assert resident is not None
+    used = resident.used
+    return BankFacts(
+        used_rows=used,
+        free_rows=resident.rows - used,
+        bytes=used * resident.row_bytes,
+        tasks=len(service.registry.versions),
+        loads=resident.loads,
+        evictions=resident.evictions,
+        changes=dict(tasks.changes) if tasks is not None else {},
+    )
 
 
 def exposition(models: Sequence[Model], accept: str = "") -> tuple[bytes, str]:

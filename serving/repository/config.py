@@ -41,7 +41,7 @@ def model_fields(
     del fields["platform"]
     files: dict[str, bytes] = {}
     if len(registry.names) == 1 and registry.labelled and not registry.all_tasks:
-        files |= label_file(fields, registry.labels(registry.names[0]))
+        files |= label_file(fields, registry.versions[registry.names[0]].labels)
     fields["version_policy"] = {"latest": {"num_versions": options.keep_versions}}
     fields["dynamic_batching"] = options.batching()
     fields["instance_group"] = options.instance_group(on_gpu=device.provider != "cpu")

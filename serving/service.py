@@ -174,7 +174,7 @@ class Service:
                 found=count,
             )
         session = bundle.open_session(device, rows=count)
-        resident = Resident(session, count, row_bytes(bundle))
+        resident = Resident(session, count, row_bytes(bundle), largest_call=bundle.engine.max_batch)
         store = None if why else Store(keep, bundle.identity)
         return cls(bundle, session, fan_out=every, resident=resident, store=store)
 

@@ -115,7 +115,7 @@ class TaskCommands:
     async def run(self, command: dict[str, Any], file: bytes | None = None) -> dict[str, Any]:
         """Carry out one command; see the module for both."""
         action = command.get("action")
-        if action not in self._actions:
+        if not isinstance(action, str) or action not in self._actions:
             raise InvalidRequest(
                 "unknown action", wanted=f"one of {', '.join(self._actions)}", found=action
             )
@@ -250,7 +250,10 @@ def _one(tensor: Any) -> bytes:
             found=list(tensor.shape),
         )
     (element,) = elements
-    return element.encode() if isinstance(element, str) else element
+    try:
+        return element.encode() if isinstance(element, str) else element
+    except UnicodeEncodeError as cause:
+        raise InvalidRequest("an input is not text in UTF-8", where=tensor.name) from cause
 
 
 @contextlib.contextmanager

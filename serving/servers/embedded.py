@@ -80,7 +80,10 @@ def serve_embedded(
                     on_ready(addresses)
                 await stop.wait()
 
-    asyncio.run(until_signalled())
+    try:
+        asyncio.run(until_signalled())
+    finally:
+        service.close()
 
 
 @contextlib.asynccontextmanager

@@ -252,7 +252,11 @@ class Made:
         """Whether these are the task's logits, `[n, 5]` or its own alone."""
         wanted = self.logits(images)
         own, padding = np.split(np.asarray(logits, np.float64), [wanted.shape[1]], axis=-1)
-        return np.allclose(own, wanted, rtol=1e-5, atol=1e-3) and bool((padding == LOWEST).all())
+        return (
+            own.shape == wanted.shape
+            and np.allclose(own, wanted, rtol=1e-5, atol=1e-3)
+            and bool((padding == LOWEST).all())
+        )
 
     def changed(self, **changes: object) -> Made:
         """The same with other fields, of the task where it has them."""

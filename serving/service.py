@@ -43,7 +43,7 @@ class Answers:
 
     Attributes:
         logits: `[n, K]` float32, K the largest class count; columns past a task's own classes hold
-            the lowest float32. `[n, Q, K]` where a task answers with more axes.
+            a quarter of the lowest float32. `[n, Q, K]` where a task answers with more axes.
         labels: The name of the best of the task's own classes, `n` of them; none without labels.
         scores: `[n]` float32, the softmax of that class over the task's own classes; `[0]` without
             labels.

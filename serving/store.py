@@ -164,9 +164,7 @@ class Store:
                 for name, entry in kept.items()
             },
         }
-        self._put(
-            self.folder / TABLE, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
-        )
+        self._put(self.folder / TABLE, (json.dumps(table, indent=2) + "\n").encode())
         named = {file for entry in kept.values() for file in entry.files.values()}.union(in_use)
         for path in self.folder.glob("*.task"):
             if path.name not in named:

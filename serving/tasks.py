@@ -90,6 +90,7 @@ class Tasks:
         self._lock = threading.RLock()
         # Also of versions that no table names: a request under way may ask for them, a staged one will.
         self._files: WeakKeyDictionary[Version, str] = WeakKeyDictionary()
+        # Replaced as a whole: who only looks waits for no change that is being written down.
         self._lives: dict[str, _Life] = {
             name: _Life({1: version}, {}, current=1, counted=1)
             for name, version in registry.versions.items()
@@ -104,15 +105,14 @@ class Tasks:
         Raises:
             UsageError: There is no such task.
         """
-        with self._lock:
-            shown = [name] if name is not None else list(self._registry.versions)
-            return [self._entry(each, self._living(each)) for each in shown]
+        if name is not None:
+            return [self._entry(self._living(name))]
+        return [self._entry(life) for life in self._lives.values() if life.current]
 
     def numbers(self, name: str) -> list[int]:
         """The versions of a task that are kept; none of an unknown one."""
-        with self._lock:
-            life = self._lives.get(name)
-            return sorted(life.versions) if life is not None else []
+        life = self._lives.get(name)
+        return sorted(life.versions) if life is not None else []
 
     def version(self, name: str, number: int) -> Version:
         """A version of a task, in use or not.
@@ -120,16 +120,15 @@ class Tasks:
         Raises:
             UsageError: There is none.
         """
-        with self._lock:
-            life = self._living(name)
-            if number not in life.versions:
-                raise UsageError(
-                    "the task has no such version",
-                    where=name,
-                    wanted=f"one of {', '.join(map(str, life.versions))}",
-                    found=number,
-                )
-            return life.versions[number]
+        life = self._living(name)
+        if number not in life.versions:
+            raise UsageError(
+                "the task has no such version",
+                where=name,
+                wanted=f"one of {', '.join(map(str, life.versions))}",
+                found=number,
+            )
+        return life.versions[number]
 
     def stage(self, data: bytes, *, update: bool) -> Staged:
         """Hold a packed task to what the engine takes, and keep it.
@@ -395,7 +394,7 @@ class Tasks:
             )
         return life
 
-    def _entry(self, name: str, life: _Life) -> dict[str, Any]:
+    def _entry(self, life: _Life) -> dict[str, Any]:
         version = life.versions[life.current]
         return entry(
             version,

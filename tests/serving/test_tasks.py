@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import threading
@@ -14,10 +15,12 @@ from utune_deploy.export.bundle import BANK, Task, open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
 from utune_deploy.serving import tasks as life
+from utune_deploy.serving.batcher import Batcher
 from utune_deploy.serving.packed import Probe
 from utune_deploy.serving.rejections import InvalidRequest
 from utune_deploy.serving.service import Answers, Service
 from utune_deploy.serving.store import TABLE, Store
+from utune_deploy.serving.task_commands import TaskCommands
 
 HEAD, OWN = "bank/head/weight", "bank/head/own"
 IMAGES = np.random.default_rng(3).standard_normal((4, 3, 8, 8)).astype(np.float32)
@@ -251,6 +254,7 @@ def test_pins_leave_rows_for_a_full_batch_of_other_tasks(open_live, make_task):
 def test_a_restart_gives_the_same_table_and_the_same_answers(open_live, make_task, tmp_path):
     service = open_live(keep=tmp_path / "kept")
     service.add(make_task("birds", 4, seed=1, probe=True).data)
+    service.add(make_task("ants", 2, seed=6).data)
     service.add(make_task("fish", 2, seed=2).data)
     service.add(make_task("birds", 3, seed=3).data, update=True)
     service.add(make_task("pets", 4, seed=4).data, update=True)
@@ -258,11 +262,11 @@ def test_a_restart_gives_the_same_table_and_the_same_answers(open_live, make_tas
     service.tasks.remove("fish")
     service.tasks.remove("flowers")
     names = list(service.registry.versions)
-    wanted = service.answer(IMAGES[:3], names)
+    wanted = service.answer(IMAGES, names)
     restarted = open_live(keep=tmp_path / "kept")
     assert table(restarted) == table(service)
-    assert set(restarted.registry.names) == set(names)
-    again = restarted.answer(IMAGES[:3], names)
+    assert restarted.registry.names == tuple(names)
+    again = restarted.answer(IMAGES, names)
     assert again.logits.tobytes() == wanted.logits.tobytes()
     assert again.labels == wanted.labels
     assert restarted.add(make_task("fish", seed=5).data).number == 2  # numbers are not given twice
@@ -594,6 +598,84 @@ def test_what_was_published_is_not_given_back_and_what_was_given_back_is_not_pub
         service.tasks.publish(late, update=False)
     assert "fish" not in service.registry.names
     assert len(files(service)) == 2
+
+
+def test_who_only_looks_does_not_wait_for_a_change_that_is_written_down(
+    open_live, make_task, monkeypatch
+):
+    service = open_live()
+    writing, gate = threading.Event(), threading.Event()
+    write = Store.write
+
+    def slow(*arguments):
+        writing.set()
+        gate.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(Store, "write", slow)
+    changing = threading.Thread(target=service.add, args=(make_task("birds").data,))
+    changing.start()
+    assert writing.wait(20)
+    looked: list = []
+
+    def look() -> None:
+        looked.append([entry["name"] for entry in service.entries()])
+        looked.append(service.tasks.numbers("pets"))
+        looked.append(service.tasks.version("pets", 1).number)
+        looked.append(len(service.answer(IMAGES, ["pets"] * 4)))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(10)
+    gate.set()
+    changing.join()
+    assert looked == [list(CLASSES), [1], 1, 4]
+    assert right(service, make_task("birds"))
+
+
+@pytest.mark.parametrize("moment", ["before it is written", "behind it"])
+def test_a_client_that_hangs_up_while_its_task_is_published_leaves_all_of_it_or_nothing(
+    open_live, make_task, monkeypatch, moment
+):
+    service = open_live()
+    service.tasks.pin("pets")
+    before = snapshot(service)
+    arrived, gate, ended = threading.Event(), threading.Event(), threading.Event()
+    publish = service.tasks.publish
+
+    def slow(*arguments, **settings):
+        try:
+            if moment == "behind it":
+                publish(*arguments, **settings)
+            arrived.set()
+            gate.wait(20)
+            if moment != "behind it":
+                publish(*arguments, **settings)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(service.tasks, "publish", slow)
+
+    async def hang_up() -> None:
+        async with Batcher(service) as batcher:
+            commands = TaskCommands(batcher)
+            adding = asyncio.create_task(commands.run({"action": "add"}, make_task("birds").data))
+            await asyncio.to_thread(arrived.wait, 20)
+            adding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await adding
+            gate.set()
+            await asyncio.to_thread(ended.wait, 20)
+
+    asyncio.run(hang_up())
+    if moment == "behind it":
+        assert right(service, make_task("birds"))
+        assert len(files(service)) == 2
+    else:
+        assert snapshot(service) == before
+    monkeypatch.undo()
+    service.add(make_task("fish", seed=2).data)
+    assert right(service, make_task("fish", seed=2))
 
 
 def test_more_tasks_than_rows_answer_rightly_from_many_threads(open_live, make_task):

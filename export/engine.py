@@ -30,6 +30,9 @@ IMAGES = "images"  # [B, 3, H, W] float32, [B, 3, T, H, W] of clips: the one row
 TASK = "task"  # [B] int64, a row of the bank
 BANK_PREFIX = "bank/"  # of the names of bank inputs
 LOGITS = "logits"  # [B, K] float32, K the largest class count; [B, T, K] when every task answers each row
+LABEL = "label"  # of served models: the best class's name
+SCORE = "score"  # of served models: its softmax over the task's own classes
+VALID = "valid"  # of graphs that are served without our code: whether the row could be answered
 
 Rows: TypeAlias = "NDArray[Any] | Mapping[str, NDArray[Any]]"
 """What an engine is given: the array of its one row input, or arrays by name."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.engine import LOGITS
 from ..merge.errors import UsageError
-from . import protocol
+from . import logs, protocol
 from .rejections import InvalidRequest, UnknownModel
 from .task_commands import TaskCommands
 
@@ -69,10 +69,23 @@ class BundleModel:
         """Answer the request that `read` gives, and count it, however it ends."""
         start = time.perf_counter_ns()
         try:
-            return await self.batcher.submit(read())
-        except Exception:
-            self.batcher.service.counters.failure(time.perf_counter_ns() - start)
+            request = read()
+        except Exception as refusal:
+            spent = time.perf_counter_ns() - start
+            self.batcher.service.counters.failure(refusal, spent)
+            logs.inference(self.name, (), seconds=spent / 1e9, error=refusal)
             raise
+        failure: BaseException | None = None
+        try:
+            return await self.batcher.submit(
+                request, priority=asked.priority, timeout_us=asked.timeout_us
+            )
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            spent = time.perf_counter_ns() - start
+            logs.inference(self.name, request.tasks, seconds=spent / 1e9, error=failure)
 
 
 class TaskModel:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..export.engine import row_inputs
+from .perf_analyzer import command
 from .registry import ALL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..export.bundle import Bundle
     from .servers.ports import Addresses
 
@@ -15,7 +18,14 @@ SHOWN_TASKS = 8
 _FILL = {"float32": "zeros", "int64": "ones"}  # a mask of zeros would leave nothing to answer
 
 
-def greeting(bundle: Bundle, addresses: Addresses, *, server: str, provider: str) -> str:
+def greeting(
+    bundle: Bundle,
+    addresses: Addresses,
+    *,
+    server: str,
+    provider: str,
+    perf_input: Path | None = None,
+) -> str:
     """The start-up message.
 
     Args:
@@ -23,6 +33,7 @@ def greeting(bundle: Bundle, addresses: Addresses, *, server: str, provider: str
         addresses: Where it answers.
         server: A key of `servers.SERVERS`.
         provider: The execution provider that runs the engine.
+        perf_input: The file of `perf_analyzer.write`, where there is one.
     """
     names = [
         f"{task.name} ({f'{len(task.labels)} classes' if task.labels else f'{task.width} numbers'})"
@@ -31,11 +42,15 @@ def greeting(bundle: Bundle, addresses: Addresses, *, server: str, provider: str
     if len(names) > SHOWN_TASKS:
         names = [*names[:SHOWN_TASKS], f"and {len(names) - SHOWN_TASKS} more"]
     rows = [
-        f'"{tensor.name}": np.{_FILL[tensor.dtype]}({[1, *tensor.shape[1:]]}, np.{tensor.dtype})'
+        f'"{tensor.name}": np.{_FILL[tensor.dtype]}({list(tensor.shape[1:])}, np.{tensor.dtype})'
         for tensor in row_inputs(bundle.engine.inputs)
     ]
-    rows.append(f'"task": np.array([[{bundle.tasks[0].name!r}]], object)')
-    said = ["label", "score"] if bundle.tasks[0].labels else ["logits"]
+    task = bundle.tasks[0]
+    if task.preprocessing is not None:
+        picture = f'\n      # or a picture: client.ask("cat.jpg", task={task.name!r})'
+    else:
+        picture = ""
+    hint = "" if perf_input else "\n  # serve --perf-input FILE writes its requests"
     every = f", {bundle.name}{ALL} with every task for each row" if bundle.engine_of_all else ""
     metrics = f"metrics  http://{addresses.metrics}/metrics\n" if addresses.metrics else ""
     return f"""\
@@ -49,11 +64,12 @@ grpc     {addresses.grpc}
   curl -s http://{addresses.http}/v2/models/{bundle.name}
 
   python - <<'END'
-  import numpy as np, tritonclient.http as http, tritonclient.utils as utils
-  rows = {{{", ".join(rows)}}}
-  inputs = [http.InferInput(k, v.shape, utils.np_to_triton_dtype(v.dtype)).set_data_from_numpy(v) for k, v in rows.items()]
-  answer = http.InferenceServerClient("{addresses.http}").infer("{bundle.name}", inputs)
-  print({", ".join(f'answer.as_numpy("{name}")' for name in said)})
+  import numpy as np
+  from utune_deploy.serving.client import Client
+  with Client("http://{addresses.http}", model="{bundle.name}") as client:
+      print(client.ask({{{", ".join(rows)}}}, task={task.name!r})){picture}
   END
+
+  {command(bundle, addresses.grpc, perf_input)}{hint}
 
 Ctrl-C stops it."""

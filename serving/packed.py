@@ -25,13 +25,14 @@ import numpy as np
 
 from ..export.bundle import Task, task_from_json, task_json
 from ..export.engine import BANK_PREFIX, LOGITS
-from ..export.mapped import read_views
+from ..export.mapped import map_file, read_views
 from ..merge.errors import IncompatibleArtefact
 from ..merge.files import canonical_json
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -95,6 +96,15 @@ def write_packed(packed: Packed) -> bytes:
         tensors[PROBE + LOGITS] = packed.probe.logits
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return save(whole, metadata={METADATA: canonical_json(facts)})
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file says of itself that it is a packed task; a delta does not.
+
+    Raises:
+        IncompatibleArtefact: It is no safetensors file.
+    """
+    return METADATA in map_file(path)[0]
 
 
 def read_packed(data: bytes | mmap.mmap, *, where: object = "the packed task") -> Packed:

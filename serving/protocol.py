@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..export.engine import LOGITS, TASK
+from ..export.engine import LABEL, LOGITS, SCORE, TASK
+from .counters import TaskTotals
 from .rejections import InvalidRequest
 from .tensors import InputTensor, OutputRequest, OutputTensor, TensorFacts, datatype, numbers, texts
 
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from .service import Answers, Service
     from .versions import Version
 
-LABEL = "label"
-SCORE = "score"
 VERSION = "1"
 SERVER = "utune-deploy"
 ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task
@@ -190,13 +189,16 @@ def write_answers(
 
 
 def task_statistics(service: Service, version: Version) -> dict[str, Any]:
-    """What a service has done for one task."""
-    rows = service.counters.read().rows_by_task.get(version.name, 0)
+    """What a service has done for one task, in all its versions; a call is shared, so its time is not here."""
+    totals = service.counters.read().tasks.get(version.name, TaskTotals())
     return {
         "name": version.name,
         "version": str(version.number),
-        "inference_count": rows,
-        "inference_stats": {},
+        "inference_count": totals.rows,
+        "inference_stats": {
+            "success": {"count": totals.answered, "ns": totals.request_ns},
+            "fail": {"count": totals.refused + totals.failed, "ns": 0},
+        },
     }
 
 
@@ -319,9 +321,9 @@ def statistics(service: Service) -> dict[str, Any]:
             "success": duration(totals.answered, totals.request_ns),
             "fail": duration(totals.failed, totals.failed_ns),
             "queue": duration(totals.answered, totals.queue_ns),
-            "compute_input": duration(totals.answered, 0),
+            "compute_input": duration(totals.answered, totals.input_ns),
             "compute_infer": duration(totals.answered, totals.engine_ns),
-            "compute_output": duration(totals.answered, 0),
+            "compute_output": duration(totals.answered, totals.output_ns),
         },
     }
 

@@ -214,6 +214,7 @@ class Service:
         except BaseException:
             tasks.discard(staged)
             raise
+        self.counters.know(staged.version.name)
         return staged.version
 
     def entries(self, name: str | None = None) -> list[dict[str, Any]]:
@@ -304,14 +305,14 @@ class Service:
         start = time.perf_counter_ns()
         try:
             request = self.registry.check(inputs, tasks)
-        except InvalidRequest:
-            self.counters.failure(time.perf_counter_ns() - start)
+        except InvalidRequest as refusal:
+            self.counters.failure(refusal, time.perf_counter_ns() - start)
             raise
         queued = time.perf_counter_ns()
         (result,) = self.run([request])
         spent = time.perf_counter_ns() - start
         if not isinstance(result, Answers):
-            self.counters.failure(spent)
+            self.counters.failure(result, spent, request.tasks)
             raise result
         self.counters.answer(
             len(request),
@@ -353,7 +354,9 @@ class Service:
             )
             failure.__cause__ = cause
             return [failure]
-        self.counters.batch()
+        self.counters.batch(
+            sum(map(len, requests)), len({task for request in requests for task in request.tasks})
+        )
         spent = time.perf_counter_ns() - start
         ends = np.cumsum([len(request) for request in requests])[:-1]
         parts = np.split(logits, ends)

@@ -58,7 +58,6 @@ class Store:
     """One folder of kept tasks.
 
     Attributes:
-        folder: Where it is.
         lasting: Whether it outlives the server; a temporary one does not.
     """
 
@@ -74,28 +73,32 @@ class Store:
             IncompatibleArtefact: It keeps tasks of another bundle, or its table is malformed.
         """
         self.lasting = folder is not None
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="utune-tasks-"))
+        self._folder = folder
         self._identity = identity
-        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        if self.lasting:
-            self._remove.detach()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-            for pattern in (
-                f".{TABLE}.*",
-                ".*.task.*",
-            ):  # of a server that was killed while it wrote
-                for path in self.folder.glob(pattern):
-                    path.unlink()
-        except OSError as cause:
-            raise UsageError(
-                "tasks cannot be kept there",
-                where=self.folder,
-                found=cause.strerror or str(cause),
-                do="name a folder that the server may write to: --tasks FOLDER",
-            ) from cause
+        self._remove = None
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+                for pattern in (f".{TABLE}.*", ".*.task.*"):  # of a server that was killed
+                    for path in folder.glob(pattern):
+                        path.unlink()
+            except OSError as cause:
+                raise UsageError(
+                    "tasks cannot be kept there",
+                    where=folder,
+                    found=cause.strerror or str(cause),
+                    do="name a folder that the server may write to: --tasks FOLDER",
+                ) from cause
+
+    @property
+    def folder(self) -> Path:
+        """Where tasks are kept; a temporary one is made when it is first needed."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="utune-tasks-"))
+            self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
 
     def read(self) -> dict[str, Kept]:
         """The table; empty where there is none yet.
@@ -103,9 +106,9 @@ class Store:
         Raises:
             IncompatibleArtefact: It belongs to another bundle, is of another version, or malformed.
         """
-        path = self.folder / TABLE
-        if not path.is_file():
+        if self._folder is None or not (self._folder / TABLE).is_file():
             return {}
+        path = self._folder / TABLE
         try:
             table = json.loads(path.read_text())
             kind, version, identity = table["format"], table["version"], table["identity"]
@@ -203,4 +206,5 @@ class Store:
 
     def close(self) -> None:
         """Remove the folder if it is temporary."""
-        self._remove()
+        if self._remove is not None:
+            self._remove()

@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..merge.errors import UsageError
 from . import protocol
+from .logs import DETAILS
 from .packed import read_packed
 from .rejections import InvalidRequest
 from .tensors import BYTES, OutputTensor, text_output, texts
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .batcher import Batcher
     from .models import Asked
     from .tasks import Staged, Tasks
+
+log = logging.getLogger(__name__)
 
 TASKS = ".tasks"
 """Behind a bundle's name: the model that changes its tasks."""
@@ -146,6 +150,8 @@ class TaskCommands:
                 answers = await self._batcher.submit(tasks.probe(staged))
                 tasks.require_right(staged, answers)
                 await asyncio.to_thread(tasks.publish, staged, update=update)
+            self._service.counters.know(staged.version.name)
+        self._log("updated" if update else "added", staged.version.name)
         return self._shown(staged.version.name)
 
     async def remove(self, name: str) -> dict[str, Any]:
@@ -158,7 +164,12 @@ class TaskCommands:
         async with self._change:
             await asyncio.to_thread(tasks.remove, name)
         self._service.counters.forget(name)
+        self._log("removed", name)
         return {"removed": name}
+
+    @staticmethod
+    def _log(change: str, name: str, **details: Any) -> None:
+        log.info(f"task {change}", extra={DETAILS: {"task": name, **details}})
 
     async def _list(self, command: dict[str, Any], _: bytes | None) -> dict[str, Any]:
         name = _named(command) if "task" in command else None
@@ -183,6 +194,7 @@ class TaskCommands:
         tasks, name = self._require_control(), _named(command)
         async with self._change:
             await asyncio.to_thread(tasks.use, name, number)
+        self._log("set to another version", name, version=number)
         return self._shown(name)
 
     async def _pin(self, command: dict[str, Any], _: bytes | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ GROUPS = {
     "Use": {
         "predict": "Labels and scores of pictures or tensors.",
         "serve": "Answer over HTTP and gRPC (Open Inference Protocol v2).",
+        "task": "Add, update, remove and list the tasks of a running server.",
         "bench": "Time a bundle against the bare backbone.",
     },
     "Look": {

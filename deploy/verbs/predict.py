@@ -84,8 +84,8 @@ def command(
     from ...export.engine import IMAGES, row_inputs
     from ...merge.errors import UsageError
     from ...merge.files import atomic_file, refuse_existing
+    from ...serving.pictures import read_rows
     from ...serving.service import Service
-    from ..pictures import read_rows
 
     if bool(pictures) == (tensor is not None):
         raise UsageError("name pictures or --tensor, one of the two")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, device_options, triton_env_option
+from ..options import PATH, device_options, setting, triton_env_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +27,64 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--http-port", type=int, default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--grpc-port", type=int, default=8001, show_default=True, help="0 picks a free one.")
-@click.option("--metrics-port", type=int, default=8002, show_default=True, help="Triton's metrics.")
+@click.option(
+    "--metrics-port",
+    type=int,
+    default=8002,
+    show_default=True,
+    help="Prometheus metrics; 0 picks a free one.",
+)
 @click.option(
     "--max-delay-ms", type=click.FloatRange(0), help="Longest that a request waits for company."
+)
+@click.option(
+    "--timeout-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Longest that a request waits for its engine call, unless it says so itself.",
+)
+@click.option(
+    "--max-queued", type=click.IntRange(1), help="Rows that may wait before others are refused."
+)
+@click.option(
+    "--max-task-queued", type=click.IntRange(1), help="The same for the rows of one task."
+)
+@click.option(
+    "--weight",
+    "weights",
+    metavar="TASK=NUMBER",
+    multiple=True,
+    help="A task's share of a busy engine, 1 unless it is said; repeatable.",
+)
+@click.option(
+    "--tasks",
+    "keep",
+    type=PATH,
+    metavar="FOLDER",
+    help="Keep tasks that are added while running here; otherwise they are forgotten at the end.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    help="Tasks in the engine's memory at once (bundles with --bank inputs); others are read when asked for.",
+)
+@click.option(
+    "--task-control/--no-task-control",
+    default=None,
+    help="Whether clients may add, change and remove tasks. By default only where none but this machine can reach it.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Of the lines on standard error.",
+)
+@click.option("--log-requests", is_flag=True, help="A line for every inference.")
+@click.option(
+    "--perf-input",
+    type=PATH,
+    metavar="FILE",
+    help="Write requests for perf_analyzer to this new file.",
 )
 @triton_env_option
 @device_options
@@ -43,31 +98,80 @@ def command(
     grpc_port: int,
     metrics_port: int,
     max_delay_ms: float | None,
+    timeout_ms: float | None,
+    max_queued: int | None,
+    max_task_queued: int | None,
+    weights: tuple[str, ...],
+    keep: Path | None,
+    rows: int | None,
+    task_control: bool | None,
+    log_format: str,
+    log_requests: bool,
+    perf_input: Path | None,
     triton_env: Path,
     device: Device,
 ) -> None:
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
+    from ...serving import logs, perf_analyzer
     from ...serving.greeting import greeting
     from ...serving.registry import MAX_DELAY_MS
     from ...serving.servers import server
+    from ...serving.servers.ports import is_local
 
     opened = open_bundle(bundle)
+    if perf_input is not None:
+        perf_analyzer.write(perf_input, opened)
 
     def on_ready(addresses) -> None:
-        console.result(greeting(opened, addresses, server=engine, provider=device.provider))
+        said = greeting(
+            opened, addresses, server=engine, provider=device.provider, perf_input=perf_input
+        )
+        console.result(said)
 
     options = {
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,
+        "metrics_port": metrics_port,
         "device": device,
         "on_ready": on_ready,
         "max_delay_ms": MAX_DELAY_MS if max_delay_ms is None else max_delay_ms,
+        "default_timeout_ms": timeout_ms,
+        "max_queued_rows": max_queued,
+        "max_task_rows": max_task_queued,
+        "weights": dict(map(_weight, weights)),
+        "keep": keep,
+        "rows": rows,
+        "task_control": is_local(host) if task_control is None else task_control,
     }
+    logs.configure(log_format, requests=log_requests)
     if engine == "embedded":
         server("embedded").serve_embedded(opened, **options)
-        return
-    server("triton").serve_triton(
-        opened, environment=triton_env, metrics_port=metrics_port, **options
-    )
+    else:
+        known = (
+            "host",
+            "http_port",
+            "grpc_port",
+            "metrics_port",
+            "device",
+            "on_ready",
+            "max_delay_ms",
+        )
+        server("triton").serve_triton(
+            opened, environment=triton_env, **{name: options[name] for name in known}
+        )
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """A task and its weight."""
+    from ...merge.errors import UsageError
+
+    name, value = setting(text)
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise UsageError("a weight is no positive number", where=name, found=value)
+    return name, weight

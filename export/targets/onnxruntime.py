@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
 
 from ...merge.errors import IncompatibleArtefact, MissingDependency, UsageError
 from ..engine import CPU, LOGITS, TASK, by_name, is_row_input
 from .onnxruntime_rows import BFLOAT16, DeviceRows, HostRows, host_value
+from .private import ort
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime as ort
 
 from ...merge.errors import MissingDependency, UtuneError
+from .private import ort
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,7 @@ import signal
 import threading
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import uvicorn
@@ -17,15 +17,20 @@ import uvicorn
 from ...export.engine import CPU
 from ..batcher import Batcher
 from ..bundle_models import BundleModel, BundleRepository
+from ..metrics import Model
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..service import Service
 from .grpc import grpc_server
 from .http import http_app
+from .metrics import metrics_app
 from .ports import Addresses, host_port, listen
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    from starlette.applications import Starlette
 
     from ...export.bundle import Bundle
     from ...export.engine import Device
@@ -46,9 +51,13 @@ def serve_embedded(
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
+    metrics_port: int | None = None,
     device: Device = CPU,
-    max_delay_ms: float = MAX_DELAY_MS,
+    rows: int | None = None,
+    keep: Path | None = None,
+    task_control: bool = True,
     on_ready: Callable[[Addresses], None] | None = None,
+    **queueing: Any,
 ) -> None:
     """Serve a bundle until Ctrl-C or SIGTERM, then answer what was taken and return.
 
@@ -57,16 +66,20 @@ def serve_embedded(
         host: Address to listen on.
         http_port: Port of HTTP; 0 picks a free one.
         grpc_port: Port of gRPC; 0 picks a free one.
+        metrics_port: Port of Prometheus metrics; 0 picks a free one, None has none.
         device: Where the engine runs.
-        max_delay_ms: Longest that a request waits for company.
+        rows: See `Service.open`.
+        keep: See `Service.open`.
+        task_control: Whether clients may add, change and remove tasks.
         on_ready: Called once, when requests are answered.
+        **queueing: Settings of `Batcher`.
 
     Raises:
         UsageError: A port cannot be had.
         MissingDependency: The provider cannot be loaded.
         IncompatibleArtefact: The engine cannot be loaded or served.
     """
-    service = Service.open(bundle, device)
+    service = Service.open(bundle, device, rows=rows, keep=keep)
 
     async def until_signalled() -> None:
         with _stop_signals() as stop:
@@ -75,7 +88,9 @@ def serve_embedded(
                 host=host,
                 http_port=http_port,
                 grpc_port=grpc_port,
-                max_delay_ms=max_delay_ms,
+                metrics_port=metrics_port,
+                task_control=task_control,
+                **queueing,
             ) as addresses:
                 if on_ready is not None:
                     on_ready(addresses)
@@ -94,9 +109,10 @@ async def running(
     host: str = "127.0.0.1",
     http_port: int = 0,
     grpc_port: int = 0,
-    max_delay_ms: float = MAX_DELAY_MS,
-    max_queued_rows: int | None = None,
+    metrics_port: int | None = None,
     task_control: bool = True,
+    max_delay_ms: float = MAX_DELAY_MS,
+    **queueing: Any,
 ) -> AsyncIterator[Addresses]:
     """Both servers over a service; leaving the block drains them.
 
@@ -106,20 +122,18 @@ async def running(
         host: Address to listen on.
         http_port: Port of HTTP; 0 picks a free one.
         grpc_port: Port of gRPC; 0 picks a free one.
-        max_delay_ms: Longest that a request waits for company.
-        max_queued_rows: See `Batcher`.
+        metrics_port: Port of Prometheus metrics; 0 picks a free one, None has none.
         task_control: Whether clients may add, change and remove tasks.
+        max_delay_ms: Longest that a request waits for company.
+        **queueing: Further settings of `Batcher`.
 
     Raises:
-        UsageError: A port cannot be had.
+        UsageError: A port cannot be had, or a setting makes no sense.
     """
     services = [service]
     if service.every not in (None, service):
         services.append(service.every)
-    batchers = [
-        Batcher(each, max_delay_ms=max_delay_ms, max_queued_rows=max_queued_rows)
-        for each in services
-    ]
+    batchers = [Batcher(each, max_delay_ms=max_delay_ms, **queueing) for each in services]
     models = [BundleModel(batcher, max_delay_ms=max_delay_ms) for batcher in batchers]
     repository = BundleRepository(models, control=task_control)
     limit = max(MIN_BODY, *(JSON_GROWTH * _largest_request(each.registry) for each in services))
@@ -127,40 +141,52 @@ async def running(
         limit += PACKED_GROWTH * service.resident.row_bytes
     version = _version()
     await asyncio.to_thread(service.warm)
-    with listen(host, http_port) as socket:
+    async with contextlib.AsyncExitStack() as stack:
+        socket = stack.enter_context(listen(host, http_port))
+        webs = [(_web(http_app(repository, version=version, max_body=limit)), socket)]
+        if metrics_port is not None:
+            metrics = stack.enter_context(listen(host, metrics_port))
+            webs.append((_web(metrics_app([Model.of(b) for b in batchers])), metrics))
         rpc, grpc_port = grpc_server(
             repository, version=version, max_message=limit, host=host, port=grpc_port
         )
-        web = _Uvicorn(
-            uvicorn.Config(
-                http_app(repository, version=version, max_body=limit),
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=DRAIN_SECONDS,
-            )
-        )
-        async with contextlib.AsyncExitStack() as stack:
-            for batcher in batchers:
-                await stack.enter_async_context(batcher)
-            await rpc.start()
-            serving = asyncio.create_task(web.serve(sockets=[socket]))
-            try:
+        for batcher in batchers:
+            await stack.enter_async_context(batcher)
+        await rpc.start()
+        serving = [asyncio.create_task(web.serve(sockets=[claimed])) for web, claimed in webs]
+        try:
+            for (web, _), task in zip(webs, serving, strict=True):
                 while not web.started:
-                    if serving.done():
-                        raise ServerFailed("the HTTP server did not start") from serving.exception()
+                    if task.done():
+                        raise ServerFailed("an HTTP server did not start") from task.exception()
                     await asyncio.sleep(0.005)
-                yield Addresses(
-                    http=host_port(host, socket.getsockname()[1]), grpc=host_port(host, grpc_port)
-                )
-            finally:
-                for batcher in batchers:
-                    batcher.stop()  # not ready from here on; what was taken is answered
+            ports = [claimed.getsockname()[1] for _, claimed in webs]
+            yield Addresses(
+                http=host_port(host, ports[0]),
+                grpc=host_port(host, grpc_port),
+                metrics=host_port(host, ports[1]) if len(ports) > 1 else None,
+            )
+        finally:
+            for batcher in batchers:
+                batcher.stop()  # not ready from here on; what was taken is answered
+            for web, _ in webs:
                 web.should_exit = True
-                await asyncio.gather(rpc.stop(DRAIN_SECONDS), serving)
+            await asyncio.gather(rpc.stop(DRAIN_SECONDS), *serving)
+
+
+def _web(app: Starlette) -> _Uvicorn:
+    return _Uvicorn(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
 
 
 def _largest_request(registry: Registry) -> int:

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
 from .. import protocol
 from ..models import Asked, index, require_model
-from ..rejections import InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
+from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
 from ..tensors import InputTensor, OutputRequest
 from .ports import free_port, host_port
 
@@ -262,7 +262,7 @@ async def _abort(context: Any, error: UtuneError) -> Any:
         code = grpc.StatusCode.NOT_FOUND
     elif isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
         code = grpc.StatusCode.INVALID_ARGUMENT
-    elif isinstance(error, (Overloaded, Stopping)):
+    elif isinstance(error, (Overloaded, Expired, Stopping)):
         code = grpc.StatusCode.UNAVAILABLE
     else:
         log.error("a request failed", exc_info=error)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
 from .. import protocol
 from ..models import Asked, index, require_model
-from ..rejections import InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
+from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
 from ..tensors import InputTensor, OutputRequest, OutputTensor
 
 if TYPE_CHECKING:
@@ -381,7 +381,7 @@ async def _on_error(_request: Request, error: Exception) -> Response:
         return _refuse(404, one_line(error))
     if isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
         return _refuse(400, one_line(error))
-    if isinstance(error, (Overloaded, Stopping)):
+    if isinstance(error, (Overloaded, Expired, Stopping)):
         return _refuse(503, one_line(error), {"Retry-After": "1"})
     log.error("a request failed", exc_info=error)
     return _refuse(500, one_line(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ def listen(host: str, port: int) -> socket.socket:
         claimed.close()
         raise UsageError("no such port", wanted="0 to 65535", found=port) from cause
     return claimed
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def free_port(host: str, port: int) -> int:

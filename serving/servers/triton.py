@@ -33,6 +33,7 @@ from ...merge.errors import MissingDependency
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..repository import write_repository
+from ..repository.options import ModelOptions
 from .ports import Addresses, free_port, host_port
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def running(
             bundle,
             folder / "models",
             device=device,
-            max_delay_ms=max_delay_ms,
+            options=ModelOptions(max_delay_ms=max_delay_ms),
         )
         _compile(fit, folder / "models")
         process = TritonProcess(fit, folder, host, ports)

@@ -681,3 +681,26 @@ def test_predict_in_a_shell_keeps_stdout_for_the_answer(
     said = shell("predict", bundle, "--tensor", files / "batch.npy", "--task", "lora", "--json")
     assert (said.code, said.err) == (0, "")
     assert len(said.json) == 5
+
+
+def test_serve_writes_requests_for_perf_analyzer(
+    cli: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utune_deploy.serving.servers import embedded
+    from utune_deploy.serving.servers.ports import Addresses
+
+    def at_once(bundle: Any, **settings: Any) -> None:
+        settings["on_ready"](Addresses(http="127.0.0.1:1", grpc="127.0.0.1:2"))
+
+    monkeypatch.setattr(embedded, "serve_embedded", at_once)
+    file = tmp_path / "requests.json"
+    said = cli("serve", bundle, "--perf-input", file)
+    assert (said.code, said.err) == (0, "")
+    assert f"--input-data {file}" in said.out
+    assert {entry["task"]["content"][0] for entry in json.loads(file.read_text())["data"]} == set(
+        TASKS
+    )
+    again = cli("serve", bundle, "--perf-input", file)
+    assert again.code == 2
+    assert "already exists" in again.err
+    assert "FILE" in cli("serve", bundle).out

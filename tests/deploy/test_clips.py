@@ -14,7 +14,7 @@ from PIL import Image
 from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.deploy.check import Evidence
-from utune_deploy.deploy.pictures import read_folder, read_rows
+from utune_deploy.deploy.pictures import read_folder
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.architectures.video_swin import VideoSwin
 from utune_deploy.merge.attach import restore
@@ -22,6 +22,7 @@ from utune_deploy.merge.backbone import wrap
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.methods import lora, serial_adapter
 from utune_deploy.merge.preprocessing import Clip, Preprocessing
+from utune_deploy.serving.pictures import read_rows
 from utune_deploy.serving.service import Service
 
 if TYPE_CHECKING:

@@ -46,6 +46,7 @@ LOWEST = np.finfo(np.float32).min
 TRITON_ENV = "UTUNE_TRITON_ENV"
 
 
+HEADS = "bank/heads"
 WORDS, LENGTH, HIDDEN = 11, 6, 4  # of the engine that reads text beside features
 
 
@@ -78,7 +79,7 @@ def _text() -> tuple[list, dict, tuple[Tensor, ...], int]:
 
 
 def _make_engine(
-    names: tuple[str, ...], *, form: str, text: bool, labelled: bool
+    names: tuple[str, ...], *, form: str, text: bool, labelled: bool, bank: bool = False
 ) -> tuple[onnx.ModelProto, tuple[Tensor, ...], Tensor]:
     """One linear head per task over the flat rows.
 
@@ -89,11 +90,11 @@ def _make_engine(
     random = np.random.default_rng(7)
     width = max(CLASSES[name] for name in names) * (1 if labelled else 2)
     own = [[k < CLASSES[name] or not labelled for k in range(width)] for name in names]
-    bank = random.standard_normal((len(names), features, width)).astype(np.float32)
+    heads = random.standard_normal((len(names), features, width)).astype(np.float32)
     answer = [width] if labelled else [2, width // 2]
     per_row = [len(names)] if form == "fan-out" else []
     constants |= {
-        "bank": bank,
+        HEADS: heads,
         "own": np.array(own),
         "lowest": np.array(LOWEST, dtype=np.float32),
         "one": np.array([1], dtype=np.int64),
@@ -106,14 +107,14 @@ def _make_engine(
     if form == "fan-out":
         nodes += [
             helper.make_node("Unsqueeze", ["flat", "both"], ["lines"]),
-            helper.make_node("MatMul", ["lines", "bank"], ["products"]),
+            helper.make_node("MatMul", ["lines", HEADS], ["products"]),
             helper.make_node("Squeeze", ["products", "two"], ["raw"]),
             helper.make_node("Where", ["own", "raw", "lowest"], ["answers"]),
         ]
     else:
         nodes += [
             helper.make_node("Unsqueeze", ["flat", "one"], ["lines"]),
-            helper.make_node("Gather", ["bank", row], ["heads"], axis=0),
+            helper.make_node("Gather", [HEADS, row], ["heads"], axis=0),
             helper.make_node("MatMul", ["lines", "heads"], ["products"]),
             helper.make_node("Squeeze", ["products", "one"], ["raw"]),
             helper.make_node("Gather", ["own", row], ["mask"], axis=0),
@@ -122,6 +123,9 @@ def _make_engine(
     nodes.append(helper.make_node("Reshape", ["answers", "shape"], [LOGITS]))
     if form == "multi":
         given = (*given, Tensor(TASK, "int64", ("batch",)))
+    if bank:
+        del constants[HEADS]
+        given = (*given, Tensor(HEADS, "float32", ("tasks", features, width)))
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     used = {name for node in nodes for name in node.input}
     logits = Tensor(LOGITS, "float32", ("batch", *per_row, *answer))
@@ -145,12 +149,18 @@ def _write_bundle(
     beside: bool = False,
     text: bool = False,
     labelled: bool = True,
+    bank: bool = False,
 ) -> Bundle:
-    """A bundle of one engine, or with a second one beside it that answers every task."""
+    """A bundle of one engine, or with a second one beside it that answers every task.
+
+    With `bank` the heads are an input of the engine and stand in a file of their own.
+    """
     folder.mkdir(parents=True)
 
     def engine(file: str, form: str) -> tuple[onnx.ModelProto, Engine]:
-        model, inputs, logits = _make_engine(names, form=form, text=text, labelled=labelled)
+        model, inputs, logits = _make_engine(
+            names, form=form, text=text, labelled=labelled, bank=bank
+        )
         return model, Engine(
             target="onnxruntime",
             file=file,
@@ -178,7 +188,7 @@ def _write_bundle(
         path=folder,
         name="tiny",
         mode="parallel" if form == "one" else form,
-        bank="constants",
+        bank="inputs" if bank else "constants",
         engine=main,
         tasks=tasks,
         backbone={"architecture": "tiny"},
@@ -189,8 +199,14 @@ def _write_bundle(
         fan_out=fan_out,
     )
     identity = identity_of(
-        bundle.backbone, bundle.mode, bundle.bank, tasks, "fp32", fan_out=fan_out
+        bundle.backbone, bundle.mode, bundle.bank, tasks, "fp32", main.inputs, fan_out
     )
+    if bank:
+        constants, _, _ = _make_engine(names, form=form, text=text, labelled=labelled)
+        (heads,) = (t for t in constants.graph.initializer if t.name == HEADS)
+        save_file(
+            {HEADS: numpy_helper.to_array(heads)}, folder / BANK, {TASKS: tasks_digest(tasks)}
+        )
     for proto, file in ((model, "model.onnx"), (second, FAN_OUT_FILE)):
         if proto is not None:
             helper.set_model_props(proto, {IDENTITY: identity})
@@ -386,6 +402,18 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return _write_bundle(
         tmp_path_factory.mktemp("bundles") / "arrays", ("pets", "cars"), labelled=False
     )
+
+
+@pytest.fixture(scope="session")
+def banked(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The three tasks with their heads as an input of the engine."""
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "banked", tuple(CLASSES), bank=True)
+
+
+@pytest.fixture(scope="session")
+def fewer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of the same name with two of the three tasks: its logits are as wide."""
+    return _write_bundle(tmp_path_factory.mktemp("bundles") / "fewer", ("pets", "cars"))
 
 
 @pytest.fixture(scope="session")

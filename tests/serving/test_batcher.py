@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utune_deploy.serving.batcher import Batcher
-from utune_deploy.serving.rejections import Overloaded, Stopping
+from utune_deploy.serving.rejections import Expired, InvalidRequest, Overloaded, Stopping
 from utune_deploy.serving.service import Service
 
 
@@ -37,12 +37,13 @@ def gated(service, bundle) -> Service:
     return Service(bundle, GatedSession(service.session))
 
 
-async def _blocked(service: Service, batcher: Batcher, request) -> asyncio.Task:
+async def _blocked(service: Service, batcher: Batcher, request, **settings) -> asyncio.Task:
     """A request that the engine holds, so that what follows gathers in the queue."""
     service.session.gate.clear()
     service.session.entered.clear()
-    held = asyncio.create_task(batcher.submit(request))
+    held = asyncio.create_task(batcher.submit(request, **settings))
     while not service.session.entered.is_set():
+        assert not held.done(), held.result()
         await asyncio.sleep(0.001)
     return held
 
@@ -71,19 +72,131 @@ def test_rows_of_different_requests_and_tasks_share_one_call(gated, service, row
         assert answer.labels == reference.labels
 
 
-def test_no_call_is_larger_than_the_engine_allows_and_order_is_kept(gated, rows):
+def test_no_call_is_larger_than_the_engine_allows_and_a_task_keeps_its_order(gated, rows):
     requests = _requests(gated, rows, [1, 5, 5, 3, 8, 1])
 
     async def main():
+        done = []
         async with Batcher(gated) as batcher:
             tasks = [await _blocked(gated, batcher, requests[0])]
             tasks += [asyncio.create_task(batcher.submit(request)) for request in requests[1:]]
+            for number, task in enumerate(tasks):
+                task.add_done_callback(lambda _, number=number: done.append(number))
             await asyncio.sleep(0)
             gated.session.gate.set()
             await asyncio.gather(*tasks)
+            await asyncio.sleep(0)
+        return done
+
+    done = asyncio.run(main())
+    # The last one is alone in asking for its task, so its turn comes before the others' second.
+    assert [len(call) for call in gated.session.calls] == [1, 6, 8, 8]
+    assert [number for number in done if number not in (0, 5)] == [1, 2, 3, 4]
+    assert done.index(5) <= 2
+
+
+def test_a_hot_task_does_not_hold_up_another(gated, rows):
+    images, _ = rows(1)
+    hot, light = (gated.registry.check(images, [task]) for task in ("pets", "cars"))
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            held = await _blocked(gated, batcher, hot)
+            many = [asyncio.create_task(batcher.submit(hot)) for _ in range(40)]
+            await asyncio.sleep(0)
+            one = asyncio.create_task(batcher.submit(light))
+            await asyncio.sleep(0)
+            gated.session.gate.set()
+            await asyncio.gather(held, one, *many)
 
     asyncio.run(main())
-    assert [len(call) for call in gated.session.calls] == [1, 5, 8, 8, 1]
+    assert [1 in call for call in gated.session.calls] == [False, True, *[False] * 5]
+
+
+def test_weights_and_priorities_order_the_queue(gated, rows):
+    images, _ = rows(1)
+    pets, cars = (gated.registry.check(images, [task]) for task in ("pets", "cars"))
+
+    async def main():
+        async with Batcher(gated, weights={"cars": 3}) as batcher:
+            held = await _blocked(gated, batcher, pets)
+            many = [asyncio.create_task(batcher.submit(pets)) for _ in range(20)]
+            many += [asyncio.create_task(batcher.submit(cars)) for _ in range(12)]
+            many += [asyncio.create_task(batcher.submit(cars, priority=3)) for _ in range(4)]
+            many += [asyncio.create_task(batcher.submit(pets, priority=1)) for _ in range(8)]
+            await asyncio.sleep(0)
+            gated.session.gate.set()
+            await asyncio.gather(held, *many)
+
+    asyncio.run(main())
+    assert [sum(call) for call in gated.session.calls] == [0, 0, 6, 6, 0, 0, 4]
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_who_waits_longer_than_allowed_hears_it_while_the_engine_runs(gated, rows, by_default):
+    requests = _requests(gated, rows, [1, 2, 3])
+    settings = {"default_timeout_ms": 5} if by_default else {}
+
+    async def main():
+        async with Batcher(gated, **settings) as batcher:
+            held = await _blocked(gated, batcher, requests[0], timeout_us=60_000_000)
+            patient = asyncio.create_task(batcher.submit(requests[2], timeout_us=60_000_000))
+            with pytest.raises(Expired, match="longer than it allowed"):
+                await batcher.submit(requests[1], timeout_us=0 if by_default else 5000)
+            assert (batcher.queued_requests, batcher.queued_rows) == (1, 3)
+            gated.session.gate.set()
+            assert [len(await task) for task in (held, patient)] == [1, 3]
+
+    asyncio.run(main())
+    totals = gated.counters.read()
+    assert (totals.answered, totals.failures["REJECTED"]) == (2, 1)
+    assert sum(task.refused for task in totals.tasks.values()) == len(set(requests[1].tasks))
+
+
+def test_a_request_larger_than_an_engine_call_is_refused(gated):
+    class Large:
+        tasks = ("pets",) * 9
+
+        def __len__(self):
+            return 9
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            with pytest.raises(InvalidRequest, match="does not fit"):
+                await batcher.submit(Large())
+
+    asyncio.run(main())
+
+
+def test_each_request_counts_once_by_how_it_ended(gated, rows):
+    images, _ = rows(2)
+    pets = gated.registry.check(images, ["pets", "pets"])
+    mixed = gated.registry.check(images, ["pets", "cars"])
+
+    async def main():
+        async with Batcher(gated, max_task_rows=4) as batcher:
+            held = await _blocked(gated, batcher, pets)
+            kept = asyncio.create_task(batcher.submit(mixed))
+            dropped = asyncio.create_task(batcher.submit(pets))
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded):
+                await batcher.submit(pets)
+            dropped.cancel()
+            await asyncio.gather(dropped, return_exceptions=True)
+            gated.session.gate.set()
+            await asyncio.gather(held, kept)
+        with pytest.raises(Stopping):
+            await batcher.submit(mixed)
+
+    asyncio.run(main())
+    totals = gated.counters.read()
+    assert (totals.answered, totals.failed) == (2, 3)
+    assert totals.failures == {"REJECTED": 2, "CANCELED": 1, "BACKEND": 0, "OTHER": 0}
+    ends = {name: (t.rows, t.answered, t.refused, t.failed) for name, t in totals.tasks.items()}
+    assert ends == {"pets": (3, 2, 2, 0), "cars": (1, 1, 1, 0), "flowers": (0, 0, 0, 0)}
+    spent = totals.queue_ns + totals.engine_ns + totals.input_ns + totals.output_ns
+    assert spent == totals.request_ns
+    assert (totals.batch_rows.total, totals.batch_tasks.total) == (4, 3)
 
 
 @pytest.mark.parametrize("delay", [0.0, 1.0, 60_000.0])

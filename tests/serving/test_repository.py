@@ -7,14 +7,17 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from utune_deploy.export import served
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
-from utune_deploy.merge.errors import UsageError
+from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.serving.repository import config_text, write_repository
+from utune_deploy.serving.repository.options import ModelOptions
 
 
 def _parsed(text: str):
@@ -22,7 +25,9 @@ def _parsed(text: str):
 
 
 def test_the_configuration_parses_back(bundle):
-    config = _parsed(config_text(bundle, device=Device(threads=3), max_delay_ms=2))
+    config = _parsed(
+        config_text(bundle, device=Device(threads=3), options=ModelOptions(max_delay_ms=2))
+    )
     assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 8)
     inputs = [(t.name, t.data_type, list(t.dims), t.optional) for t in config.input]
     assert inputs == [
@@ -43,7 +48,7 @@ def test_the_configuration_parses_back(bundle):
 
 
 def test_the_delay_is_never_zero(bundle):
-    config = _parsed(config_text(bundle, max_delay_ms=0))
+    config = _parsed(config_text(bundle, options=ModelOptions(max_delay_ms=0)))
     assert config.dynamic_batching.max_queue_delay_microseconds == 100
 
 
@@ -150,3 +155,219 @@ def test_neither_model_is_written_over_unasked(two_engines, bundle, tmp_path):
     assert other.exists()
     write_repository(bundle, tmp_path, force=True)
     assert not (tmp_path / "tiny.all").exists()  # it would answer from the bundle that was replaced
+
+
+def test_options_stand_in_the_configuration(bundle, tmp_path):
+    options = ModelOptions(
+        max_delay_ms=3, preferred_batches=(8, 4), priority_levels=3, max_queue=50, queue_timeout_ms=20,
+        instances=2, keep_versions=2, cache=True, resources=(("R1", 2), ("R2", 1)), warmup=True,
+    )  # fmt: skip
+    model = write_repository(bundle, tmp_path, options=options)
+    config = _parsed((model / "config.pbtxt").read_text())
+    batching = config.dynamic_batching
+    assert batching.max_queue_delay_microseconds == 3000
+    assert list(batching.preferred_batch_size) == [4, 8]
+    assert (batching.priority_levels, batching.default_priority_level) == (3, 3)
+    policy = batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (50, 20_000)
+    assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+    assert policy.allow_timeout_override
+    (group,) = config.instance_group
+    assert group.count == 2
+    assert [(r.name, r.count) for r in group.rate_limiter.resources] == [("R1", 2), ("R2", 1)]
+    assert config.version_policy.latest.num_versions == 2
+    assert config.response_cache.enable
+    (warmup,) = config.model_warmup
+    assert warmup.batch_size == 1
+    assert warmup.inputs["images"].zero_data
+    assert list(warmup.inputs["images"].dims) == [3, 8, 8]
+    assert warmup.inputs["task"].input_data_file == "task"
+    assert (model / "warmup" / "task").read_bytes() == b"\x04\0\0\0pets"
+
+
+def test_what_is_not_asked_for_is_not_configured(bundle):
+    config = _parsed(config_text(bundle))
+    assert not config.dynamic_batching.HasField("default_queue_policy")
+    assert not config.dynamic_batching.priority_levels
+    assert not config.response_cache.enable
+    assert not config.model_warmup
+    assert not config.HasField("optimization")
+    assert not config.instance_group[0].HasField("rate_limiter")
+    assert config.version_policy.latest.num_versions == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_delay_ms": -1}, {"priority_levels": -1}, {"max_queue": -1}, {"queue_timeout_ms": -0.5},
+        {"instances": 0}, {"keep_versions": 0}, {"preferred_batches": (0,)}, {"preferred_batches": (4, 9)},
+        {"resources": (("R", 0),)}, {"resources": (("", 1),)}, {"resources": (("R", 1), ("R", 2))},
+        {"gpus": ()}, {"gpus": (-1,)}, {"gpus": (1, 1)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_out_of_range_are_refused(bundle, tmp_path, wrong):
+    with pytest.raises(UsageError):
+        write_repository(bundle, tmp_path, options=ModelOptions(**wrong))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_python_backend_has_one_gpu(bundle, tmp_path):
+    with pytest.raises(UsageError, match="first GPU"):
+        write_repository(bundle, tmp_path, device=Device("cuda"), options=ModelOptions(gpus=(0, 1)))
+
+
+# versions
+
+
+def _versions(model) -> list[str]:
+    return sorted(path.name for path in model.iterdir() if path.is_dir() and path.name.isdecimal())
+
+
+@pytest.mark.parametrize("layout", ["hot", "native"])
+def test_a_task_is_added_as_a_version(fewer, bundle, tmp_path, layout):
+    write_repository(fewer, tmp_path, layout=layout, graphs=served)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny" / "1").rglob("*")}
+    model = write_repository(bundle, tmp_path, layout=layout, graphs=served, new_version=True)
+    assert _versions(model) == ["1", "2"]
+    assert {path: path.stat().st_mtime_ns for path in (model / "1").rglob("*")} == before
+    config = _parsed((model / "config.pbtxt").read_text())
+    assert config.parameters["identity"].string_value == bundle.identity
+    if layout == "hot":
+        assert open_bundle(model / "2" / "bundle").identity == bundle.identity
+        assert open_bundle(model / "1" / "bundle").identity == fewer.identity
+    assert not list(tmp_path.rglob(".*"))
+    write_repository(bundle, tmp_path, layout=layout, graphs=served, new_version=True)
+    assert _versions(model) == ["1", "2", "3"]
+
+
+def test_a_version_that_cannot_be_written_leaves_all_as_it_was(bundle, tmp_path):
+    model = write_repository(bundle, tmp_path, layout="native", graphs=served)
+    config = (model / "config.pbtxt").read_bytes()
+
+    class Full:
+        task_names = staticmethod(served.task_names)
+
+        @staticmethod
+        def serve_graph(*_):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_repository(
+            bundle, tmp_path, layout="native", graphs=Full, new_version=True,
+            options=ModelOptions(max_queue=3),
+        )  # fmt: skip
+    assert _versions(model) == ["1"]
+    assert (model / "config.pbtxt").read_bytes() == config
+
+
+def test_versions_that_stay_keep_their_tensors(single, bundle, tmp_path):
+    write_repository(replace(single, name="tiny"), tmp_path)
+    with pytest.raises(IncompatibleArtefact, match="versions that stay"):
+        write_repository(bundle, tmp_path, new_version=True, options=ModelOptions(keep_versions=2))
+    assert _versions(tmp_path / "tiny") == ["1"]
+    write_repository(bundle, tmp_path, new_version=True)
+    config = _parsed((tmp_path / "tiny" / "config.pbtxt").read_text())
+    assert list(config.output[0].dims) == [5]
+
+
+def test_a_version_needs_a_model_of_its_layout(bundle, tmp_path):
+    with pytest.raises(UsageError, match="no model to add a version to"):
+        write_repository(bundle, tmp_path, new_version=True)
+    write_repository(bundle, tmp_path)
+    with pytest.raises(UsageError, match="another layout"):
+        write_repository(bundle, tmp_path, layout="native", graphs=served, new_version=True)
+    with pytest.raises(UsageError, match="not both"):
+        write_repository(bundle, tmp_path, new_version=True, force=True)
+    (tmp_path / "tiny" / "config.pbtxt").write_text("not a configuration")
+    with pytest.raises(IncompatibleArtefact, match="cannot be read"):
+        write_repository(bundle, tmp_path, new_version=True)
+
+
+def test_a_second_engine_that_is_gone_goes_with_the_version(two_engines, bundle, tmp_path):
+    write_repository(two_engines, tmp_path)
+    write_repository(bundle, tmp_path, new_version=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    write_repository(two_engines, tmp_path, new_version=True)
+    assert _versions(tmp_path / "tiny") == ["1", "2", "3"]
+    assert _versions(tmp_path / "tiny.all") == ["3"]
+
+
+# aliases
+
+
+@pytest.mark.parametrize("layout", ["hot", "native"])
+def test_an_alias_is_an_ensemble_over_the_one_model(bundle, tmp_path, layout):
+    write_repository(bundle, tmp_path, layout=layout, graphs=served, aliases=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tiny", "tiny.cars", "tiny.flowers", "tiny.pets", "tiny.task_names",
+    ]  # fmt: skip
+    alias = tmp_path / "tiny.cars"
+    config = _parsed((alias / "config.pbtxt").read_text())
+    main = _parsed((tmp_path / "tiny" / "config.pbtxt").read_text())
+    assert (config.platform, config.max_batch_size) == ("ensemble", 8)
+    assert [t.name for t in config.input] == ["images"]
+    assert [(t.name, t.dims) for t in config.output] == [(t.name, t.dims) for t in main.output]
+    names, answer = config.ensemble_scheduling.step
+    assert (names.model_name, dict(names.input_map)) == ("tiny.task_names", {"images": "images"})
+    assert dict(names.output_map) == {"cars": "task"}
+    assert answer.model_name == "tiny"
+    assert dict(answer.input_map) == {"images": "images", "task": "task"}
+    assert list((alias / "1").iterdir()) == []
+    assert (alias / "labels.txt").read_text() == "cars-0\ncars-1\ncars-2\n"
+    assert config.output[0].label_filename == "labels.txt"
+
+
+def test_the_first_step_says_the_name_for_each_row(bundle, text, rows, sentences, tmp_path):
+    for number, (given, inputs) in enumerate(((bundle, rows(5)[0]), (text, sentences(5)))):
+        model = write_repository(
+            given, tmp_path / str(number), layout="native", graphs=served, aliases=True
+        )
+        step = model.with_name("tiny.task_names")
+        config = _parsed((step / "config.pbtxt").read_text())
+        session = onnxruntime.InferenceSession(
+            str(step / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        (needed,) = session.get_inputs()
+        assert [t.name for t in config.input] == [needed.name]
+        assert [t.name for t in config.output] == [t.name for t in session.get_outputs()]
+        rows_of = inputs if isinstance(inputs, np.ndarray) else inputs[needed.name]
+        for name, said in zip(
+            given_names(given), session.run(None, {needed.name: rows_of}), strict=True
+        ):
+            assert said.tolist() == [[name]] * 5
+
+
+def given_names(bundle) -> list[str]:
+    return [task.name for task in bundle.tasks]
+
+
+def test_a_new_version_has_the_aliases_of_its_tasks(bundle, fewer, tmp_path):
+    write_repository(fewer, tmp_path, aliases=True)
+    write_repository(replace(bundle, name="other"), tmp_path, aliases=True)
+    write_repository(bundle, tmp_path, new_version=True)
+    assert (tmp_path / "tiny.flowers" / "2").is_dir()
+    write_repository(fewer, tmp_path, new_version=True)
+    assert not (tmp_path / "tiny.flowers").exists()
+    assert _versions(tmp_path / "tiny.cars") == ["1", "2", "3"]
+    write_repository(fewer, tmp_path, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "other", "other.cars", "other.flowers", "other.pets", "other.task_names", "tiny",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["all", "task_names"])
+def test_an_alias_that_would_be_another_model_is_refused(two_engines, tmp_path, name):
+    first = replace(two_engines.tasks[0], name=name)
+    other = replace(two_engines, tasks=(first, *two_engines.tasks[1:]))
+    with pytest.raises(UsageError, match="another model"):
+        write_repository(other, tmp_path, aliases=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_whose_name_is_no_folder_has_no_alias(bundle, tmp_path):
+    first = replace(bundle.tasks[0], name="a/b")
+    other = replace(bundle, tasks=(first, *bundle.tasks[1:]))
+    with pytest.raises(UsageError, match="a task's name"):
+        write_repository(other, tmp_path, aliases=True)
+    assert not list(tmp_path.iterdir())

@@ -104,10 +104,10 @@ def test_a_client_that_goes_away_is_dropped_from_the_queue(
     taken = threading.Semaphore(0)
     submit = Batcher.submit
 
-    async def watched(self, request):
+    async def watched(self, request, **settings):
         taken.release()
         try:
-            return await submit(self, request)
+            return await submit(self, request, **settings)
         except BaseException:
             dropped.set()
             raise

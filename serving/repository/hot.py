@@ -1,0 +1,162 @@
+"""The layout `hot`: Triton's Python backend runs our service, which the model carries with it.
+
+    NAME/
+      config.pbtxt
+      labels.txt         class names of the logits, when the bundle has one task
+      1/model.py         loads `serving/triton_model.py` of the package beside it
+      1/bundle/          the bundle, hard-linked where the file system allows it
+      1/utune_deploy/    the floors that serving needs; neither torch nor timm
+
+The environment that runs it needs onnxruntime, numpy (below 2 for the tritonserver of the
+nvidia-pytriton wheel) and, for a bundle whose bank is an input, safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...merge.errors import UsageError
+from .config import as_parameters
+
+if TYPE_CHECKING:
+    from ...export.bundle import Bundle
+    from ...export.engine import Device, Tensor
+    from ..registry import Registry
+    from .options import ModelOptions
+
+PACKAGE = "utune_deploy"
+CARRIED = (
+    "__init__.py",
+    "merge/__init__.py",
+    "merge/errors.py",
+    "merge/files.py",
+    "merge/preprocessing.py",
+    "export/__init__.py",
+    "export/bundle.py",
+    "export/engine.py",
+    "export/mapped.py",
+    "export/parity.py",
+    "export/targets/*.py",
+    "serving/__init__.py",
+    "serving/batcher.py",
+    "serving/counters.py",
+    "serving/models.py",
+    "serving/packed.py",
+    "serving/protocol.py",
+    "serving/queue.py",
+    "serving/registry.py",
+    "serving/rejections.py",
+    "serving/resident.py",
+    "serving/service.py",
+    "serving/store.py",
+    "serving/task_commands.py",
+    "serving/tasks.py",
+    "serving/tensors.py",
+    "serving/threaded.py",
+    "serving/triton_model.py",
+    "serving/versions.py",
+)
+"""Everything that `triton_model.py` imports, as patterns below the package."""
+
+MODEL = '''"""Serve the bundle beside this file with the package beside this file."""
+
+import sys
+from pathlib import Path
+
+# First, so that no installed utune_deploy answers in place of the one that was carried here.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utune_deploy.serving.triton_model import TritonPythonModel  # noqa: E402, F401
+'''
+
+NAMES_MODEL = '''"""Say a task's name once for each row: the first step of every alias."""
+
+import numpy as np
+import triton_python_backend_utils as triton
+
+
+class TritonPythonModel:
+    """Each output is called what it says."""
+
+    def execute(self, requests):
+        """One response per request, of the outputs that were asked for."""
+        responses = []
+        for request in requests:
+            (rows,) = request.inputs()
+            count = rows.shape()[0]
+            responses.append(
+                triton.InferenceResponse(
+                    output_tensors=[
+                        triton.Tensor(name, np.full((count, 1), name.encode(), dtype=object))
+                        for name in request.requested_output_names()
+                    ]
+                )
+            )
+        return responses
+'''
+
+
+class Hot:
+    """See the module."""
+
+    backend = "python"
+
+    def finish(
+        self, fields: dict[str, Any], registry: Registry, options: ModelOptions, device: Device
+    ) -> None:
+        """Add what the Python backend needs to a model's configuration.
+
+        Raises:
+            UsageError: Several GPUs are asked for.
+        """
+        if device.provider != "cpu" and options.gpus != (0,):
+            raise UsageError(
+                "the layout `hot` puts every engine on the first GPU it sees",
+                wanted="GPU 0",
+                found=f"GPUs {', '.join(map(str, options.gpus))}",
+                do="leave the GPUs out and set CUDA_VISIBLE_DEVICES, or use the layout `native`",
+            )
+        fields["backend"] = self.backend
+        fields["parameters"] |= as_parameters(
+            {
+                "provider": device.provider,
+                "threads": str(device.threads or 0),  # 0 lets the runtime choose
+                **({"kernels": str(device.kernels)} if device.kernels else {}),
+            }
+        )
+
+    def fill(self, version: Path, bundle: Bundle, all_tasks: bool) -> None:
+        """Write the folder of a version; `model.py` reads from the configuration who answers."""
+        del all_tasks
+        shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
+        _carry_package(version / PACKAGE)
+        (version / "model.py").write_text(MODEL)
+
+    def finish_names(self, fields: dict[str, Any]) -> None:
+        """Add to the configuration of the aliases' first step."""
+        fields["backend"] = self.backend
+
+    def fill_names(self, version: Path, tasks: tuple[str, ...], rows: Tensor) -> None:
+        """Write the folder of a version of the aliases' first step."""
+        del tasks, rows
+        (version / "model.py").write_text(NAMES_MODEL)
+
+
+def _carry_package(folder: Path) -> None:
+    package = Path(__file__).parents[2]
+    for pattern in CARRIED:
+        for source in package.glob(pattern):
+            copy = folder / source.relative_to(package)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+
+
+def _link(source: str, copy: str) -> None:
+    """A hard link, or a copy where the two folders lie on different file systems."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copy2(source, copy)

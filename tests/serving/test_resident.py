@@ -117,6 +117,7 @@ def test_a_call_never_loses_a_row_to_itself():
     touch(resident, A, B, C)
     touch(resident, D, A, E)  # A is the oldest, and asked for
     assert there(resident, [A, B, C, D, E]) == ["a", "d", "e"]
+    assert (resident.loads, resident.evictions) == (5, 2)  # A was never read again
 
 
 def test_more_versions_than_rows_in_one_call_are_refused():

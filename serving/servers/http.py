@@ -371,7 +371,8 @@ def _kind(value: Any) -> str:
 
 
 def _refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": sentence}, status_code=status, headers=headers)
+    body = json.dumps({"error": sentence})  # ASCII: the sentence may hold half a character
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 
 async def _on_error(_request: Request, error: Exception) -> Response:

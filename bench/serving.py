@@ -124,7 +124,7 @@ async def callers(
                 try:
                     answer = await client.infer(model, inputs, outputs=wanted)
                 except InferenceServerException as error:
-                    if "unknown task" in str(error) and None in accepted:
+                    if "unknown task" in str(error) and accepted[-1] is None:
                         seen.gone += 1
                         continue
                     seen.lost.append(str(error)[:200])

@@ -379,8 +379,12 @@ async def _on_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, UtuneError)
     if isinstance(error, UnknownModel):
         return _refuse(404, one_line(error))
-    if isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
+    if isinstance(error, UsageError):
         return _refuse(400, one_line(error))
+    if isinstance(error, CheckFailed):
+        return _refuse(409, one_line(error))
+    if isinstance(error, IncompatibleArtefact):
+        return _refuse(422, one_line(error))
     if isinstance(error, (Overloaded, Expired, Stopping)):
         return _refuse(503, one_line(error), {"Retry-After": "1"})
     log.error("a request failed", exc_info=error)

@@ -178,20 +178,25 @@ def test_commands_that_cannot_be_carried_out_are_the_clients_mistake(addresses, 
             assert ("INVALID_ARGUMENT" if front == "grpc" else "400") in said
 
 
+WRONG = ("400", "INVALID_ARGUMENT")
+UNFIT = ("422", "FAILED_PRECONDITION")
+
+
 def test_a_packed_task_that_does_not_fit_is_the_clients_mistake(client, live, make_task):
     before = client.command("list")
-    for bad, sentence in (
-        (b"hello", "no safetensors file"),
-        (make_task("birds").changed(identity="0" * 64).data, "laid out for another bundle"),
-        (make_task("pets", seed=1).data, "is there already"),
+    elsewhere = make_task("birds").changed(identity="0" * 64).data
+    for bad, sentence, status in (
+        (b"hello", "no safetensors file", UNFIT),
+        (elsewhere, "laid out for another bundle", UNFIT),
+        (make_task("pets", seed=1).data, "is there already", WRONG),
     ):
         assert sentence in (said := client.refused("add", bad))
-        assert ("INVALID_ARGUMENT" if client.front == "grpc" else "400") in said
+        assert status[client.front == "grpc"] in said
     wrong = make_task("birds", probe=True)
     wrong = wrong.changed(tensors={k: 1.1 * v for k, v in wrong.packed.tensors.items()})
     said = client.refused("add", wrong.data)
     assert "does not answer as the task does in torch" in said
-    assert ("INVALID_ARGUMENT" if client.front == "grpc" else "400") in said
+    assert ("ABORTED" if client.front == "grpc" else "409") in said
     assert "there is no task of that name to update" in client.refused(
         "update", make_task("birds").data
     )
@@ -265,8 +270,10 @@ def test_loads_and_unloads_that_cannot_be_are_refused(client, make_task):
     said = refused(load, "fish", config="{}", files={"file:1/x": birds})
     assert wrong in said
     assert "another name than the model" in said
-    for files in ({"file:1/x": birds, "file:1/y": birds}, {"file:1/x": b"hello"}):
-        assert wrong in refused(load, "birds", config="{}", files=files)
+    two = {"file:1/x": birds, "file:1/y": birds}
+    assert wrong in refused(load, "birds", config="{}", files=two)
+    unfit = UNFIT[client.front == "grpc"]
+    assert unfit in refused(load, "birds", config="{}", files={"file:1/x": b"hello"})
     for own in ("tiny", "tiny.tasks"):
         assert wrong in refused(load, own, config="{}", files={"file:1/x": birds})
         assert wrong in refused(unload, own)

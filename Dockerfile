@@ -119,10 +119,10 @@ ENTRYPOINT ["utune-deploy", "serve"]
 FROM serving AS server-gpu
 COPY --from=build-server-gpu /opt/utune /opt/utune
 COPY --from=build-server-gpu /src/sbom.cdx.json /usr/share/doc/utune-deploy/sbom.cdx.json
-CMD ["/bundle", "--host", "0.0.0.0", "--provider", "cuda"]
+CMD ["/bundle", "--host", "0.0.0.0", "--tasks", "/var/lib/utune/tasks", "--log-format", "json", "--provider", "cuda"]
 
 
 FROM serving AS server
 COPY --from=build-server /opt/utune /opt/utune
 COPY --from=build-server /src/sbom.cdx.json /usr/share/doc/utune-deploy/sbom.cdx.json
-CMD ["/bundle", "--host", "0.0.0.0"]
+CMD ["/bundle", "--host", "0.0.0.0", "--tasks", "/var/lib/utune/tasks", "--log-format", "json"]

@@ -158,12 +158,11 @@ class Service:
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
         every = fan_out if bundle.engine_of_all is not None else None
-        if why := fixed(bundle):
-            for given, option in ((rows, "--rows"), (keep, "--tasks")):
-                if given is not None:
-                    raise UsageError(
-                        f"{option} is for tasks that can change", where=bundle.path, found=why
-                    )
+        why = fixed(bundle)
+        if why and rows is not None:
+            raise UsageError(
+                "--rows is for a bank that is an input of the engine", where=bundle.path, found=why
+            )
         if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
             return cls(bundle, bundle.open_session(device), fan_out=every)
         count = default_rows(bundle, device) if rows is None else rows

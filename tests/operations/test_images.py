@@ -228,7 +228,8 @@ def test_the_server_starts_says_that_it_is_ready_and_ends_with_0(
     command = json.loads(words_of(instructions, "CMD")[-1])
     health = json.loads(words_of(instructions, "HEALTHCHECK")[-1].split("CMD ")[1])
     http, grpc, metrics = free_ports(3)
-    command = [str(bundle) if word == "/bundle" else word for word in command]
+    inside = {"/bundle": str(bundle), "/var/lib/utune/tasks": str(tmp_path / "tasks")}
+    command = [inside.get(word, word) for word in command]
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
     environment = {**variables(instructions), "HOME": str(tmp_path)}
     environment["PATH"] = f"{built / 'opt/utune/bin'}:/usr/bin:/bin"

@@ -742,9 +742,10 @@ def test_bundles_whose_tasks_cannot_change_say_so(bundle, make_task, tmp_path):
     assert service.description()["fixed"] == "its tasks are constants of the engine"
     with pytest.raises(UsageError, match="cannot change while it is served"):
         service.add(make_task("birds").data)
-    for settings, option in (({"rows": 8}, "--rows"), ({"keep": tmp_path}, "--tasks")):
-        with pytest.raises(UsageError, match=f"{option} is for tasks that can change"):
-            Service.open(bundle, Device(threads=1), **settings)
+    with pytest.raises(UsageError, match="--rows is for a bank that is an input"):
+        Service.open(bundle, Device(threads=1), rows=8)
+    Service.open(bundle, Device(threads=1), keep=tmp_path / "kept")  # as images do for any bundle
+    assert not (tmp_path / "kept").exists()
 
 
 def test_fewer_rows_than_a_batch_are_refused(inputs_bundle):

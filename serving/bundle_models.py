@@ -1,4 +1,4 @@
-"""A served bundle as models: NAME, NAME.all, every task by its own name, and NAME.tasks for their life."""
+"""A served bundle as models: NAME, NAME.all, NAME.pictures, every task by its own name, NAME.tasks for their life."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..export.engine import LOGITS
 from ..merge.errors import UsageError
 from . import logs, protocol
+from .picture_model import PictureModel, reads_pictures
 from .rejections import InvalidRequest, UnknownModel
 from .task_commands import TaskCommands
 
@@ -174,6 +175,9 @@ class BundleRepository:
         self._bundle = models[0]
         self._commands = TaskCommands(self._bundle.batcher, control=control)
         self._own: dict[str, Model] = {**self._models, self._commands.name: self._commands}
+        if reads_pictures(self._bundle.registry):
+            pictures = PictureModel(self._bundle)
+            self._own[pictures.name] = pictures
 
     def find(self, name: str) -> Model | None:
         """See `Repository.find`."""

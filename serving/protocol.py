@@ -74,7 +74,7 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
     tensors = _named_once(model_inputs(registry), registry.inputs, inputs)
     task = tensors.get(TASK)
     rows = {name: numbers(tensors[name]) for name in registry.inputs}
-    return registry.check(rows, None if task is None else _names(task))
+    return registry.check(rows, None if task is None else read_names(task))
 
 
 def read_rows(
@@ -116,7 +116,7 @@ def _named_once(
     return tensors
 
 
-def _names(tensor: InputTensor) -> list[str]:
+def read_names(tensor: InputTensor) -> list[str]:
     """The task names of `[n]` or `[n, 1]` BYTES."""
     if len(tensor.shape) not in (1, 2) or (len(tensor.shape) == 2 and tensor.shape[1] != 1):
         raise InvalidRequest(

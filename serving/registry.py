@@ -211,7 +211,7 @@ class Registry:
                 )
             versions = tuple(self.versions.values()) * count
         else:
-            versions = self._named(tasks, count)
+            versions = self.named(tasks, count)
         return Request(self._finite(arrays), versions)
 
     def check_version(self, inputs: Rows, version: Version) -> Request:
@@ -222,6 +222,15 @@ class Registry:
         """
         arrays, count = self._rows(inputs)
         return Request(self._finite(arrays), (version,) * count)
+
+    def check_versions(self, inputs: Rows, versions: tuple[Version, ...]) -> Request:
+        """A request that the engine can run, of rows whose versions were looked up by `named`.
+
+        Raises:
+            InvalidRequest: As of `check`.
+        """
+        arrays, _ = self._rows(inputs)
+        return Request(self._finite(arrays), versions)
 
     def _rows(self, inputs: Rows) -> tuple[dict[str, NDArray[Any]], int]:
         """The inputs by name, of the right shapes, and how many rows they have."""
@@ -292,8 +301,16 @@ class Registry:
                 found=array[row][outside[row]][0],
             )
 
-    def _named(self, tasks: Sequence[str] | None, count: int) -> tuple[Version, ...]:
-        """The task of each row, every one known."""
+    def named(self, tasks: Sequence[str] | None, count: int) -> tuple[Version, ...]:
+        """The version in use of each row's task.
+
+        Args:
+            tasks: As of `check`.
+            count: Of rows.
+
+        Raises:
+            InvalidRequest: A task is unknown, or they are not one per row.
+        """
         versions = self.versions  # one table for all rows, whatever changes meanwhile
         if tasks is None:
             if len(versions) > 1:

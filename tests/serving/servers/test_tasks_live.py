@@ -283,7 +283,7 @@ def test_loads_and_unloads_that_cannot_be_are_refused(client, make_task):
     unload("pets")
     unload("cars")
     assert "the last task cannot be removed" in refused(unload, "flowers")
-    assert list(client.index()) == ["tiny", "tiny.tasks", "flowers"]
+    assert list(client.index()) == ["tiny", "tiny.tasks", "tiny.pictures", "flowers"]
 
 
 @pytest.mark.parametrize("content", ["%%%", "aGVsbG8", 7, None, ["aGVsbG8="], {}, "Fl\u00fcgel"])
@@ -318,7 +318,7 @@ def test_every_task_is_a_model_in_its_versions(client, live, make_task):
         live.add(made[number].data, update=True)
     live.tasks.use("cars", 2)
     assert client.index() == {
-        "tiny": ["1"], "tiny.tasks": ["1"], "pets": ["1"], "cars": ["1", "3", "2"], "flowers": ["1"],
+        "tiny": ["1"], "tiny.tasks": ["1"], "tiny.pictures": ["1"], "pets": ["1"], "cars": ["1", "3", "2"], "flowers": ["1"],
     }  # fmt: skip
     for asked, number in (("", 2), ("1", 1), ("2", 2), ("3", 3)):
         answered = client.ask(IMAGES, model="cars", version=asked)

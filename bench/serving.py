@@ -4,6 +4,7 @@
     python bench/serving.py speed     BUNDLE [--triton-env ENV]                  throughput and latency beside the engine itself
     python bench/serving.py add       BUNDLE --delta TASK                        a task's way to its first answer, step by step
     python bench/serving.py thousand  BUNDLE --delta TASK                        a thousand tasks: memory, listing, answers
+    python bench/serving.py separate  BUNDLE --singles BUNDLES --triton-env ENV  one mixed model against one Triton model per task
 
 Each prints a table, and writes JSON with `-o`. The server runs in a process of its own, the load in another.
 """
@@ -124,7 +125,7 @@ async def callers(
                 try:
                     answer = await client.infer(model, inputs, outputs=wanted)
                 except InferenceServerException as error:
-                    if "unknown task" in str(error) and accepted[-1] is None:
+                    if "unknown task" in str(error) and accepted and accepted[-1] is None:
                         seen.gone += 1
                         continue
                     seen.lost.append(str(error)[:200])
@@ -135,7 +136,7 @@ async def callers(
                 seen.begun.append(begun)
                 seen.ended.append(time.perf_counter())
                 found = answer.as_numpy("logits")
-                right = any(a is not None and _close(found, a) for a in accepted)
+                right = not accepted or any(a is not None and _close(found, a) for a in accepted)
                 if not right:
                     seen.wrong.append(f"{front} {tasks}")
 
@@ -293,7 +294,7 @@ def speed(options) -> dict:
     extra = {"triton": ["--triton-env", str(options.triton_env)], "embedded": []}
 
     def plan(number: int):
-        return [number % 8], [names[number % len(names)]], [None]
+        return [number % 8], [names[number % len(names)]], []
 
     rates = {name: [] for name in ("in process", *engines)}
     alone = {name: [] for name in ("in process", *engines)}
@@ -473,13 +474,115 @@ def thousand(options) -> dict:
     return result
 
 
+def separate(options) -> dict:
+    """The tasks of a bundle in one Triton model, and each in a model of its own, at the same mix of requests."""
+    mixed = open_bundle(options.bundle)
+    singles = [open_bundle(path) for path in options.singles]
+    names = [single.tasks[0].name for single in singles]
+    shape = mixed.engine.inputs[0].shape[1:]
+    images = np.random.default_rng(0).standard_normal((8, *shape)).astype(np.float32)
+    found: dict[str, list[dict]] = {"one model": [], "a model per task": []}
+    for _ in range(options.rounds):
+        for kind, bundles in (("one model", [mixed]), ("a model per task", singles)):
+            with tritonserver(bundles, options.triton_env) as (process, addresses):
+                for warm, seconds in ((True, WARMUP), (False, options.seconds)):
+                    seen = Seen()
+                    begun = time.perf_counter()
+                    if kind == "one model":
+                        load = callers(
+                            addresses, mixed.name, images,
+                            lambda n: ([n % 8], [names[n % len(names)]], []),
+                            ["grpc"], options.saturate, seconds, seen,
+                        )  # fmt: skip
+                        asyncio.run(load)
+                    else:
+                        asyncio.run(
+                            _spread(addresses, singles, images, options.saturate, seconds, seen)
+                        )
+                    if warm:
+                        continue
+                    took = np.array(seen.ended) - np.array(seen.begun)
+                    found[kind].append(
+                        {
+                            "rows per second": len(took) / (max(seen.ended) - begun),
+                            **percentiles(took),
+                            "MB": memory(process),
+                            "lost": len(seen.lost),
+                        }
+                    )
+    result = {
+        kind: {key: round(float(np.median([r[key] for r in runs])), 2) for key in runs[0]}
+        for kind, runs in found.items()
+    }
+    for kind, values in result.items():
+        print(f"{kind:18} " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    return {"tasks": len(names), "callers": options.saturate, **result}
+
+
+async def _spread(addresses, bundles, images, concurrency, seconds, seen) -> None:
+    """The callers, each asking the bundles' models in turn."""
+    until = time.perf_counter() + seconds
+    lib = sys.modules["tritonclient.grpc"]
+
+    async def caller(first: int) -> None:
+        number = first
+        async with grpc_aio.InferenceServerClient(addresses["grpc"]) as client:
+            while time.perf_counter() < until:
+                batch = images[number % 8 : number % 8 + 1]
+                rows = lib.InferInput("images", list(batch.shape), "FP32")
+                wanted = [lib.InferRequestedOutput("logits")]
+                model = bundles[number % len(bundles)].name
+                number += 1
+                begun = time.perf_counter()
+                try:
+                    await client.infer(model, [rows.set_data_from_numpy(batch)], outputs=wanted)
+                except InferenceServerException as error:
+                    seen.lost.append(str(error)[:200])
+                    continue
+                seen.begun.append(begun)
+                seen.ended.append(time.perf_counter())
+
+    await asyncio.gather(*(caller(i) for i in range(concurrency)))
+
+
+@contextlib.contextmanager
+def tritonserver(bundles, environment: Path):
+    """A tritonserver over several bundles: its process id, and its addresses by front."""
+    from tempfile import TemporaryDirectory
+
+    from utune_deploy.serving.repository import write_repository
+    from utune_deploy.serving.servers import triton
+    from utune_deploy.serving.servers.ports import free_port
+
+    with TemporaryDirectory(prefix="utune-bench-") as temporary:
+        folder = Path(temporary)
+        for bundle in bundles:
+            write_repository(bundle, folder / "models")
+        fit = triton.inspect_environment(environment, needs_safetensors=True)
+        triton._compile(fit, folder / "models")
+        ports = [free_port("127.0.0.1", 0) for _ in range(3)]
+        process = triton.TritonProcess(fit, folder, "127.0.0.1", ports)
+        try:
+            process.wait_until_ready(120, lambda: False)
+            yield (
+                process._process.pid,
+                {
+                    "grpc": process.addresses.grpc,
+                    "http": process.addresses.http,
+                },
+            )
+        finally:
+            process.end()
+
+
 def main() -> None:
     """Run one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["changes", "speed", "add", "thousand"])
+    parser.add_argument("what", choices=["changes", "speed", "add", "thousand", "separate"])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--deltas", type=Path, nargs="*", default=[])
     parser.add_argument("--delta", type=Path)
+    parser.add_argument("--singles", type=Path, nargs="*", default=[])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--rounds", type=int, default=5)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 QUEUED_BATCHES = 32
 """Full batches that may wait; at 10 ms each, the last one waits a third of a second."""
 
+_TICK_NS = 1_000_000
+"""Event loops wake at whole milliseconds (Linux' epoll), which a shorter delay cannot wait for."""
+
 PATIENCE_NS = 10_000_000
 """How long callers are taken to be still there: asking costs more than what a shorter wait could save."""
 
@@ -240,6 +243,9 @@ class Batcher:
                 due = oldest + self._max_delay_ns - time.perf_counter_ns()
                 if self._stopping or due <= 0 or self._queue.rows >= self._max_batch:
                     return [ticket.item for ticket in self._queue.take(self._max_batch)]
+                if due < _TICK_NS:
+                    await asyncio.sleep(0)  # others run meanwhile; the processor has nothing else to do
+                    continue
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), due / 1e9)
             elif self._stopping:

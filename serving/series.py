@@ -273,7 +273,10 @@ def _histogram(
     name: str, labels: dict[str, str], histogram: Histogram, unit: float = 1
 ) -> Iterator[Sample]:
     """A distribution's series; `unit` is how many of its integers make one of the metric's."""
-    bounds = [*(repr(bound / unit) for bound in histogram.bounds), "+Inf"]  # as Prometheus' Go writes
+    bounds = [
+        *(repr(bound / unit) for bound in histogram.bounds),
+        "+Inf",
+    ]  # as Prometheus' Go writes
     for bound, count in zip(bounds, histogram.counts, strict=True):
         yield Sample(name, f"{name}_bucket", {**labels, "le": bound}, count)
     yield Sample(name, f"{name}_count", labels, histogram.counts[-1])

@@ -158,24 +158,14 @@ class Service:
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
         every = fan_out if bundle.engine_of_all is not None else None
-        if why := fixed(bundle):
-            for given, option in ((rows, "--rows"), (keep, "--tasks")):
-                if given is not None:
-                    raise UsageError(
-                        f"{option} is for tasks that can change", where=bundle.path, found=why
-                    )
+        require_changeable(bundle, rows=rows, keep=keep)
         if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
             return cls(bundle, bundle.open_session(device), fan_out=every)
         count = default_rows(bundle, device) if rows is None else rows
-        if count < bundle.engine.max_batch:
-            raise UsageError(
-                "a batch could ask for more tasks than the bank has rows",
-                wanted=f"--rows of at least {bundle.engine.max_batch}, the largest batch",
-                found=count,
-            )
+        _require_rows(bundle, count)
         session = bundle.open_session(device, rows=count)
         resident = Resident(session, count, row_bytes(bundle))
-        store = None if why else Store(keep, bundle.identity)
+        store = None if fixed(bundle) else Store(keep, bundle.identity)
         return cls(bundle, session, fan_out=every, resident=resident, store=store)
 
     def close(self) -> None:
@@ -401,6 +391,36 @@ class Service:
             scores=scores,
             versions=request.versions,
             engine_ns=engine_ns,
+        )
+
+
+def require_changeable(bundle: Bundle, *, rows: int | None, keep: Path | None) -> None:
+    """Refuse settings of changing tasks for a bundle whose tasks are fixed, and too few rows.
+
+    Args:
+        bundle: What is to be served.
+        rows: See `Service.open`.
+        keep: See `Service.open`.
+
+    Raises:
+        UsageError: One is given that does not fit.
+    """
+    if why := fixed(bundle):
+        for given, option in ((rows, "--rows"), (keep, "--tasks")):
+            if given is not None:
+                raise UsageError(
+                    f"{option} is for tasks that can change", where=bundle.path, found=why
+                )
+    if rows is not None:
+        _require_rows(bundle, rows)
+
+
+def _require_rows(bundle: Bundle, rows: int) -> None:
+    if rows < bundle.engine.max_batch:
+        raise UsageError(
+            "a batch could ask for more tasks than the bank has rows",
+            wanted=f"--rows of at least {bundle.engine.max_batch}, the largest batch",
+            found=rows,
         )
 
 

@@ -57,7 +57,7 @@ class Native:
         self, fields: dict[str, Any], registry: Registry, options: ModelOptions, device: Device
     ) -> None:
         """Add what the ONNX Runtime backend needs to a model's configuration."""
-        del options
+        options.require_no_service()
         self.run_graph(fields)
         for tensor in fields["input"]:
             if tensor["name"] == TASK:

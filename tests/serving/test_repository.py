@@ -74,9 +74,9 @@ def test_the_carried_bundle_is_the_bundle(bundle, tmp_path):
 def test_a_repository_answers_without_this_package_and_without_torch(bundle, service, tmp_path):
     version = write_repository(bundle, tmp_path) / "1"
     script = f"""
-import sys, types, numpy as np
+import sys, unittest.mock, numpy as np
 # What Triton's stub provides: a module, and the version folder's model.py run as `model`.
-sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+sys.modules["triton_python_backend_utils"] = unittest.mock.MagicMock()
 import importlib.util as u
 spec = u.spec_from_file_location("model", {str(version / "model.py")!r})
 model = u.module_from_spec(spec)
@@ -84,6 +84,7 @@ spec.loader.exec_module(model)
 instance = model.TritonPythonModel()
 instance.initialize({{
     "model_repository": {str(version.parent)!r}, "model_version": "1",
+    "model_name": "tiny", "model_instance_name": "tiny_0_0",
     "model_config": '{{"parameters": {{"provider": {{"string_value": "cpu"}}, "threads": {{"string_value": "1"}}}}}}',
 }})
 import utune_deploy.serving.service as carried
@@ -91,6 +92,7 @@ assert carried.__file__.startswith({str(version)!r}), carried.__file__
 heavy = {{"torch", "timm", "onnx", "starlette", "uvicorn", "grpc", "tritonclient"}} & set(sys.modules)
 assert not heavy, heavy
 answers = instance._service.answer(np.ones((2, 3, 8, 8), np.float32), ["cars", "pets"])
+instance.finalize()
 sys.stdout.buffer.write(answers.logits.tobytes())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=tmp_path)

@@ -105,7 +105,7 @@ def add_tasks(
         raise CheckFailed(
             "the engine does not answer as the new tasks do in torch, so nothing was written",
             where=bundle.path,
-            found=", ".join(c.name for c in verdict.failures),
+            found="; ".join(f"{c.name}: {c.note}" for c in verdict.failures),
         )
     require_one_kind_of_answer(
         [*(task.labels for task in bundle.tasks), *(d.labels for d in deltas)]

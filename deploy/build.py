@@ -19,7 +19,7 @@ from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, retype, to_half
 from ..merge.attach import answer_shapes
 from ..merge.backbone import create
-from ..merge.bank import Bank, stack
+from ..merge.bank import NO_ROOM, Bank, Room, stack
 from ..merge.delta import Delta, require_backbone
 from ..merge.errors import CheckFailed, IncompatibleArtefact, UsageError
 from ..merge.fan_out import FanOut, Group, share
@@ -68,6 +68,7 @@ def export_bundle(
     fan_out: bool = False,
     precision: str = "fp32",
     max_batch: int = 16,
+    room: Room = NO_ROOM,
     evidence: Evidence | None = None,
     device: Device = CPU,
     force: bool = False,
@@ -85,6 +86,7 @@ def export_bundle(
         fan_out: Add a second engine, which answers every task for every row.
         precision: A key of `export.precision.PRECISIONS`.
         max_batch: Largest batch that is checked and may be asked for.
+        room: With a bank that is an input, sizes that its slots have at least.
         evidence: Pictures for the check.
         device: Where the check runs the engine.
         force: Replace what stands at `output`.
@@ -97,6 +99,10 @@ def export_bundle(
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
     require_runnable(precision, device)
+    if room != NO_ROOM and bank != "inputs":
+        raise UsageError(
+            "room for larger tasks is for a bank that tasks can be added to", do="add --bank inputs"
+        )
     name, deltas, sites, entries, plan, groups = begin(
         output,
         backbone,
@@ -110,7 +116,7 @@ def export_bundle(
     )
     every = fan_out or mode == FAN_OUT
     progress("trace")
-    made = [graph_of(plan, backbone, deltas, sites, groups, precision)]
+    made = [graph_of(plan, backbone, deltas, sites, groups, precision, room)]
     made += [_fan_out(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
     finished = [finish(graph.model, precision) for graph in made]
@@ -429,6 +435,7 @@ def graph_of(
     sites: Sites,
     groups: Sequence[Group],
     precision: str,
+    room: Room = NO_ROOM,
 ) -> Made:
     """The traced model of a plan's engine.
 
@@ -439,6 +446,7 @@ def graph_of(
         sites: Of the backbone.
         groups: What tasks share, in mode `fan-out`.
         precision: In half, the bank is laid out for fused kernels; `fp32` for standard operators.
+        room: Sizes that the bank's slots have at least.
     """
     if plan.mode == FAN_OUT:
         return _fan_out(backbone, groups)
@@ -452,7 +460,7 @@ def graph_of(
     double = in_double(backbone)
     constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
-    stacked = stack(constant, torch.float32, ranks=RANKS if precision in HALF else ())
+    stacked = stack(constant, torch.float32, ranks=RANKS if precision in HALF else (), room=room)
     mixes = not any(b.tuner.no_bank for b in deltas[0].branches.values())
     if plan.mode == "parallel" and precision in HALF and mixes:
         rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}

@@ -80,7 +80,12 @@ class Layout:
         """
         try:
             slots = tuple(Slot.from_json(Path(source), entry) for entry in facts["slots"])
-            return cls(facts["identity"], facts["fingerprint"], facts["precision"], slots, source)
+            identity, fingerprint, precision = (
+                facts[name] for name in ("identity", "fingerprint", "precision")
+            )
+            if not all(isinstance(text, str) for text in (identity, fingerprint, precision)):
+                raise TypeError("text in identity, fingerprint or precision")
+            return cls(identity, fingerprint, precision, slots, source)
         except (KeyError, TypeError) as cause:
             raise IncompatibleArtefact(
                 "what the server says of its bank cannot be read",

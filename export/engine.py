@@ -153,8 +153,8 @@ class Session(Protocol):
 
         Returns:
             `[B, K]`, `[B, Q, K]` where a task answers with more axes; with an axis of tasks behind the
-            first where every task answers each row. Columns past a task's own classes hold the lowest
-            float32; a row outside the bank yields NaN.
+            first where every task answers each row. Columns past a task's own classes hold a
+            quarter of the lowest float32; a row outside the bank yields NaN.
 
         Raises:
             UsageError: The inputs are not those that the engine reads, or the task rows are missing.

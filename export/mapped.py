@@ -67,7 +67,14 @@ def read_views(
         header = json.loads(data[8:start])
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         return metadata, {str(n): _view(data, start, entry) for n, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+    except (
+        ArithmeticError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as cause:
         raise _malformed(where, str(cause)) from cause
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .delta import Delta
     from .sites import Sites
+    from .tuner import Tuner
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,30 @@ class Slot:
         """Shape of one task's padded tensor."""
         axes = self.branch.tuner.served[tensor]
         return tuple(axis if isinstance(axis, int) else self.sizes[axis] for axis in axes)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Sizes that a bank has at least, so that larger tasks than its own can be added later.
+
+    Attributes:
+        rank: Of branches with a bottleneck or factors.
+        classes: Of heads.
+        keys: Of prefixes and prompts.
+    """
+
+    rank: int = 0
+    classes: int = 0
+    keys: int = 0
+
+    def least(self, tuner: Tuner) -> int:
+        """What the axis `r` of a tuner's slot holds at least."""
+        if tuner.answers:
+            return self.classes if tuner.kind == "head" else 0
+        return self.keys if tuner.kind in ("prefix", "prompt") else self.rank
+
+
+NO_ROOM = Room()
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,11 @@ class Bank:
 
 
 def stack(
-    deltas: Sequence[Delta], dtype: torch.dtype | None = None, *, ranks: Sequence[int] = ()
+    deltas: Sequence[Delta],
+    dtype: torch.dtype | None = None,
+    *,
+    ranks: Sequence[int] = (),
+    room: Room = NO_ROOM,
 ) -> Bank:
     """The bank of several lowered deltas of one backbone.
 
@@ -106,6 +135,7 @@ def stack(
         ranks: Ranks that kernels are made for, ascending: every bottleneck's slot is padded to the first that
             holds it, which is exact. A slot beyond the last keeps its own, and so do other tuners' slots:
             their `r` may count classes, or keys.
+        room: Sizes that the slots have at least.
 
     Raises:
         UsageError: No delta, two tasks of one name, or a task that cannot share a batch.
@@ -128,7 +158,7 @@ def stack(
     if len(deltas) > 1:
         for delta in deltas:
             require_mixable(delta)
-    slots = tuple(_to_rank(slot, ranks) for slot in _slots(deltas))
+    slots = tuple(_to_rank(_with_room(slot, room), ranks) for slot in _slots(deltas))
     dtype = dtype or widest([delta.dtype for delta in deltas])
     rows = [fill_row(slots, delta, dtype) for delta in deltas]
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -288,6 +318,14 @@ def _slots(deltas: Sequence[Delta]) -> tuple[Slot, ...]:
             slots[at] = Slot(slot.name, branch, sizes)
             last[branch.add] = at
     return tuple(slots)
+
+
+def _with_room(slot: Slot, room: Room) -> Slot:
+    """The slot, its `r` no smaller than the room that is wanted; zeros and masks there are exact."""
+    tuner, own = slot.branch.tuner, slot.sizes.get("r")
+    if own is None or "r" not in tuner.padded or own >= room.least(tuner):
+        return slot
+    return replace(slot, sizes={**slot.sizes, "r": room.least(tuner)})
 
 
 def _to_rank(slot: Slot, ranks: Sequence[int]) -> Slot:

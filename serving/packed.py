@@ -17,6 +17,7 @@ Packing needs torch and is `deploy.pack`'s; reading needs NumPy alone.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,7 @@ def read_packed(data: bytes | mmap.mmap, *, where: object = "the packed task") -
                 do="pack it again with this version of utune-deploy",
             )
         task = task_from_json(facts["task"], where=where)
-        if not isinstance(task.name, str) or not task.name:
+        if not "".join((task.name, *task.labels)).encode() or not task.name:  # text, all of it
             raise ValueError("a task without a name")
         return Packed(
             task=task,
@@ -141,7 +142,14 @@ def read_packed(data: bytes | mmap.mmap, *, where: object = "the packed task") -
             tensors={n: t for n, t in tensors.items() if n.startswith(BANK_PREFIX)},
             probe=_probe(facts, tensors),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (
+        ArithmeticError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as cause:
         raise IncompatibleArtefact(
             "the packed task lacks a field", where=where, found=str(cause)
         ) from cause
@@ -161,4 +169,10 @@ def _probe(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Pro
     given = {n.removeprefix(PROBE): t for n, t in tensors.items() if n.startswith(PROBE)}
     if not given:
         return None
-    return Probe(logits=given.pop(LOGITS), inputs=given, budget=float(facts["budget"]))
+    logits = given.pop(LOGITS)
+    if logits.ndim < 2:
+        raise ValueError(f"{PROBE}{LOGITS} without rows and columns")
+    budget = float(facts["budget"])
+    if not math.isfinite(budget):
+        raise ValueError("a budget that is no number")
+    return Probe(logits=logits, inputs=given, budget=budget)

@@ -6,7 +6,7 @@ The model NAME answers each row with the task that the row names:
                                    or several tensors, FP32 or INT64, a row of each
     task    BYTES [-1, 1]          a task's name per row; optional when the bundle has one task
 
-    logits  FP32  [-1, K]          columns past a task's own classes hold the lowest float32
+    logits  FP32  [-1, K]          columns past a task's own classes hold a quarter of the lowest float32
     label   BYTES [-1, 1]          the best class's name
     score   FP32  [-1, 1]          its softmax over the task's own classes
 

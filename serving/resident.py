@@ -15,6 +15,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 
@@ -53,15 +54,28 @@ class Resident:
         evictions: Versions that made room so far.
     """
 
-    def __init__(self, session: Session, rows: int, row_bytes: int) -> None:
-        """Over a session that has just reserved so many rows."""
+    def __init__(
+        self, session: Session, rows: int, row_bytes: int, *, largest_call: int = 1
+    ) -> None:
+        """Over a session that has just reserved so many rows.
+
+        Args:
+            session: The engine.
+            rows: How many it reserved.
+            row_bytes: Bytes of one.
+            largest_call: Most versions that one call asks for; so many rows are never pinned.
+        """
         self.rows = rows
         self.row_bytes = row_bytes
+        self._most_pinned = max(0, min(rows // 2, rows - largest_call))
         self.loads = 0
         self.evictions = 0
         self._session = session
         self._changed = threading.Condition()
         self._stands: OrderedDict[Version, _Stand] = OrderedDict()  # least recently asked first
+        self._dropped: WeakSet[Version] = (
+            WeakSet()
+        )  # they leave with the last call that asks for them
         self._free = list(range(rows - 1, -1, -1))
 
     def __contains__(self, version: Version) -> bool:
@@ -100,8 +114,10 @@ class Resident:
             yield np.array([stands[version].row for version in versions], dtype=np.int64)
         finally:
             with self._changed:
-                for stand in stands.values():
+                for version, stand in stands.items():
                     stand.calls -= 1
+                    if version in self._dropped and stand.there and not stand.calls:
+                        self._leave(version)
                 self._changed.notify_all()
 
     def fetch(self, version: Version) -> None:
@@ -124,11 +140,11 @@ class Resident:
             return
         with self.hold([version]), self._changed:
             others = sum(s.pinned for v, s in self._stands.items() if v is not version)
-            if others + 1 > self.rows // 2:
+            if others + 1 > self._most_pinned:
                 raise UsageError(
                     "no more tasks can be pinned",
                     where=version.name,
-                    wanted=f"at most half of the {self.rows} rows pinned",
+                    wanted=f"at most {self._most_pinned} of the {self.rows} rows pinned",
                     found=f"{others} pinned",
                     do="unpin another task, or start the server with more --rows",
                 )
@@ -142,14 +158,13 @@ class Resident:
     def drop(self, version: Version) -> None:
         """Give a version's row back, now or when the calls that run with it end."""
         with self._changed:
+            self._dropped.add(version)
             stand = self._stands.get(version)
             if stand is None:
                 return
             stand.pinned = False
             if stand.calls == 0 and stand.there:
                 self._leave(version)
-            else:
-                self._stands.move_to_end(version, last=False)  # the first to make room
             self._changed.notify_all()
 
     def _claim(

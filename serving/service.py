@@ -43,7 +43,7 @@ class Answers:
 
     Attributes:
         logits: `[n, K]` float32, K the largest class count; columns past a task's own classes hold
-            the lowest float32. `[n, Q, K]` where a task answers with more axes.
+            a quarter of the lowest float32. `[n, Q, K]` where a task answers with more axes.
         labels: The name of the best of the task's own classes, `n` of them; none without labels.
         scores: `[n]` float32, the softmax of that class over the task's own classes; `[0]` without
             labels.
@@ -164,7 +164,7 @@ class Service:
         count = default_rows(bundle, device) if rows is None else rows
         _require_rows(bundle, count)
         session = bundle.open_session(device, rows=count)
-        resident = Resident(session, count, row_bytes(bundle))
+        resident = Resident(session, count, row_bytes(bundle), largest_call=bundle.engine.max_batch)
         store = None if fixed(bundle) else Store(keep, bundle.identity)
         return cls(bundle, session, fan_out=every, resident=resident, store=store)
 

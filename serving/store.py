@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..export.mapped import map_file
-from ..merge.errors import IncompatibleArtefact, UsageError
+from ..merge.errors import IncompatibleArtefact, UsageError, UtuneError
 from ..merge.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -40,17 +40,18 @@ class Kept:
     """What the table says of one task.
 
     Attributes:
-        files: The packed file of each version by its number; of version 1 of a task that the bundle shipped
-            there is none.
+        files: The packed file of each version by its number; of the one that the bundle shipped there is none.
         current: The version in use; 0 where the task was removed.
         pinned: Whether it stays in the engine's memory.
         counted: The highest number that a version ever had.
+        shipped: Whether the version that the bundle shipped, its first, is kept too.
     """
 
     files: Mapping[int, str]
     current: int
     pinned: bool = False
     counted: int = 1
+    shipped: bool = False
 
 
 class Store:
@@ -74,13 +75,15 @@ class Store:
         self.lasting = folder is not None
         self._folder = folder
         self._identity = identity
-        self._named: set[str] = set()
         self._remove = None
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
+                for pattern in (f".{TABLE}.*", ".*.task.*"):  # of a server that was killed
+                    for path in folder.glob(pattern):
+                        path.unlink()
             except OSError as cause:
                 raise UsageError(
                     "tasks cannot be kept there",
@@ -115,10 +118,19 @@ class Store:
                     current=int(entry["current"]),
                     pinned=bool(entry["pinned"]),
                     counted=int(entry["counted"]),
+                    shipped=bool(entry["shipped"]),
                 )
                 for name, entry in table["tasks"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        except (
+            OSError,
+            ArithmeticError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as cause:
             raise IncompatibleArtefact("the table of tasks is malformed", where=path) from cause
         if (kind, version) != (FORMAT, VERSION) or identity != self._identity:
             raise IncompatibleArtefact(
@@ -130,10 +142,15 @@ class Store:
             )
         return kept
 
-    def write(self, kept: Mapping[str, Kept]) -> None:
-        """Replace the table, then remove the files that neither it nor the one before it names.
+    def write(self, kept: Mapping[str, Kept], in_use: Collection[str] = ()) -> None:
+        """Replace the table, then remove the files that it does not name.
 
-        A request that is under way may still ask for what was dropped just now.
+        Args:
+            kept: What the table says from now on.
+            in_use: Files that stay without being named: requests under way may ask for them.
+
+        Raises:
+            UtuneError: It cannot be written; the one before it stays.
         """
         table = {
             "format": FORMAT,
@@ -145,29 +162,39 @@ class Store:
                     "current": entry.current,
                     "pinned": entry.pinned,
                     "counted": entry.counted,
+                    "shipped": entry.shipped,
                 }
                 for name, entry in kept.items()
             },
         }
-        with atomic_file(self.folder / TABLE) as temporary:
-            temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-        named = {file for entry in kept.values() for file in entry.files.values()}
+        self._put(self.folder / TABLE, (json.dumps(table, indent=2) + "\n").encode())
+        named = {file for entry in kept.values() for file in entry.files.values()}.union(in_use)
         for path in self.folder.glob("*.task"):
-            if path.name not in named | self._named:
+            if path.name not in named:
                 with contextlib.suppress(OSError):  # on Windows a mapped file cannot be removed yet
                     path.unlink(missing_ok=True)
-        self._named = named
 
     def put(self, data: bytes) -> str:
-        """Keep a packed task; the name of its file."""
+        """Keep a packed task; the name of its file. One that is there stays as it is: it may be mapped.
+
+        Raises:
+            UtuneError: It cannot be written.
+        """
         name = f"{hashlib.sha256(data).hexdigest()}.task"
         path = self.folder / name
-        if not self.lasting:
-            path.write_bytes(data)
-        elif not path.is_file():
+        if not path.is_file():
+            self._put(path, data)
+        return name
+
+    @staticmethod
+    def _put(path: Path, data: bytes) -> None:
+        try:
             with atomic_file(path) as temporary:
                 temporary.write_bytes(data)
-        return name
+        except OSError as cause:
+            raise UtuneError(
+                "a task cannot be kept", where=path, found=cause.strerror or str(cause)
+            ) from cause
 
     def map(self, file: str) -> dict[str, NDArray]:
         """The tensors of a kept file.

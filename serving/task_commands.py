@@ -109,7 +109,7 @@ class TaskCommands:
     async def run(self, command: dict[str, Any], file: bytes | None = None) -> dict[str, Any]:
         """Carry out one command; see the module for both."""
         action = command.get("action")
-        if action not in self._actions:
+        if not isinstance(action, str) or action not in self._actions:
             raise InvalidRequest(
                 "unknown action", wanted=f"one of {', '.join(self._actions)}", found=action
             )
@@ -136,7 +136,7 @@ class TaskCommands:
             )
         async with self._change:
             staged = await asyncio.to_thread(tasks.stage, data, update=update)
-            with _unless_published(tasks, staged):
+            with self._unless_published(tasks, staged):
                 answers = await self._batcher.submit(tasks.probe(staged))
                 tasks.require_right(staged, answers)
                 await asyncio.to_thread(tasks.publish, staged, update=update)
@@ -198,6 +198,17 @@ class TaskCommands:
         async with self._change:
             await asyncio.to_thread(tasks.pin, name, pinned=pinned)
         return self._shown(name)
+
+    @contextlib.contextmanager
+    def _unless_published(self, tasks: Tasks, staged: Staged) -> Iterator[None]:
+        """Give back what a version took when the block ends with an error."""
+        try:
+            yield
+        except BaseException:
+            tasks.discard(staged)
+            if staged.version.name not in self._service.registry.versions:
+                self._service.counters.forget(staged.version.name)  # the probe was counted
+            raise
 
     def _shown(self, name: str) -> dict[str, Any]:
         (entry,) = self._service.entries(name)
@@ -267,17 +278,10 @@ def _one(tensor: Any) -> bytes:
             found=list(tensor.shape),
         )
     (element,) = elements
-    return element.encode() if isinstance(element, str) else element
-
-
-@contextlib.contextmanager
-def _unless_published(tasks: Tasks, staged: Staged) -> Iterator[None]:
-    """Give back what a version took when the block ends with an error."""
     try:
-        yield
-    except BaseException:
-        tasks.discard(staged)
-        raise
+        return element.encode() if isinstance(element, str) else element
+    except UnicodeEncodeError as cause:
+        raise InvalidRequest("an input is not text in UTF-8", where=tensor.name) from cause
 
 
 def _named(command: dict[str, Any]) -> str:

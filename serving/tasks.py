@@ -12,9 +12,11 @@ Requests under way keep the version that they were checked with.
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from .store import Kept, Store
 from .versions import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -56,12 +58,12 @@ class Staged:
     packed: Packed
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Life:
     """Every version of one task that is kept."""
 
-    versions: dict[int, Version]
-    files: dict[int, str]
+    versions: Mapping[int, Version]
+    files: Mapping[int, str]
     current: int  # 0: removed
     counted: int
     pinned: bool = False
@@ -86,6 +88,9 @@ class Tasks:
         self._registry = registry
         self._resident = resident
         self._lock = threading.RLock()
+        # Also of versions that no table names: a request under way may ask for them, a staged one will.
+        self._files: WeakKeyDictionary[Version, str] = WeakKeyDictionary()
+        # Replaced as a whole: who only looks waits for no change that is being written down.
         self._lives: dict[str, _Life] = {
             name: _Life({1: version}, {}, current=1, counted=1)
             for name, version in registry.versions.items()
@@ -100,15 +105,14 @@ class Tasks:
         Raises:
             UsageError: There is no such task.
         """
-        with self._lock:
-            shown = [name] if name is not None else list(self._registry.versions)
-            return [self._entry(each, self._living(each)) for each in shown]
+        if name is not None:
+            return [self._entry(self._living(name))]
+        return [self._entry(life) for life in self._lives.values() if life.current]
 
     def numbers(self, name: str) -> list[int]:
         """The versions of a task that are kept; none of an unknown one."""
-        with self._lock:
-            life = self._lives.get(name)
-            return sorted(life.versions) if life is not None else []
+        life = self._lives.get(name)
+        return sorted(life.versions) if life is not None else []
 
     def version(self, name: str, number: int) -> Version:
         """A version of a task, in use or not.
@@ -116,16 +120,15 @@ class Tasks:
         Raises:
             UsageError: There is none.
         """
-        with self._lock:
-            life = self._living(name)
-            if number not in life.versions:
-                raise UsageError(
-                    "the task has no such version",
-                    where=name,
-                    wanted=f"one of {', '.join(map(str, life.versions))}",
-                    found=number,
-                )
-            return life.versions[number]
+        life = self._living(name)
+        if number not in life.versions:
+            raise UsageError(
+                "the task has no such version",
+                where=name,
+                wanted=f"one of {', '.join(map(str, life.versions))}",
+                found=number,
+            )
+        return life.versions[number]
 
     def stage(self, data: bytes, *, update: bool) -> Staged:
         """Hold a packed task to what the engine takes, and keep it.
@@ -146,8 +149,8 @@ class Tasks:
             life = self._lives.get(name)
             number = 1 if life is None else life.counted + 1
             file = self.store.put(data)
-        read = partial(_bank_of, self.store, file)
-        return Staged(Version(packed.task, number, read=read), file, packed)
+            version = self._read_from(file, packed, number)
+        return Staged(version, file, packed)
 
     def probe(self, staged: Staged) -> Request:
         """The request that the version is held to."""
@@ -166,7 +169,8 @@ class Tasks:
         probe = staged.packed.probe
         if probe is None:
             return
-        own = answers.logits[..., : probe.logits.shape[-1]]
+        task = staged.version.task
+        own = answers.logits[..., : len(task.labels) or task.width]
         result = compare("probe", own, probe.logits, probe.budget)
         if not result.passed:
             raise CheckFailed(
@@ -187,34 +191,36 @@ class Tasks:
         with self._lock:
             self._require_name(name, update=update)
             life = self._lives.get(name) or _Life({}, {}, current=0, counted=0)
-            if version.number != life.counted + 1:
+            if version.number != life.counted + 1 or version not in self._files:
                 raise UsageError("the task was changed by somebody else meanwhile", where=name)
-            pinned = life.pinned
-            before = life.versions.get(life.current)
-            life = replace(
-                life,
-                versions={**life.versions, version.number: version},
-                files={**life.files, version.number: staged.file},
-                current=version.number,
-                counted=version.number,
-            )
-            surplus = len(life.versions) - KEPT_VERSIONS
-            for old in sorted(life.versions)[
-                : max(0, surplus)
-            ]:  # never the newest, which is in use
-                self._resident.drop(life.versions.pop(old))
-                life.files.pop(old, None)
-            self._lives[name] = life
-            if pinned and before is not None:
-                self._resident.pin(before, pinned=False)
-                self._resident.pin(version)
-            self._settle("update" if update else "add")
+            versions = {**life.versions, version.number: version}
+            kept = sorted(versions)[-KEPT_VERSIONS:]  # the newest, which is in use, among them
+            files = {**life.files, version.number: staged.file}
+            with self._pin_moved(life, version):
+                self._settle(
+                    "update" if update else "add",
+                    name,
+                    replace(
+                        life,
+                        versions={number: versions[number] for number in kept},
+                        files={number: files[number] for number in kept if number in files},
+                        current=version.number,
+                        counted=version.number,
+                    ),
+                )
+            for number in versions.keys() - kept:
+                self._resident.drop(versions[number])
 
     def discard(self, staged: Staged) -> None:
-        """Give back what a version took that is not to be published."""
-        self._resident.drop(staged.version)
+        """Give back what a version took that is not to be published; one that was stays."""
+        version = staged.version
         with self._lock:
-            self.store.write(self._kept())
+            life = self._lives.get(version.name)
+            if life is not None and life.versions.get(version.number) is version:
+                return
+            self._files.pop(version, None)
+            self._resident.drop(version)
+            self._write(self._lives)
 
     def remove(self, name: str) -> None:
         """Refuse the task from now on; requests under way are answered.
@@ -228,10 +234,9 @@ class Tasks:
                 raise UsageError(
                     "the last task cannot be removed", where=name, do="add another one first"
                 )
+            self._settle("remove", name, _Life({}, {}, current=0, counted=life.counted))
             for version in life.versions.values():
                 self._resident.drop(version)
-            self._lives[name] = _Life({}, {}, current=0, counted=life.counted)
-            self._settle("remove")
 
     def use(self, name: str, number: int) -> None:
         """Answer with another version of the task from now on.
@@ -241,12 +246,8 @@ class Tasks:
         """
         with self._lock:
             life = self._living(name)
-            version = self.version(name, number)
-            if life.pinned:
-                self._resident.pin(life.versions[life.current], pinned=False)
-                self._resident.pin(version)
-            life.current = number
-            self._settle("rollback")
+            with self._pin_moved(life, self.version(name, number)):
+                self._settle("rollback", name, replace(life, current=number))
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
         """Keep the task's version in use in the engine's memory, or let it make room again.
@@ -257,27 +258,59 @@ class Tasks:
         with self._lock:
             life = self._living(name)
             self._resident.pin(life.versions[life.current], pinned=pinned)
-            life.pinned = pinned
-            self.store.write(self._kept())
+            lives = {**self._lives, name: replace(life, pinned=pinned)}
+            self._write(lives)
+            self._lives = lives
 
-    def _settle(self, change: str) -> None:
-        """Write the table down, then show it to requests."""
-        self.store.write(self._kept())
+    def _settle(self, change: str, name: str, life: _Life) -> None:
+        """Write the table with this life in it down, then show it to requests."""
+        lives = {**self._lives, name: life}
+        self._write(lives)
+        self._lives = lives
         self._show()
         self.changes[change] += 1
+
+    @contextmanager
+    def _pin_moved(self, life: _Life, version: Version) -> Iterator[None]:
+        """The pin of a pinned task stands on this version, unless the block fails."""
+        before = life.versions.get(life.current)
+        if not life.pinned or before in (None, version):
+            yield
+            return
+        self._resident.pin(before, pinned=False)
+        try:
+            self._resident.pin(version)
+            yield
+        except BaseException:
+            self._resident.pin(version, pinned=False)
+            self._resident.pin(before)
+            raise
+
+    def _read_from(self, file: str, packed: Packed, number: int) -> Version:
+        """The version of a kept file, which stays as long as anybody holds the version."""
+        version = Version(packed.task, number, read=partial(_bank_of, self.store, file))
+        self._files[version] = file
+        return version
 
     def _show(self) -> None:
         self._registry.versions = {
             name: life.versions[life.current] for name, life in self._lives.items() if life.current
         }
 
-    def _kept(self) -> dict[str, Kept]:
-        """What differs from the bundle alone."""
-        return {
-            name: Kept(life.files, life.current, life.pinned, life.counted)
-            for name, life in self._lives.items()
+    def _write(self, lives: Mapping[str, _Life]) -> None:
+        """Write down what differs from the bundle alone."""
+        kept = {
+            name: Kept(
+                life.files,
+                life.current,
+                life.pinned,
+                life.counted,
+                shipped=bool(life.versions.keys() - life.files),
+            )
+            for name, life in lives.items()
             if life.files or not life.current or life.pinned
         }
+        self.store.write(kept, set(self._files.values()))
 
     def _take_up(self, name: str, kept: Kept) -> None:
         """A task as the store has it.
@@ -286,7 +319,7 @@ class Tasks:
             IncompatibleArtefact: A file is damaged, or is not the task's.
         """
         shipped = self._lives.get(name)
-        versions = dict(shipped.versions) if shipped is not None and kept.current else {}
+        versions = dict(shipped.versions) if shipped is not None and kept.shipped else {}
         for number, file in sorted(kept.files.items()):
             where = self.store.folder / file
             try:
@@ -296,9 +329,7 @@ class Tasks:
                     "a kept task is missing", where=where, do="remove the folder of kept tasks"
                 ) from cause
             self._require_fits(packed, where=where)
-            versions[number] = Version(
-                packed.task, number, read=partial(_bank_of, self.store, file)
-            )
+            versions[number] = self._read_from(file, packed, number)
         if kept.current and kept.current not in versions:
             raise IncompatibleArtefact(
                 "the table of tasks names a version that is not kept",
@@ -363,7 +394,7 @@ class Tasks:
             )
         return life
 
-    def _entry(self, name: str, life: _Life) -> dict[str, Any]:
+    def _entry(self, life: _Life) -> dict[str, Any]:
         version = life.versions[life.current]
         return entry(
             version,

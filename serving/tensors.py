@@ -152,22 +152,24 @@ def numbers(tensor: InputTensor) -> NDArray[Any]:
     if isinstance(tensor.content, (bytes, memoryview)):
         if len(tensor.content) != count * dtype.itemsize:
             raise _size_error(tensor, f"{count * dtype.itemsize} bytes", len(tensor.content))
-        return np.frombuffer(tensor.content, dtype=dtype).reshape(tensor.shape)
+        return _shaped(np.frombuffer(tensor.content, dtype=dtype), tensor)
     try:
         values = np.asarray(tensor.content)
+        if tensor.datatype == "UINT64" and values.dtype.kind == "f" and values.size:
+            values = _whole(tensor)
     except (ValueError, OverflowError, TypeError) as cause:  # ragged or too deep
         raise _values_error(tensor) from cause
-    # NumPy reads integers that leave int64 as another kind than "i".
+    # NumPy reads integers that leave int64 as another kind than "i", and beside others as floats.
     if values.size and values.dtype.kind not in _TAKES[dtype.kind]:
         raise _values_error(tensor)
     if dtype.kind in "iu" and values.size:
         room = np.iinfo(dtype)
         if values.min() < room.min or values.max() > room.max:
             raise _values_error(tensor)
-    if values.size != count or (values.ndim != 1 and values.shape != tensor.shape):
+    if values.size != count or (count and values.ndim != 1 and values.shape != tensor.shape):
         raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
     with np.errstate(over="ignore"):  # what leaves a float's range becomes infinite
-        return values.astype(dtype.newbyteorder("=")).reshape(tensor.shape)
+        return _shaped(values.astype(dtype.newbyteorder("=")), tensor)
 
 
 def texts(tensor: InputTensor) -> list[bytes | str]:
@@ -180,14 +182,29 @@ def texts(tensor: InputTensor) -> list[bytes | str]:
         elements: list[Any] = _split_bytes(tensor)
     else:
         elements = list(tensor.content)
-        for _ in tensor.shape[1:]:
-            if all(isinstance(element, list) for element in elements):
+        for size in tensor.shape[1:]:
+            if all(isinstance(element, list) and len(element) == size for element in elements):
                 elements = [inner for element in elements for inner in element]
         if not all(isinstance(element, (str, bytes)) for element in elements):
             raise _values_error(tensor)
     if len(elements) != math.prod(tensor.shape):
         raise _size_error(tensor, f"{math.prod(tensor.shape)} elements", len(elements))
     return elements
+
+
+def _whole(tensor: InputTensor) -> NDArray[Any]:
+    """Integers of which some leave int64."""
+    values = np.asarray(tensor.content, dtype=object)
+    if not all(type(value) is int and 0 <= value < 1 << 64 for value in values.flat):
+        raise _values_error(tensor)
+    return values.astype(np.uint64)
+
+
+def _shaped(values: NDArray[Any], tensor: InputTensor) -> NDArray[Any]:
+    try:
+        return values.reshape(tensor.shape)
+    except (ValueError, OverflowError) as cause:  # of no elements, and still too large for an array
+        raise _size_error(tensor, "sizes that an array can have", list(tensor.shape)) from cause
 
 
 def _split_bytes(tensor: InputTensor) -> list[bytes]:

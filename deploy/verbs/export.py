@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
@@ -14,12 +15,14 @@ from ..options import (
     dry_run_option,
     force_option,
     json_option,
+    setting,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ...export.engine import Device
+    from ...merge.bank import Room
     from ..console import Console
 
 STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "build", "done")
@@ -43,6 +46,12 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "build", 
     default="constants",
     show_default=True,
     help="multi: the tasks' tensors inside the engine, or inputs of it.",
+)
+@click.option(
+    "--room",
+    metavar="KEY=NUMBER",
+    multiple=True,
+    help="Bank as inputs: sizes of rank, classes or keys that tasks added later may have; repeatable.",
 )
 @click.option(
     "--fan-out",
@@ -92,6 +101,7 @@ def command(
     output: Path,
     mode: str,
     bank: str,
+    room: tuple[str, ...],
     fan_out: bool,
     precision: str,
     name: str | None,
@@ -113,6 +123,8 @@ def command(
 
     if target != "tensorrt" and (prepare or weights_form):
         raise UsageError("--prepare and --weights-form are of --target tensorrt")
+    if target == "tensorrt" and room:
+        raise UsageError("--room is of the ONNX Runtime target")
     if target == "tensorrt" and fan_out:
         raise UsageError(
             "one folder holds one TensorRT engine",
@@ -186,6 +198,7 @@ def command(
             fan_out=fan_out,
             precision=precision,
             max_batch=max_batch,
+            room=_room(room),
             evidence=Evidence(pictures),
             device=device,
             force=force,
@@ -211,6 +224,23 @@ def command(
         if len(engines) == 1
         else f"wrote {output} ({bundle.mode} and fan-out, {len(bundle.tasks)} tasks, engines {sizes})"
     )
+
+
+def _room(settings: tuple[str, ...]) -> Room:
+    """The sizes that `--room` names."""
+    from ...merge.bank import Room
+    from ...merge.errors import UsageError
+
+    sizes = dict(map(setting, settings))
+    known = [field.name for field in fields(Room)]
+    for key, value in sizes.items():
+        if key not in known or not value.isdecimal():
+            raise UsageError(
+                "--room cannot be read",
+                wanted=f"one of {', '.join(known)}, and a whole number",
+                found=f"{key}={value}",
+            )
+    return Room(**{key: int(value) for key, value in sizes.items()})
 
 
 def _typed(typing) -> list[str]:

@@ -131,6 +131,7 @@ class OnnxRuntimeSession:
         }
         self._bank: dict[str, ort.OrtValue] = {}
         self._memory: HostRows | DeviceRows | None = None
+        self._rows = 0
         if bank is not None or not self._bank_names:
             self.replace_bank(bank or {})
 
@@ -200,12 +201,15 @@ class OnnxRuntimeSession:
             self._memory = HostRows({n: np.empty(s, self._types[n]) for n, s in shapes.items()})
         else:
             self._memory = DeviceRows(shapes, self._types, self.device)
+        self._rows = rows
         self._bank = dict(self._memory.values)
 
     def write_row(self, row: int, tensors: Mapping[str, NDArray[Any]]) -> None:
         """See `Session.write_row`."""
         if self._memory is None:
             raise UsageError("the engine's bank has no rows of its own", do="call reserve first")
+        if not 0 <= row < self._rows:
+            raise UsageError("the bank has no such row", wanted=f"0 to {self._rows - 1}", found=row)
         if set(tensors) != self._bank_names:
             missing = sorted(self._bank_names ^ set(tensors))
             raise IncompatibleArtefact(

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
+from ...merge.errors import CheckFailed, IncompatibleArtefact
 from ..rejections import (
     BadReply,
     DeadlineExceeded,
@@ -33,13 +34,16 @@ FINAL = "final"
 HTTP = {
     404: UnknownModel,
     408: DeadlineExceeded,
+    409: CheckFailed,
+    422: IncompatibleArtefact,
     503: Overloaded,
     504: DeadlineExceeded,
 }
 GRPC = {
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
-    "FAILED_PRECONDITION": InvalidRequest,
+    "ABORTED": CheckFailed,
+    "FAILED_PRECONDITION": IncompatibleArtefact,
     "ALREADY_EXISTS": InvalidRequest,
     "RESOURCE_EXHAUSTED": InvalidRequest,
     "PERMISSION_DENIED": InvalidRequest,

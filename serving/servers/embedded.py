@@ -40,6 +40,7 @@ MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request ou
 JSON_GROWTH = (
     16  # as JSON a float32 takes up to about 25 bytes instead of 4, an int64 21 instead of 8
 )
+PACKED_GROWTH = 2  # base64 takes four bytes for three
 DRAIN_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75  # longer than a person's pause; many clients do not try again by themselves
 
@@ -136,6 +137,8 @@ async def running(
     models = [BundleModel(batcher, max_delay_ms=max_delay_ms) for batcher in batchers]
     repository = BundleRepository(models, control=task_control)
     limit = max(MIN_BODY, *(JSON_GROWTH * _largest_request(each.registry) for each in services))
+    if service.tasks is not None and service.resident is not None:
+        limit += PACKED_GROWTH * service.resident.row_bytes
     version = _version()
     await asyncio.to_thread(service.warm)
     async with contextlib.AsyncExitStack() as stack:

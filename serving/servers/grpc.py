@@ -260,8 +260,12 @@ def _classes(output: Any) -> int:
 async def _abort(context: Any, error: UtuneError) -> Any:
     if isinstance(error, UnknownModel):
         code = grpc.StatusCode.NOT_FOUND
-    elif isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
+    elif isinstance(error, UsageError):
         code = grpc.StatusCode.INVALID_ARGUMENT
+    elif isinstance(error, CheckFailed):
+        code = grpc.StatusCode.ABORTED
+    elif isinstance(error, IncompatibleArtefact):
+        code = grpc.StatusCode.FAILED_PRECONDITION
     elif isinstance(error, (Overloaded, Expired, Stopping)):
         code = grpc.StatusCode.UNAVAILABLE
     else:

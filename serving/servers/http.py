@@ -371,15 +371,20 @@ def _kind(value: Any) -> str:
 
 
 def _refuse(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": sentence}, status_code=status, headers=headers)
+    body = json.dumps({"error": sentence})  # ASCII: the sentence may hold half a character
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 
 async def _on_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, UtuneError)
     if isinstance(error, UnknownModel):
         return _refuse(404, one_line(error))
-    if isinstance(error, (UsageError, IncompatibleArtefact, CheckFailed)):
+    if isinstance(error, UsageError):
         return _refuse(400, one_line(error))
+    if isinstance(error, CheckFailed):
+        return _refuse(409, one_line(error))
+    if isinstance(error, IncompatibleArtefact):
+        return _refuse(422, one_line(error))
     if isinstance(error, (Overloaded, Expired, Stopping)):
         return _refuse(503, one_line(error), {"Retry-After": "1"})
     log.error("a request failed", exc_info=error)

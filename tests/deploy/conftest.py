@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy as np
 
@@ -172,3 +172,37 @@ def picture() -> Callable[[int], bytes]:
         return buffer.getvalue()
 
     return picture
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[[Any], Any]:
+    """`with served(service) as addresses`: the embedded server in a thread."""
+    import asyncio
+    import threading
+    from contextlib import contextmanager
+
+    from utune_deploy.serving.servers.embedded import running
+
+    @contextmanager
+    def served(service: Any) -> Iterator[Any]:
+        ready = threading.Event()
+        box: dict[str, Any] = {}
+
+        async def serve() -> None:
+            box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
+            async with running(service) as addresses:
+                box["addresses"] = addresses
+                ready.set()
+                await box["stop"].wait()
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
+        thread.start()
+        try:
+            assert ready.wait(60)
+            yield box["addresses"]
+        finally:
+            if "loop" in box:
+                box["loop"].call_soon_threadsafe(box["stop"].set)
+            thread.join(60)
+
+    return served

@@ -10,9 +10,11 @@ import pytest
 
 from utune_deploy.deploy import add
 from utune_deploy.deploy.add import add_tasks
+from utune_deploy.deploy.build import export_bundle
 from utune_deploy.export.bundle import BANK, MANIFEST, open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
+from utune_deploy.merge.bank import Room
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
 
 if TYPE_CHECKING:
@@ -171,3 +173,41 @@ def test_an_output_that_is_there_is_refused(
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match="the output already exists"):
         add_tasks(bundles("inputs"), vit, [as_task(later[0])], tmp_path)
+
+
+def test_room_takes_tasks_that_are_larger_than_those_that_were_exported(
+    vit: Backbone,
+    random_delta: Callable[..., Delta],
+    as_task: Any,
+    alone: Any,
+    images: Any,
+    tmp_path: Path,
+) -> None:
+    small = random_delta(vit, methods.lora(2), methods.prefix(2), task="small", classes=2, seed=1)
+    large = random_delta(vit, methods.lora(5), methods.prefix(4), task="large", classes=7, seed=6)
+    room = Room(rank=5, classes=7, keys=4)
+    old = export_bundle(
+        tmp_path / "roomy", vit, [as_task(small)], bank="inputs", max_batch=4, room=room
+    )
+    new = add_tasks(old, vit, [as_task(large)], tmp_path / "grown")
+    batch = images(2, seed=3)
+    found = new.open_session(Device(threads=1)).run(batch, np.arange(2))
+    assert found.shape == (2, 7)
+    for row, delta in enumerate((small, large)):
+        wanted = alone(delta, batch[row : row + 1])[0]
+        error = np.abs(found[row, : len(wanted)] - wanted).max()
+        assert error <= 2e-5 * np.abs(wanted).max()
+    with pytest.raises(IncompatibleArtefact, match="larger than its slot"):
+        add_tasks(
+            new,
+            vit,
+            [as_task(random_delta(vit, methods.lora(6), task="more", classes=2, seed=3))],
+            tmp_path / "no",
+        )
+
+
+def test_room_is_for_a_bank_that_is_an_input(
+    vit: Backbone, later: list[Delta], as_task: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--bank inputs"):
+        export_bundle(tmp_path / "b", vit, [as_task(later[0])], room=Room(rank=8))

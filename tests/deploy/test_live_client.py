@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -17,46 +15,27 @@ from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.backbone import save
 from utune_deploy.merge.delta import save_delta
+from utune_deploy.merge.errors import IncompatibleArtefact
 from utune_deploy.serving.client import Client
 from utune_deploy.serving.rejections import InvalidRequest
-from utune_deploy.serving.servers.embedded import running
 from utune_deploy.serving.service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta
-    from utune_deploy.serving.servers.ports import Addresses
-
-
-@contextmanager
-def served(service: Service) -> Iterator[Addresses]:
-    ready = threading.Event()
-    box: dict[str, Any] = {}
-
-    async def serve() -> None:
-        box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
-        async with running(service) as addresses:
-            box["addresses"] = addresses
-            ready.set()
-            await box["stop"].wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert ready.wait(60)
-        yield box["addresses"]
-    finally:
-        if "loop" in box:
-            box["loop"].call_soon_threadsafe(box["stop"].set)
-        thread.join(60)
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_a_task_lives_on_a_running_server(
-    tmp_path: Path, vit: Backbone, deltas: dict[str, Delta], picture: Any, cli: Any, scheme: str
+    tmp_path: Path,
+    vit: Backbone,
+    deltas: dict[str, Delta],
+    picture: Any,
+    cli: Any,
+    served: Any,
+    scheme: str,
 ) -> None:
     save(tmp_path / "backbone", vit)
     for task in ("lora", "dual"):
@@ -97,5 +76,5 @@ def test_a_task_lives_on_a_running_server(
         client.remove("other")
         with pytest.raises(InvalidRequest, match="unknown task"):
             client.ask(picture(0), task="other")
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(IncompatibleArtefact):
             client.add(b"no packed task")

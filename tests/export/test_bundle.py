@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -574,3 +575,15 @@ def test_a_bank_of_other_tensors_is_refused_when_its_digest_came_along(
     adopt(bundle.path, BANK, tmp_path / "other")
     with pytest.raises(IncompatibleArtefact, match="the bank does not hold the tensors"):
         open_bundle(bundle.path).open_session()
+
+
+def test_a_bank_of_bfloat16_is_read(write: Callable[..., Bundle]) -> None:
+    bundle = write("b", bank="inputs")
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in bundle.read_bank().items()}
+    save_file(half, bundle.path / BANK, metadata={TASKS: tasks_digest(bundle.tasks)})
+    write_manifest(bundle.path, bundle)
+    found = open_bundle(bundle.path).read_bank()
+    assert set(found) == set(half)
+    for name, value in half.items():
+        assert found[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found[name], value)

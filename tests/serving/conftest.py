@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,11 @@ from utune_deploy.export.bundle import (
 )
 from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Device, Tensor
 from utune_deploy.merge.preprocessing import Preprocessing
+from utune_deploy.serving.packed import Packed, Probe, write_packed
 from utune_deploy.serving.service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SIZE = 8
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
@@ -212,6 +213,169 @@ def _write_bundle(
             onnx.save(proto, folder / file)
     write_manifest(folder, replace(bundle, identity=identity))
     return open_bundle(folder)
+
+
+HEAD, OWN = (
+    "bank/head/weight",
+    "bank/head/own",
+)  # [tasks, 192, 5], [tasks, 5]: 1 where a class is the task's
+
+
+def _row_of(classes: int, seed: int) -> dict[str, np.ndarray]:
+    """A task's row of the bank: a seeded head, and which of the five classes are its own."""
+    random = np.random.default_rng([classes, seed])
+    width = max(CLASSES.values())
+    return {
+        HEAD: random.standard_normal((3 * SIZE * SIZE, width)).astype(np.float32),
+        OWN: (np.arange(width) < classes).astype(np.float32),
+    }
+
+
+def _facts(name: str, classes: int, seed: int, row: int = 0) -> Task:
+    return Task(
+        name=name,
+        row=row,
+        labels=tuple(f"{name}-{seed}-{k}" for k in range(classes)),
+        preprocessing=Preprocessing(size=(SIZE, SIZE)),
+        delta=f"{seed:064x}",
+    )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A task and what it must answer."""
+
+    packed: Packed
+
+    @property
+    def name(self) -> str:
+        return self.packed.task.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.packed.task.labels
+
+    @property
+    def data(self) -> bytes:
+        return write_packed(self.packed)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Of the task's own classes, in float64."""
+        flat = images.reshape(len(images), -1).astype(np.float64)
+        return flat @ self.packed.tensors[HEAD].astype(np.float64)[:, : len(self.labels)]
+
+    def answers(self, images: np.ndarray, logits: np.ndarray) -> bool:
+        """Whether these are the task's logits, `[n, 5]` or its own alone."""
+        wanted = self.logits(images)
+        own, padding = np.split(np.asarray(logits, np.float64), [wanted.shape[1]], axis=-1)
+        return (
+            own.shape == wanted.shape
+            and np.allclose(own, wanted, rtol=1e-5, atol=1e-3)
+            and bool((padding == LOWEST).all())
+        )
+
+    def changed(self, **changes: object) -> Made:
+        """The same with other fields, of the task where it has them."""
+        task = {k: v for k, v in changes.items() if k in Task.__dataclass_fields__}
+        rest = {k: v for k, v in changes.items() if k not in task}
+        return Made(replace(self.packed, task=replace(self.packed.task, **task), **rest))
+
+
+def _write_inputs_bundle(folder: Path, name: str = "tiny") -> Bundle:
+    """Three tasks in a bundle whose bank is an input of its engine."""
+    folder.mkdir(parents=True)
+    width = max(CLASSES.values())
+    flatten, _, given, features = _pictures()
+    nodes = [
+        *flatten,
+        helper.make_node("Unsqueeze", ["flat", "one"], ["lines"]),
+        helper.make_node("Gather", [HEAD, TASK], ["heads"], axis=0),
+        helper.make_node("MatMul", ["lines", "heads"], ["products"]),
+        helper.make_node("Squeeze", ["products", "one"], ["raw"]),
+        helper.make_node("Gather", [OWN, TASK], ["marks"], axis=0),
+        helper.make_node("Cast", ["marks"], ["mask"], to=TensorProto.BOOL),
+        helper.make_node("Where", ["mask", "raw", "lowest"], [LOGITS]),
+    ]
+    inputs = (
+        *given,
+        Tensor(TASK, "int64", ("batch",)),
+        Tensor(HEAD, "float32", ("tasks", features, width)),
+        Tensor(OWN, "float32", ("tasks", width)),
+    )
+    outputs = (Tensor(LOGITS, "float32", ("batch", width)),)
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    constants = {"one": np.array([1], dtype=np.int64), "lowest": np.array(LOWEST)}
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in inputs],
+        [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in outputs],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    tasks = tuple(_facts(n, CLASSES[n], 0, row) for row, n in enumerate(CLASSES))
+    rows = [_row_of(CLASSES[n], 0) for n in CLASSES]
+    backbone = {"architecture": "tiny", "fingerprint": "f" * 64}
+    identity = identity_of(backbone, "multi", "inputs", tasks, "fp32", inputs)
+    helper.set_model_props(model, {IDENTITY: identity})
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / "model.onnx")
+    save_file(
+        {key: np.stack([row[key] for row in rows]) for key in rows[0]},
+        folder / BANK,
+        metadata={TASKS: tasks_digest(tasks)},
+    )
+    engine = Engine("onnxruntime", "model.onnx", "fp32", 18, MAX_BATCH, inputs, outputs)
+    facts = {"plan": {"slots": []}, "check": {}, "versions": {}, "identity": identity}
+    write_manifest(
+        folder, Bundle(folder, name, "multi", "inputs", engine, tasks, backbone, **facts)
+    )
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="session")
+def inputs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The three tasks, of 5, 3 and 2 classes, whose bank is an input."""
+    return _write_inputs_bundle(tmp_path_factory.mktemp("bundles") / "inputs")
+
+
+@pytest.fixture(scope="session")
+def make_task(inputs_bundle: Bundle) -> Callable[..., Made]:
+    """`make_task(name, classes, seed, probe=...)` -> a packed task for `inputs_bundle` and its answers.
+
+    Seed 0 of a shipped task's name is that task.
+    """
+
+    def make(name: str, classes: int | None = None, seed: int = 0, *, probe: bool = False) -> Made:
+        classes = CLASSES.get(name, 3) if classes is None else classes
+        made = Made(
+            Packed(
+                _facts(name, classes, seed),
+                inputs_bundle.identity,
+                inputs_bundle.backbone["fingerprint"],
+                _row_of(classes, seed),
+            )
+        )
+        if not probe:
+            return made
+        images = np.random.default_rng(9).standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
+        return made.changed(probe=Probe({IMAGES: images}, made.logits(images), 1e-5))
+
+    return make
+
+
+@pytest.fixture
+def open_live(inputs_bundle: Bundle) -> Iterator[Callable[..., Service]]:
+    """`open_live(rows=..., keep=...)` -> a service whose tasks can change; closed at the end."""
+    opened: list[Service] = []
+
+    def live(bundle: Bundle = inputs_bundle, **settings) -> Service:
+        opened.append(Service.open(bundle, Device(threads=1), **settings))
+        return opened[-1]
+
+    yield live
+    for service in opened:
+        service.close()
 
 
 @pytest.fixture(scope="session")

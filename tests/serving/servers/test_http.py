@@ -193,3 +193,19 @@ def test_no_json_brings_a_500(address, value, key, entry):
     for message in (value, {"inputs": [IMAGES, {**entry, key: value}]}, {**GOOD, key: value}):
         status, reply = _infer(address, message)
         assert status in (200, 400), reply
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"inputs": [IMAGES, {**TASK, "data": ["\ud800"]}]},
+        {"inputs": [{**IMAGES, "name": "\ud800"}, TASK]},
+        {**GOOD, "outputs": [{"name": "\ud800"}]},
+        {**GOOD, "id": "\ud800"},
+        {"inputs": [{**IMAGES, "shape": [0, 2**70], "data": []}, TASK]},
+    ],
+    ids=["task", "input", "output", "id", "shape"],
+)
+def test_half_a_character_or_a_size_beyond_memory_is_no_500(address, message):
+    status, reply = _infer(address, message)
+    assert status in (200, 400), reply

@@ -260,7 +260,7 @@ def test_what_a_client_asks_before_it_infers(addresses):
         rpc.get_model_config("tiny", as_json=True)["config"],
     ):
         assert config["max_batch_size"] == 8
-        assert int(config["dynamic_batching"]["max_queue_delay_microseconds"]) == 100
+        assert [tensor["name"] for tensor in config["input"]] == ["images", "task"]
     assert {"name": "tiny", "version": "1", "state": "READY"}.items() <= (
         web.get_model_repository_index()[0].items()
     )

@@ -244,7 +244,9 @@ class Batcher:
                 if self._stopping or due <= 0 or self._queue.rows >= self._max_batch:
                     return [ticket.item for ticket in self._queue.take(self._max_batch)]
                 if due < _TICK_NS:
-                    await asyncio.sleep(0)  # others run meanwhile; the processor has nothing else to do
+                    await asyncio.sleep(
+                        0
+                    )  # others run meanwhile; the processor has nothing else to do
                     continue
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), due / 1e9)

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import stat
 import tempfile
 import threading
@@ -95,8 +96,8 @@ class TaskLink:
     def close(self) -> None:
         """See the class."""
         self._closing = True
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
-            Client(str(self._where), family="AF_UNIX", authkey=self._key).close()  # wakes `accept`
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as wake:
+            wake.connect(str(self._where))  # `accept` returns; nobody waits for its greeting
         self._thread.join()
         self._listener.close()
         _key_of(self._where).unlink(missing_ok=True)

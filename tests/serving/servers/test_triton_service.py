@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import stat
-import threading
-import time
-import urllib.request
-from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
-import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
 
 from utune_deploy.export.bundle import Task
 from utune_deploy.export.engine import Device
-from utune_deploy.export.mapped import map_file
-from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.preprocessing import Preprocessing
-from utune_deploy.serving.client import Client
 from utune_deploy.serving.packed import Packed, Probe, write_packed
-from utune_deploy.serving.rejections import Expired, InvalidRequest, Overloaded
-from utune_deploy.serving.repository import write_repository
 from utune_deploy.serving.repository.options import ModelOptions
 from utune_deploy.serving.servers import triton
 

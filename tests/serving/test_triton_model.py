@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ class Metric:
 
 class MetricFamily:
     COUNTER, GAUGE = "counter", "gauge"
-    all: dict = {}
+    all: ClassVar[dict] = {}
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         assert name not in self.all

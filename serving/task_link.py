@@ -75,18 +75,34 @@ class TaskLink:
             run: Carries out one command with its file; called in several threads.
 
         Raises:
-            UsageError: The folder is somebody else's, or others may enter it.
+            UsageError: The folder is somebody else's, or others may enter it; or its path is too long.
         """
         self._where = where
         self._run = run
-        self._key = secrets.token_bytes(KEY_BYTES)
         _make_private(where.parent)
-        where.unlink(missing_ok=True)
-        key = _key_of(where)
-        key.unlink(missing_ok=True)
-        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(self._key)
-        self._listener = Listener(str(where), family="AF_UNIX", authkey=self._key)
+        _sweep(where)
+        # A model that is loaded anew runs in two processes for a while, so each has a socket of its own. The name
+        # that is known leads to the newer one's.
+        self._own = where.with_name(f"{where.name}.{os.getpid()}")
+        for stale in (self._own, _key_of(self._own)):
+            stale.unlink(missing_ok=True)
+        key = secrets.token_bytes(KEY_BYTES)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(_key_of(self._own), flags, 0o600), "wb") as file:
+            file.write(key)
+        try:
+            self._listener = Listener(str(self._own), family="AF_UNIX", authkey=key)
+        except OSError as cause:
+            raise UsageError(
+                "the socket cannot be made",
+                where=self._own,
+                found=cause.strerror or str(cause),
+                do="name a folder with a shorter path",
+            ) from cause
+        link = self._own.with_suffix(".new")
+        link.unlink(missing_ok=True)
+        link.symlink_to(self._own.name)
+        link.replace(where)
         self._closing = False
         self._runs: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -97,10 +113,13 @@ class TaskLink:
         """See the class."""
         self._closing = True
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as wake:
-            wake.connect(str(self._where))  # `accept` returns; nobody waits for its greeting
+            wake.connect(str(self._own))  # `accept` returns; nobody waits for its greeting
         self._thread.join()
         self._listener.close()
-        _key_of(self._where).unlink(missing_ok=True)
+        _key_of(self._own).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._where.readlink() == Path(self._own.name):
+                self._where.unlink()
         with contextlib.suppress(OSError):  # another model's socket is still there
             self._where.parent.rmdir()
         with self._lock:
@@ -146,8 +165,8 @@ def ask(where: Path, command: dict[str, Any], file: bytes | None = None) -> dict
         Refused: It was not; or the process is not there, or ended meanwhile.
     """
     try:
-        key = _key_of(where).read_bytes()
-        connection = Client(str(where), family="AF_UNIX", authkey=key)
+        own = where.with_name(str(where.readlink()))
+        connection = Client(str(own), family="AF_UNIX", authkey=_key_of(own).read_bytes())
     except (OSError, EOFError, AuthenticationError) as cause:
         raise Refused("UNAVAILABLE", "the model of these tasks is not ready, or stops") from cause
     try:
@@ -167,6 +186,14 @@ def ask(where: Path, command: dict[str, Any], file: bytes | None = None) -> dict
 
 def _key_of(where: Path) -> Path:
     return where.with_name(f"{where.name}.key")
+
+
+def _sweep(where: Path) -> None:
+    """Remove what processes left here that were killed."""
+    for path in where.parent.glob(f"{where.name}.*"):
+        number = path.name[len(where.name) + 1 :].partition(".")[0]
+        if not (number.isdecimal() and Path(f"/proc/{number}").exists()):
+            path.unlink(missing_ok=True)
 
 
 def _make_private(folder: Path) -> None:

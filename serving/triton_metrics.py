@@ -2,7 +2,8 @@
 
 Triton's Python backend has counters and gauges that are pushed, so a thread pushes once a second what has grown.
 A histogram is a counter there for each of its buckets, with the name and the label `le` that it has elsewhere:
-queries read the same numbers, and only the exposition's `# TYPE` lines differ.
+queries read the same numbers, and only the exposition's `# TYPE` lines differ. A series cannot be taken back
+there: that of a removed task stays as it was, and goes on from there when a task of its name comes.
 """
 
 from __future__ import annotations
@@ -61,19 +62,24 @@ class PushedMetrics:
                 return
 
     def push(self) -> None:
-        """Bring Triton's numbers to where the model's are; what is no longer there is taken away."""
-        before, self._series = self._series, {}
+        """Bring Triton's numbers to where the model's are."""
+        there = set()
         for sample in self._samples():
             key = (sample.name, *(part for pair in sample.labels.items() for part in pair))
-            known, value = before.get(key, (None, 0.0))
-            is_gauge = self._kind(sample) == GAUGE
-            if known is None or (sample.value < value and not is_gauge):  # forgotten, and new again
-                known, value = self._family(sample).Metric(labels=sample.labels), 0.0
-            if is_gauge and sample.value != value:
-                known.set(sample.value)
-            elif sample.value > value:
-                known.increment(sample.value - value)
+            there.add(key)
+            known, value = self._series.get(key, (None, 0.0))
+            if known is None:
+                known = self._family(sample).Metric(labels=sample.labels)
+            if self._kind(sample) == GAUGE:
+                if sample.value != value:
+                    known.set(sample.value)
+            else:
+                value = value if sample.value >= value else 0.0  # a task went and came again
+                if sample.value > value:
+                    known.increment(sample.value - value)
             self._series[key] = known, sample.value
+        for key in self._series.keys() - there:
+            self._series[key] = self._series[key][0], 0.0
 
     def _samples(self) -> Iterator[Sample]:
         for sample in (*samples(self._model), *late_samples(self._model)):

@@ -49,7 +49,7 @@ class TritonPythonModel:
         parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
         settings = Settings.read(parameters)
         self._service = Service.open(
-            open_bundle(folder / "bundle"),
+            open_bundle(settings.bundle or folder / "bundle"),
             Device(settings.provider, settings.threads or None, settings.kernels),
             all_tasks=ALL_TASKS in parameters,
             rows=settings.rows,

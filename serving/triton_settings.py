@@ -28,6 +28,7 @@ class Settings:
         keep: See `Service.open`.
         task_control: Whether clients may change the tasks.
         sockets: Folder of the sockets between models; None for one in the system's temporary folder.
+        bundle: Where the bundle is; None for beside the model's code.
         queueing: Settings of `Batcher`; None there is its own default.
     """
 
@@ -38,12 +39,13 @@ class Settings:
     keep: Path | None = None
     task_control: bool = False
     sockets: Path | None = None
+    bundle: Path | None = None
     queueing: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self) -> dict[str, str]:
         """The parameters."""
         texts = {"provider": self.provider, "threads": str(self.threads)}
-        for name in ("kernels", "rows", "keep", SOCKETS):
+        for name in ("kernels", "rows", "keep", SOCKETS, "bundle"):
             if (value := getattr(self, name)) is not None:
                 texts[name] = str(value)
         texts["task_control"] = json.dumps(self.task_control)
@@ -65,5 +67,6 @@ class Settings:
             keep=path("keep"),
             task_control=texts.get("task_control") == "true",
             sockets=path(SOCKETS),
+            bundle=path("bundle"),
             queueing=json.loads(texts.get("queueing", "{}")),
         )

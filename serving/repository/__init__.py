@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...export.engine import CPU
@@ -222,7 +223,11 @@ def _model(
     registry = Registry(bundle, all_tasks=all_tasks)
     fields, files = config.model_fields(registry, options, device)
     layout.finish(fields, registry, options, device)
-    return Model(fields, files, lambda version: layout.fill(version, bundle, all_tasks))
+    return Model(
+        fields,
+        files,
+        partial(layout.fill, bundle=bundle, all_tasks=all_tasks, in_place=options.in_place),
+    )
 
 
 def _write_model(path: Path, model: Model, version: str = protocol.VERSION) -> None:

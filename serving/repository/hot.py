@@ -146,14 +146,18 @@ class Hot:
             keep=options.keep and options.keep.absolute(),
             task_control=options.task_control,
             sockets=options.sockets,
+            bundle=registry.bundle.path.absolute() if options.in_place else None,
             queueing=options.queueing(),
         )
         fields["parameters"] |= as_parameters(settings.write())
 
-    def fill(self, version: Path, bundle: Bundle, all_tasks: bool) -> None:
+    def fill(
+        self, version: Path, bundle: Bundle, all_tasks: bool, *, in_place: bool = False
+    ) -> None:
         """Write the folder of a version; `model.py` reads from the configuration who answers."""
         del all_tasks
-        shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
+        if not in_place:
+            shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
         _carry_package(version / PACKAGE)
         text = "Serve the bundle beside this file with the package beside this file."
         (version / "model.py").write_text(MODEL.format(text=text, module="triton_model"))

@@ -47,6 +47,7 @@ class ModelOptions:
         keep: See `Service.open`.
         task_control: Whether clients may add, change and remove tasks.
         sockets: Folder of the sockets between the models; None for one in the system's temporary folder.
+        in_place: Leave the bundle where it is, for a repository that is served on this machine and thrown away.
     """
 
     max_delay_ms: float = MAX_DELAY_MS
@@ -66,6 +67,7 @@ class ModelOptions:
     keep: Path | None = None
     task_control: bool = False
     sockets: Path | None = None
+    in_place: bool = False
 
     def check(self, max_batch: int) -> None:
         """Refuse what Triton would refuse, or would take for something else.

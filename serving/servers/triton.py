@@ -200,7 +200,9 @@ def running(
             bundle,
             folder / "models",
             device=device,
-            options=replace(options, sockets=folder / "sockets"),
+            # The bundle stays out of what is polled: a hard link to one of its files, as another server's repository
+            # has it, would count as a change, and the model be loaded anew without its tasks.
+            options=replace(options, sockets=folder / "sockets", in_place=True),
         )
         _compile(fit, folder / "models")
         process = TritonProcess(fit, folder, host, ports, collector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from multiprocessing.connection import Client
@@ -74,9 +75,10 @@ def test_nobody_there_is_unavailable(listen, where):
 def test_only_this_user_and_who_knows_the_key_is_let_in(listen, where):
     listen(lambda *_: {})
     assert stat.S_IMODE(where.parent.stat().st_mode) == 0o700
-    assert stat.S_IMODE(where.with_name(f"{where.name}.key").stat().st_mode) == 0o600
+    own = where.resolve()
+    assert stat.S_IMODE(own.with_name(f"{own.name}.key").stat().st_mode) == 0o600
     with pytest.raises(Exception, match="digest"):
-        Client(str(where), family="AF_UNIX", authkey=b"guessed")
+        Client(str(own), family="AF_UNIX", authkey=b"guessed")
     assert task_link.ask(where, {}) == {}  # and the next one is heard
 
 
@@ -88,10 +90,20 @@ def test_a_folder_that_others_may_enter_is_refused(listen, where):
 
 def test_what_a_killed_process_left_is_no_hindrance(listen, where):
     where.parent.mkdir(mode=0o700)
-    for name in (where, where.with_name(f"{where.name}.key")):
-        name.write_text("stale")
+    for end in ("", ".4194999", ".4194999.key"):
+        where.with_name(where.name + end).write_text("stale")
     listen(lambda *_: {"well": True})
     assert task_link.ask(where, {}) == {"well": True}
+    assert len(list(where.parent.iterdir())) == 3
+
+
+def test_the_process_that_came_last_is_asked_and_the_first_one_ends(listen, where, monkeypatch):
+    first = listen(lambda *_: {"from": 1})
+    monkeypatch.setattr(os, "getpid", os.getppid)  # another one that lives
+    listen(lambda *_: {"from": 2})
+    assert task_link.ask(where, {}) == {"from": 2}
+    first.close()
+    assert task_link.ask(where, {}) == {"from": 2}
 
 
 def test_closing_waits_for_the_command_that_runs(listen, where):

@@ -278,7 +278,7 @@ def test_a_mistake_of_ours_is_an_answer_too(start, monkeypatch, triton_model):
     assert Asker(model)("pets").refused()[0] == TritonError.INTERNAL
 
 
-def test_metrics_grow_with_the_counters_and_go_with_their_task(start):
+def test_metrics_grow_with_the_counters(start):
     model = start()
     model.engine.gate.set()
     ask = Asker(model)
@@ -302,10 +302,7 @@ def test_metrics_grow_with_the_counters_and_go_with_their_task(start):
     counters = model._service.counters
     counters.forget("pets")
     model._metrics.push()
-    assert not [key for key in model._metrics._series if "pets" in key]
     counters.know("pets")
     ask("pets").answer()
     model._metrics.push()
-    assert (
-        model._metrics._series[("utune_task_rows_total", "model", "tiny", "task", "pets")][1] == 1
-    )
+    assert read("utune_task_rows_total", task="pets") == 4  # a counter never falls

@@ -107,20 +107,26 @@ class TritonPythonModel:
         self, sender: Any, outputs: list[OutputRequest], result: Answers | UtuneError
     ) -> None:
         """Answer one request, whatever happens: one that is never answered would never be let go."""
-        if not isinstance(result, UtuneError):
-            try:
-                response = triton.InferenceResponse(
-                    [
-                        triton.Tensor(tensor.name, np.ascontiguousarray(tensor.array))
-                        for tensor in write_answers(self._service.registry, result, outputs)
-                    ]
-                )
-            except Exception as mistake:
-                result = _as_ours(mistake)
-        if isinstance(result, UtuneError):
-            code = getattr(triton.TritonError, code_of(result))
-            response = triton.InferenceResponse(error=triton.TritonError(one_line(result), code))
+        try:
+            response = self._response(result, outputs)
+        except Exception as mistake:
+            response = _refusal(_as_ours(mistake))
         sender.send(response, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _response(self, result: Answers | UtuneError, outputs: list[OutputRequest]) -> Any:
+        if isinstance(result, UtuneError):
+            return _refusal(result)
+        return triton.InferenceResponse(
+            [
+                triton.Tensor(tensor.name, np.ascontiguousarray(tensor.array))
+                for tensor in write_answers(self._service.registry, result, outputs)
+            ]
+        )
+
+
+def _refusal(error: UtuneError) -> Any:
+    code = getattr(triton.TritonError, code_of(error))
+    return triton.InferenceResponse(error=triton.TritonError(one_line(error), code))
 
 
 def _as_ours(error: Exception) -> UtuneError:
@@ -138,7 +144,7 @@ def _is_first(args: dict[str, str]) -> bool:
 
 
 def _log_to_triton() -> None:
-    package = logging.getLogger(__package__.partition(".")[0])
+    package = logging.getLogger(__name__.partition(".")[0])
     package.handlers = [_TritonLog()]
     package.setLevel(logging.INFO)
     package.propagate = False

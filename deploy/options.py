@@ -149,6 +149,22 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
+def weight(text: str) -> tuple[str, float]:
+    """Task and weight of `TASK=NUMBER`.
+
+    Raises:
+        UsageError: It is not of that form, or the weight is no positive number.
+    """
+    name, value = setting(text)
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UsageError("a weight is no positive number", where=name, found=value)
+    return name, number
+
+
 def _argument(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from .queue import DEFAULT_PRIORITY, PRIORITY_LEVELS, FairQueue
 from .registry import MAX_DELAY_MS
-from .rejections import Expired, InvalidRequest, Overloaded, Stopping
+from .rejections import Cancelled, Expired, InvalidRequest, Overloaded, Stopping
 from .service import Answers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from .queue import Ticket
     from .registry import Request
@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 QUEUED_BATCHES = 32
 """Full batches that may wait; at 10 ms each, the last one waits a third of a second."""
 
+_TICK_NS = 1_000_000
+"""Event loops wake at whole milliseconds (Linux' epoll), which a shorter delay cannot wait for."""
+
+PATIENCE_NS = 10_000_000
+"""How long callers are taken to be still there: asking costs more than what a shorter wait could save."""
+
 
 @dataclass(eq=False)
 class _Waiting:
     request: Request
     arrived: int  # perf_counter_ns
     answer: asyncio.Future[Answers] = field(repr=False)
+    gone: Callable[[], bool] | None = None
 
 
 class Batcher:
@@ -145,7 +152,12 @@ class Batcher:
             raise
 
     def enqueue(
-        self, request: Request, *, priority: int = 0, timeout_us: int = 0
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        timeout_us: int = 0,
+        gone: Callable[[], bool] | None = None,
     ) -> Ticket[_Waiting]:
         """Let a request wait, for callers on this event loop that do not; `.item.answer` is its future.
 
@@ -153,6 +165,8 @@ class Batcher:
             request: As of `submit`.
             priority: As of `submit`.
             timeout_us: As of `submit`.
+            gone: Says whether the caller left; asked before the engine call of a request that waited longer
+                than `PATIENCE_NS`, which then is left out. None where callers cancel the future.
 
         Raises:
             InvalidRequest: The request is larger than a batch.
@@ -160,7 +174,7 @@ class Batcher:
             Stopping: The batcher drains.
         """
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(request, time.perf_counter_ns(), loop.create_future())
+        waiting = _Waiting(request, time.perf_counter_ns(), loop.create_future(), gone)
         timeout_ns = timeout_us * 1000 or self._default_timeout_ns
         try:
             self._check(request)
@@ -194,6 +208,9 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while batch := await self._next_batch():
             begun = time.perf_counter_ns()
+            batch = [waiting for waiting in batch if not self._left(waiting, begun)]
+            if not batch:
+                continue
             requests = [waiting.request for waiting in batch]
             try:
                 results = await loop.run_in_executor(self._engine, self.service.run, requests)
@@ -226,12 +243,24 @@ class Batcher:
                 due = oldest + self._max_delay_ns - time.perf_counter_ns()
                 if self._stopping or due <= 0 or self._queue.rows >= self._max_batch:
                     return [ticket.item for ticket in self._queue.take(self._max_batch)]
+                if due < _TICK_NS:
+                    await asyncio.sleep(
+                        0
+                    )  # others run meanwhile; the processor has nothing else to do
+                    continue
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), due / 1e9)
             elif self._stopping:
                 return []
             else:
                 await self._changed.wait()
+
+    def _left(self, waiting: _Waiting, now: int) -> bool:
+        """Whether a caller has left; its request fails then."""
+        if waiting.gone is None or now - waiting.arrived < PATIENCE_NS or not waiting.gone():
+            return False
+        self._fail(waiting, Cancelled("the caller left before the engine was called"))
+        return True
 
     def _set_alarm(self) -> None:
         """Be woken at the next deadline, also while the engine runs: a caller hears in time."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from .rejections import EngineFailed, Expired, InvalidRequest, Overloaded, Stopping
+from .rejections import Cancelled, EngineFailed, Expired, InvalidRequest, Overloaded, Stopping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -229,7 +229,7 @@ class Counters:
 
 def reason_of(error: BaseException) -> str:
     """Which of `REASONS` an error is."""
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, (asyncio.CancelledError, Cancelled)):
         return CANCELED
     if isinstance(error, (Overloaded, Expired, Stopping)):
         return REJECTED

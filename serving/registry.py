@@ -7,7 +7,7 @@ engine batch that it would have shared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,12 +122,12 @@ class Registry:
             _require_tasks(bundle, engine, logits[1])
         elif not self.fans_out and not self.takes_rows:
             _require_tasks(bundle, engine, 1)
-        read_row = shipped_row if bundle.bank == "inputs" and not self.fans_out else None
+        bank = _Shipped(bundle) if bundle.bank == "inputs" and not self.fans_out else None
         self.versions: dict[str, Version] = {
             task.name: Version(
                 task,
                 place=place if self.fans_out else task.row,
-                read=None if read_row is None else partial(read_row, bundle, task.row),
+                read=None if bank is None else partial(bank.row, task.row),
             )
             for place, task in enumerate(bundle.tasks)
         }
@@ -361,6 +361,20 @@ def _first_row(wrong: NDArray[np.bool_]) -> int:
     return int(np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))[0])
 
 
-def shipped_row(bundle: Bundle, row: int) -> dict[str, NDArray[Any]]:
-    """One task's row of the bank that the bundle shipped, `[...]` by engine input name."""
-    return {name: tensor[row] for name, tensor in map_file(bundle.path / BANK)[1].items()}
+class _Shipped:
+    """The bank that a bundle shipped.
+
+    Its file is mapped once, when it is first read: what was opened is served to the end, also when the folder is
+    moved away, as it is to drain a Triton.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    @cached_property
+    def _bank(self) -> dict[str, NDArray[Any]]:
+        return map_file(self._bundle.path / BANK)[1]
+
+    def row(self, row: int) -> dict[str, NDArray[Any]]:
+        """One task's row of it, `[...]` by engine input name."""
+        return {name: tensor[row] for name, tensor in self._bank.items()}

@@ -5,6 +5,7 @@ UnknownModel     the address names a model or version that is not served
 Overloaded       the queue is full: try again later
 Expired          the request waited longer than it allowed
 Stopping         the server drains: try another one
+Cancelled        its caller left while it waited
 EngineFailed     the engine raised, or answered with something that is not a number
 ServerFailed     the server process itself did not start, or died
 
@@ -40,6 +41,10 @@ class Expired(UtuneError):
 
 class Stopping(UtuneError):
     """The server answers what it holds and takes nothing new."""
+
+
+class Cancelled(UtuneError):
+    """The caller does not want the answer any more."""
 
 
 class EngineFailed(UtuneError):

@@ -158,23 +158,14 @@ class Service:
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
         every = fan_out if bundle.engine_of_all is not None else None
-        why = fixed(bundle)
-        if why and rows is not None:
-            raise UsageError(
-                "--rows is for a bank that is an input of the engine", where=bundle.path, found=why
-            )
+        require_fitting_rows(bundle, rows)
         if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
             return cls(bundle, bundle.open_session(device), fan_out=every)
         count = default_rows(bundle, device) if rows is None else rows
-        if count < bundle.engine.max_batch:
-            raise UsageError(
-                "a batch could ask for more tasks than the bank has rows",
-                wanted=f"--rows of at least {bundle.engine.max_batch}, the largest batch",
-                found=count,
-            )
+        _require_rows(bundle, count)
         session = bundle.open_session(device, rows=count)
         resident = Resident(session, count, row_bytes(bundle), largest_call=bundle.engine.max_batch)
-        store = None if why else Store(keep, bundle.identity)
+        store = None if fixed(bundle) else Store(keep, bundle.identity)
         return cls(bundle, session, fan_out=every, resident=resident, store=store)
 
     def close(self) -> None:
@@ -400,6 +391,30 @@ class Service:
             scores=scores,
             versions=request.versions,
             engine_ns=engine_ns,
+        )
+
+
+def require_fitting_rows(bundle: Bundle, rows: int | None) -> None:
+    """Refuse a number of rows for a bundle whose tasks are constants, and one that a batch could exceed.
+
+    Raises:
+        UsageError: It does not fit.
+    """
+    if rows is None:
+        return
+    if why := fixed(bundle):
+        raise UsageError(
+            "--rows is for a bank that is an input of the engine", where=bundle.path, found=why
+        )
+    _require_rows(bundle, rows)
+
+
+def _require_rows(bundle: Bundle, rows: int) -> None:
+    if rows < bundle.engine.max_batch:
+        raise UsageError(
+            "a batch could ask for more tasks than the bank has rows",
+            wanted=f"--rows of at least {bundle.engine.max_batch}, the largest batch",
+            found=rows,
         )
 
 

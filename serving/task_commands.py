@@ -88,17 +88,7 @@ class TaskCommands:
 
     def config(self, version: str) -> dict[str, Any]:
         """See `Model.config`."""
-        tensor = {"data_type": "TYPE_STRING", "dims": [1]}
-        return {
-            "name": self.name,
-            "platform": protocol.SERVER,
-            "max_batch_size": 0,
-            "input": [
-                {"name": COMMAND, **tensor},
-                {"name": FILE, **tensor, "optional": True},
-            ],
-            "output": [{"name": REPLY, **tensor}],
-        }
+        return commands_config(self._service.registry.name)
 
     def statistics(self) -> list[dict[str, Any]]:
         """See `Model.statistics`: changes are counted by themselves, in the metrics."""
@@ -231,6 +221,21 @@ class TaskCommands:
                 do="start it with --task-control",
             )
         return self._service.require_tasks()
+
+
+def commands_config(bundle: str) -> dict[str, Any]:
+    """The configuration of NAME.tasks in Triton's fields, NAME being the bundle's."""
+    tensor = {"data_type": "TYPE_STRING", "dims": [1]}
+    return {
+        "name": bundle + TASKS,
+        "platform": protocol.SERVER,
+        "max_batch_size": 0,
+        "input": [
+            {"name": COMMAND, **tensor},
+            {"name": FILE, **tensor, "optional": True},
+        ],
+        "output": [{"name": REPLY, **tensor}],
+    }
 
 
 def read_command(inputs: Any) -> tuple[dict[str, Any], bytes | None]:

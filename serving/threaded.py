@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..merge.errors import UtuneError
 from .batcher import Batcher
 from .rejections import EngineFailed, ServerFailed, Stopping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from .registry import Request
     from .service import Answers, Service
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class ThreadedBatcher:
         *,
         priority: int = 0,
         timeout_us: int = 0,
+        gone: Callable[[], bool] | None = None,
     ) -> None:
         """Answer one checked request in company, without waiting for it.
 
@@ -72,17 +76,37 @@ class ThreadedBatcher:
                 thread, which it must not hold up, or in the caller's when the batcher is closed.
             priority: As of `Batcher.submit`.
             timeout_us: As of `Batcher.submit`.
+            gone: As of `Batcher.enqueue`; asked in the batcher's thread.
         """
         with self._lock:  # between the look and the call nobody may close the loop
             closed = self._closed
             if not closed:
                 self._loop.call_soon_threadsafe(
-                    self._enqueue, request, on_done, priority, timeout_us
+                    self._enqueue, request, on_done, priority, timeout_us, gone
                 )
         if closed:
             refusal = Stopping("the server is stopping and takes no new request")
             self._service.counters.failure(refusal, tasks=request.tasks)
             on_done(refusal)
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Run something else on the batcher's event loop, beside the requests, and wait for what it gives.
+
+        Args:
+            work: Makes the coroutine; called in the batcher's thread. `close` waits for it.
+
+        Raises:
+            Stopping: The batcher is closed.
+            BaseException: What the coroutine raises.
+        """
+        with self._lock:
+            if self._closed:
+                raise Stopping("the server is stopping and takes no new request")
+            future = asyncio.run_coroutine_threadsafe(self._tracked(work), self._loop)
+        try:
+            return future.result()
+        except CancelledError as cause:
+            raise Stopping("the server stopped before this was done") from cause
 
     def close(self) -> None:
         """Take nothing new, answer what was taken, and end the thread; not to be called in `on_done`."""
@@ -101,10 +125,21 @@ class ThreadedBatcher:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._works: set[asyncio.Task[Any]] = set()
         async with self.batcher:
             self._started.set()
             await self._stop.wait()
+            await asyncio.gather(*self._works, return_exceptions=True)
         await asyncio.sleep(0)  # the callbacks of the last batch
+
+    async def _tracked(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        self._works.add(task)
+        try:
+            return await work()
+        finally:
+            self._works.discard(task)
 
     def _enqueue(
         self,
@@ -112,9 +147,12 @@ class ThreadedBatcher:
         on_done: Callable[[Answers | UtuneError], None],
         priority: int,
         timeout_us: int,
+        gone: Callable[[], bool] | None,
     ) -> None:
         try:
-            ticket = self.batcher.enqueue(request, priority=priority, timeout_us=timeout_us)
+            ticket = self.batcher.enqueue(
+                request, priority=priority, timeout_us=timeout_us, gone=gone
+            )
         except UtuneError as refusal:
             _call(on_done, refusal)
             return

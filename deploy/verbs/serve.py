@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, device_options, setting, triton_env_option
+from ..options import PATH, device_options, triton_env_option, weight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,6 +86,11 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write requests for perf_analyzer to this new file.",
 )
+@click.option(
+    "--otlp",
+    metavar="URL",
+    help="Send traces to this OpenTelemetry collector, OTLP over HTTP (--engine triton).",
+)
 @triton_env_option
 @device_options
 @click.pass_obj
@@ -108,17 +113,31 @@ def command(
     log_format: str,
     log_requests: bool,
     perf_input: Path | None,
+    otlp: str | None,
     triton_env: Path,
     device: Device,
 ) -> None:
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
+    from ...merge.errors import UsageError
     from ...serving import logs, perf_analyzer
     from ...serving.greeting import greeting
     from ...serving.registry import MAX_DELAY_MS
     from ...serving.servers import server
     from ...serving.servers.ports import is_local
 
+    if engine == "embedded" and otlp is not None:
+        raise UsageError(
+            "the embedded server writes no traces",
+            found=f"--otlp {otlp}",
+            do="serve with --engine triton, or leave --otlp out",
+        )
+    if engine == "triton" and log_requests:
+        raise UsageError(
+            "tritonserver writes no line of ours for every inference",
+            found="--log-requests",
+            do="trace them with --otlp URL, or serve with --engine embedded",
+        )
     opened = open_bundle(bundle)
     if perf_input is not None:
         perf_analyzer.write(perf_input, opened)
@@ -140,7 +159,7 @@ def command(
         "default_timeout_ms": timeout_ms,
         "max_queued_rows": max_queued,
         "max_task_rows": max_task_queued,
-        "weights": dict(map(_weight, weights)),
+        "weights": dict(map(weight, weights)),
         "keep": keep,
         "rows": rows,
         "task_control": is_local(host) if task_control is None else task_control,
@@ -149,29 +168,4 @@ def command(
     if engine == "embedded":
         server("embedded").serve_embedded(opened, **options)
     else:
-        known = (
-            "host",
-            "http_port",
-            "grpc_port",
-            "metrics_port",
-            "device",
-            "on_ready",
-            "max_delay_ms",
-        )
-        server("triton").serve_triton(
-            opened, environment=triton_env, **{name: options[name] for name in known}
-        )
-
-
-def _weight(text: str) -> tuple[str, float]:
-    """A task and its weight."""
-    from ...merge.errors import UsageError
-
-    name, value = setting(text)
-    try:
-        weight = float(value)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight < float("inf"):
-        raise UsageError("a weight is no positive number", where=name, found=value)
-    return name, weight
+        server("triton").serve_triton(opened, environment=triton_env, otlp=otlp, **options)

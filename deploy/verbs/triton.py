@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PATH, device_options, force_option, setting
+from ..options import PATH, device_options, force_option, setting, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--max-queue",
         type=click.IntRange(0),
-        help="Requests that may wait; more are refused.",
+        help="Requests that may wait, in `hot` their rows; more are refused.",
     )
     @click.option(
         "--queue-timeout-ms",
@@ -87,11 +87,42 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         "--cache", is_flag=True, help="Answer repeated requests from Triton's response cache."
     )
     @click.option("--warmup", is_flag=True, help="Run a row of zeros before the model is ready.")
+    @click.option(
+        "--max-task-queued",
+        "max_task_rows",
+        type=click.IntRange(1),
+        help="Rows of one task that may wait (hot).",
+    )
+    @click.option(
+        "--weight",
+        "weights",
+        metavar="TASK=NUMBER",
+        multiple=True,
+        callback=lambda _context, _option, texts: tuple(map(weight, texts)),
+        help="A task's share of a busy engine, 1 unless it is said; repeatable (hot).",
+    )
+    @click.option(
+        "--tasks",
+        "keep",
+        type=PATH,
+        metavar="FOLDER",
+        help="Keep tasks that are added while running here, on the machine that serves (hot).",
+    )
+    @click.option(
+        "--rows", type=click.IntRange(1), help="Tasks in the engine's memory at once (hot)."
+    )
+    @click.option(
+        "--task-control/--no-task-control",
+        default=False,
+        show_default=True,
+        help="Whether clients may add, change and remove tasks: whoever reaches Triton's ports (hot).",
+    )
     @functools.wraps(verb)
     def with_options(*args: Any, **kwargs: Any) -> Any:
         from ...serving.repository.options import ModelOptions
 
-        fields = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(ModelOptions)}
+        known = [field.name for field in dataclasses.fields(ModelOptions)]
+        fields = {name: kwargs.pop(name, None) for name in known}
         named = {name: value for name, value in fields.items() if value not in (None, ())}
         return verb(*args, options=ModelOptions(**named), **kwargs)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .calls import Config, Index, model_facts, ready_models
 from .failures import Failure, of_code, unreadable
-from .tensors import infer_inputs, microseconds, outputs
+from .tensors import infer_inputs, infer_parameters, microseconds, outputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +40,7 @@ def write(call: Call, limit_s: float | None) -> tuple[str, dict[str, Any]]:
         "inputs": infer_inputs(triton, call.inputs),
         "priority": call.priority,
         "timeout": microseconds(limit_s),
+        "parameters": infer_parameters(call),
         "client_timeout": limit_s,
     }
 

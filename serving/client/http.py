@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from .calls import Config, Index, model_facts, ready_models
 from .failures import LOST, REFUSED, Failure, of_status, unreachable, unreadable
-from .tensors import infer_inputs, microseconds, outputs
+from .tensors import infer_inputs, infer_parameters, microseconds, outputs
 
 if TYPE_CHECKING:
     import socket
@@ -66,6 +66,7 @@ def write(call: Call, address: Address, limit_s: float | None) -> Message:
         infer_inputs(triton, call.inputs),
         priority=call.priority,
         timeout=microseconds(limit_s),  # type: ignore[arg-type]
+        parameters=infer_parameters(call),
     )
     headers = {"Content-Type": "application/octet-stream"}
     if length is not None:

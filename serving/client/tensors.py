@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..triton_settings import PRIORITY
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
+
+    from .calls import Infer
 
 DATATYPES = {"float32": "FP32", "int64": "INT64", "object": "BYTES"}
 
@@ -27,6 +31,11 @@ def infer_inputs(triton: Any, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
         )
         for name, array in inputs.items()
     ]
+
+
+def infer_parameters(call: Infer) -> dict[str, int] | None:
+    """A request's own parameters: the priority once more, under the name that reaches a model in Triton."""
+    return {PRIORITY: call.priority} if call.priority else None
 
 
 def outputs(result: Any, names: Iterable[str]) -> dict[str, NDArray[Any]]:

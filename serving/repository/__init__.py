@@ -5,7 +5,7 @@
 | `hot` | our service in Triton's Python backend | everything that serving does, each request checked alone |
 | `native` | Triton's ONNX Runtime backend | no Python in the way of a request |
 
-Both have the model NAME, the bundle's name; where the bundle has an engine of all tasks, the model NAME.all
+`hot` has NAME.tasks too, which changes the tasks while they are served. Both have the model NAME, the bundle's name; where the bundle has an engine of all tasks, the model NAME.all
 beside it; and, when asked, an alias NAME.TASK per task. `docs/triton.md` describes them for users.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...export.engine import CPU
@@ -108,7 +109,11 @@ def write_repository(
         aliases = aliases or (repository / (bundle.name + alias.NAMES)).exists()
         pictures = pictures or (repository / (bundle.name + pixels.PREPARE)).exists()
     writer = _layout(layout, graphs)
-    models = _models(bundle, writer, device, options or ModelOptions())
+    options = options or ModelOptions()
+    models = _models(bundle, writer, device, options)
+    if isinstance(writer, Hot):
+        fields = writer.tasks_fields(Registry(bundle), models[0].fields, options)
+        models.append(Model(fields, {}, writer.fill_tasks))
     if pictures:
         models += _pictures(bundle, writer, models[0])
     if aliases:
@@ -218,7 +223,11 @@ def _model(
     registry = Registry(bundle, all_tasks=all_tasks)
     fields, files = config.model_fields(registry, options, device)
     layout.finish(fields, registry, options, device)
-    return Model(fields, files, lambda version: layout.fill(version, bundle, all_tasks))
+    return Model(
+        fields,
+        files,
+        partial(layout.fill, bundle=bundle, all_tasks=all_tasks, in_place=options.in_place),
+    )
 
 
 def _write_model(path: Path, model: Model, version: str = protocol.VERSION) -> None:

@@ -6,6 +6,9 @@
       1/model.py         loads `serving/triton_model.py` of the package beside it
       1/bundle/          the bundle, hard-linked where the file system allows it
       1/utune_deploy/    the floors that serving needs; neither torch nor timm
+    NAME.tasks/          the model that changes the tasks: a light process that passes commands on to NAME's
+
+The queue is our batcher's, so Triton has none: without `dynamic_batching` it hands every request over at once.
 
 The environment that runs it needs onnxruntime, numpy (below 2 for the tritonserver of the
 nvidia-pytriton wheel) and, for a bundle whose bank is an input, safetensors.
@@ -19,9 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...merge.errors import UsageError
-from .config import as_parameters
+from ..service import require_fitting_rows
+from ..task_commands import commands_config
+from ..triton_settings import SOCKETS, Settings
+from .config import COMPANION, as_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...export.bundle import Bundle
     from ...export.engine import Device, Tensor
     from ..registry import Registry
@@ -43,6 +51,7 @@ CARRIED = (
     "serving/__init__.py",
     "serving/batcher.py",
     "serving/counters.py",
+    "serving/logs.py",
     "serving/models.py",
     "serving/packed.py",
     "serving/protocol.py",
@@ -50,18 +59,24 @@ CARRIED = (
     "serving/registry.py",
     "serving/rejections.py",
     "serving/resident.py",
+    "serving/series.py",
     "serving/service.py",
     "serving/store.py",
     "serving/task_commands.py",
+    "serving/task_link.py",
     "serving/tasks.py",
     "serving/tensors.py",
     "serving/threaded.py",
+    "serving/triton_errors.py",
+    "serving/triton_metrics.py",
     "serving/triton_model.py",
+    "serving/triton_settings.py",
+    "serving/triton_tasks.py",
     "serving/versions.py",
 )
-"""Everything that `triton_model.py` imports, as patterns below the package."""
+"""Everything that `triton_model.py` and `triton_tasks.py` import, as patterns below the package."""
 
-MODEL = '''"""Serve the bundle beside this file with the package beside this file."""
+MODEL = '''"""{text}"""
 
 import sys
 from pathlib import Path
@@ -69,7 +84,7 @@ from pathlib import Path
 # First, so that no installed utune_deploy answers in place of the one that was carried here.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from utune_deploy.serving.triton_model import TritonPythonModel  # noqa: E402, F401
+from utune_deploy.serving.{module} import TritonPythonModel  # noqa: E402, F401
 '''
 
 NAMES_MODEL = '''"""Say a task's name once for each row: the first step of every alias."""
@@ -110,8 +125,9 @@ class Hot:
         """Add what the Python backend needs to a model's configuration.
 
         Raises:
-            UsageError: Several GPUs are asked for.
+            UsageError: Several GPUs are asked for; or an option has no meaning here, or is no possible one.
         """
+        options.require_no_scheduler()
         if device.provider != "cpu" and options.gpus != (0,):
             raise UsageError(
                 "the layout `hot` puts every engine on the first GPU it sees",
@@ -119,21 +135,59 @@ class Hot:
                 found=f"GPUs {', '.join(map(str, options.gpus))}",
                 do="leave the GPUs out and set CUDA_VISIBLE_DEVICES, or use the layout `native`",
             )
+        require_fitting_rows(registry.bundle, options.rows)
         fields["backend"] = self.backend
-        fields["parameters"] |= as_parameters(
-            {
-                "provider": device.provider,
-                "threads": str(device.threads or 0),  # 0 lets the runtime choose
-                **({"kernels": str(device.kernels)} if device.kernels else {}),
-            }
+        del fields["dynamic_batching"]
+        settings = Settings(
+            provider=device.provider,
+            threads=device.threads or 0,
+            kernels=device.kernels,
+            rows=options.rows,
+            keep=options.keep and options.keep.absolute(),
+            task_control=options.task_control,
+            sockets=options.sockets,
+            bundle=registry.bundle.path.absolute() if options.in_place else None,
+            queueing=options.queueing(),
         )
+        fields["parameters"] |= as_parameters(settings.write())
 
-    def fill(self, version: Path, bundle: Bundle, all_tasks: bool) -> None:
+    def fill(
+        self, version: Path, bundle: Bundle, all_tasks: bool, *, in_place: bool = False
+    ) -> None:
         """Write the folder of a version; `model.py` reads from the configuration who answers."""
         del all_tasks
-        shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
+        if not in_place:
+            shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
         _carry_package(version / PACKAGE)
-        (version / "model.py").write_text(MODEL)
+        text = "Serve the bundle beside this file with the package beside this file."
+        (version / "model.py").write_text(MODEL.format(text=text, module="triton_model"))
+
+    def tasks_fields(
+        self, registry: Registry, main: Mapping[str, Any], options: ModelOptions
+    ) -> dict[str, Any]:
+        """The configuration of NAME.tasks.
+
+        Args:
+            registry: The bundle's tasks.
+            main: The configuration of the bundle's model.
+            options: As of that one.
+        """
+        fields = commands_config(registry.name)
+        del fields["platform"]
+        sockets = {SOCKETS: str(options.sockets)} if options.sockets else {}
+        return {
+            **fields,
+            "backend": self.backend,
+            "version_policy": main["version_policy"],
+            "instance_group": [{"kind": "KIND_CPU", "count": 1}],
+            "parameters": as_parameters({COMPANION: registry.name, **sockets}),
+        }
+
+    def fill_tasks(self, version: Path) -> None:
+        """Write the folder of a version of NAME.tasks."""
+        _carry_package(version / PACKAGE)
+        text = "Pass commands on to the model of the tasks."
+        (version / "model.py").write_text(MODEL.format(text=text, module="triton_tasks"))
 
     def finish_names(self, fields: dict[str, Any]) -> None:
         """Add to the configuration of the aliases' first step."""

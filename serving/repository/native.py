@@ -57,7 +57,7 @@ class Native:
         self, fields: dict[str, Any], registry: Registry, options: ModelOptions, device: Device
     ) -> None:
         """Add what the ONNX Runtime backend needs to a model's configuration."""
-        del options
+        options.require_no_service()
         self.run_graph(fields)
         for tensor in fields["input"]:
             if tensor["name"] == TASK:
@@ -81,13 +81,16 @@ class Native:
                 "op_library_filename": [str(Path(device.kernels).absolute())]
             }
 
-    def fill(self, version: Path, bundle: Bundle, all_tasks: bool) -> None:
-        """Write the folder of a version.
+    def fill(
+        self, version: Path, bundle: Bundle, all_tasks: bool, *, in_place: bool = False
+    ) -> None:
+        """Write the folder of a version; the graph is written whatever `in_place` says.
 
         Raises:
             UsageError: The bundle's engine is no ONNX graph.
             BuildFailed: The graph is too large for one file.
         """
+        del in_place
         self.write_graph(version, self.graphs.serve_graph(bundle, all_tasks))
 
     def finish_names(self, fields: dict[str, Any]) -> None:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...merge.errors import UsageError
+from ..queue import FairQueue
 from ..registry import MAX_DELAY_MS
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 MIN_DELAY_US = 100  # microseconds; the delay that was seen to end the stalls, 0 of 2,962 requests
+
+_OF_SERVICE = ("max_task_rows", "weights", "rows", "keep", "task_control")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """What the configuration of a model says beside its tensors.
 
-    With priorities, a queue limit or a timeout, Triton 2.51 was seen to stall so at any delay: see
-    `docs/triton.md`.
+    In the layout `hot` the queue is ours, in `native` it is Triton's. With priorities, a queue limit or a
+    timeout, Triton 2.51 was seen to stall so at any delay: see `docs/triton.md`.
 
     Attributes:
-        max_delay_ms: Longest that a request waits for company, in milliseconds; never below
+        max_delay_ms: Longest that a request waits for company, in milliseconds; in `native` never below
             `MIN_DELAY_US`, because with zero Triton 2.51 now and then leaves a lone request in its queue
             for half a second (a stall).
         preferred_batches: Rows of a batch that does not wait any longer.
         priority_levels: Levels that clients may ask for, 1 the most urgent; a request that asks for none
-            has the last. 0: all are equal.
-        max_queue: Requests that may wait, of each priority; more are refused. 0: any number.
+            has the last. 0: all are equal; in `hot`, the three of `FairQueue`.
+        max_queue: Requests that may wait, of each priority; more are refused. 0: any number. In `hot` it counts
+            rows of all requests, and 0 is the batcher's own limit.
         queue_timeout_ms: Longest that a request waits before it is refused, in milliseconds; a client may
             ask for less. 0: any time.
         instances: Engines per processor; each holds a backbone of its own.
@@ -34,6 +41,13 @@ class ModelOptions:
         cache: Answer a repeated request from Triton's response cache.
         resources: Name and count of what an execution takes from Triton's rate limiter.
         warmup: Run a row of zeros before the model is ready.
+        max_task_rows: Rows of one task that may wait. 0: any number. This and what follows is `hot`'s alone.
+        weights: A task's share of a busy engine, 1 where it is not named.
+        rows: See `Service.open`.
+        keep: See `Service.open`.
+        task_control: Whether clients may add, change and remove tasks.
+        sockets: Folder of the sockets between the models; None for one in the system's temporary folder.
+        in_place: Leave the bundle where it is, for a repository that is served on this machine and thrown away.
     """
 
     max_delay_ms: float = MAX_DELAY_MS
@@ -47,6 +61,13 @@ class ModelOptions:
     cache: bool = False
     resources: tuple[tuple[str, int], ...] = ()
     warmup: bool = False
+    max_task_rows: int = 0
+    weights: tuple[tuple[str, float], ...] = ()
+    rows: int | None = None
+    keep: Path | None = None
+    task_control: bool = False
+    sockets: Path | None = None
+    in_place: bool = False
 
     def check(self, max_batch: int) -> None:
         """Refuse what Triton would refuse, or would take for something else.
@@ -56,7 +77,7 @@ class ModelOptions:
         """
         for name, low in (
             ("max_delay_ms", 0), ("priority_levels", 0), ("max_queue", 0), ("queue_timeout_ms", 0),
-            ("instances", 1), ("keep_versions", 1),
+            ("instances", 1), ("keep_versions", 1), ("max_task_rows", 0),
         ):  # fmt: skip
             if (found := getattr(self, name)) < low:
                 raise UsageError(
@@ -85,6 +106,67 @@ class ModelOptions:
             raise UsageError(
                 "the GPUs cannot be read", wanted="numbers from 0, each once", found=self.gpus
             )
+
+    def require_no_service(self) -> None:
+        """Refuse what needs our service, where Triton runs the engine itself.
+
+        Raises:
+            UsageError: Something is set.
+        """
+        given = [name for name in _OF_SERVICE if getattr(self, name)]
+        if given:
+            raise UsageError(
+                "the layout `native` has no code of ours that could do this",
+                wanted="the layout `hot`",
+                found=", ".join(given),
+            )
+
+    def require_no_scheduler(self) -> None:
+        """Refuse what Triton's scheduler would do to nothing, where our service has the queue.
+
+        Raises:
+            UsageError: Something is set.
+        """
+        for given, why in (
+            (self.preferred_batches, "preferred batches: it makes batches of what waits"),
+            (self.resources, "resources: Triton gives them back before the engine is called"),
+        ):
+            if given:
+                raise UsageError(
+                    "the layout `hot` has a queue of its own, of which Triton knows nothing",
+                    wanted="the layout `native`",
+                    found=why,
+                    do="leave the option out",
+                )
+        if self.task_control and (self.instances > 1 or self.cache):
+            raise UsageError(
+                "tasks cannot change while they are served from several places",
+                found="a response cache" if self.cache else f"{self.instances} instances",
+                do="leave --task-control out, or serve with one instance and without --cache",
+            )
+
+    def queueing(self) -> dict[str, Any]:
+        """The same as settings of our `Batcher`.
+
+        Raises:
+            UsageError: A weight is not a positive number.
+        """
+        settings: dict[str, Any] = {
+            "max_delay_ms": self.max_delay_ms,
+            "max_queued_rows": self.max_queue or None,
+            "max_task_rows": self.max_task_rows or None,
+            "default_timeout_ms": self.queue_timeout_ms or None,
+            "weights": dict(self.weights),
+        }
+        if self.priority_levels:
+            settings |= {
+                "priority_levels": self.priority_levels,
+                "default_priority": self.priority_levels,
+            }
+        FairQueue(
+            weights=settings["weights"]
+        )  # refuses now what the model would refuse at its start
+        return settings
 
     def batching(self) -> dict[str, Any]:
         """Triton's `dynamic_batching`."""

@@ -22,14 +22,15 @@ import tempfile
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 
 from ...export.engine import CPU
-from ...merge.errors import MissingDependency
+from ...merge.errors import MissingDependency, UsageError
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..repository import write_repository
@@ -37,7 +38,7 @@ from ..repository.options import ModelOptions
 from .ports import Addresses, free_port, host_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ...export.bundle import Bundle
     from ...export.engine import Device
@@ -97,6 +98,14 @@ def serve_triton(
     metrics_port: int = 8002,
     device: Device = CPU,
     max_delay_ms: float = MAX_DELAY_MS,
+    default_timeout_ms: float | None = None,
+    max_queued_rows: int | None = None,
+    max_task_rows: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    rows: int | None = None,
+    keep: Path | None = None,
+    task_control: bool = True,
+    otlp: str | None = None,
     load_seconds: float = LOAD_SECONDS,
     on_ready: Callable[[Addresses], None] | None = None,
 ) -> None:
@@ -111,14 +120,32 @@ def serve_triton(
         metrics_port: Port of Prometheus metrics; 0 picks a free one.
         device: Where the engine runs.
         max_delay_ms: Longest that a request waits for company.
+        default_timeout_ms: As of `Batcher`.
+        max_queued_rows: As of `Batcher`.
+        max_task_rows: As of `Batcher`.
+        weights: As of `Batcher`.
+        rows: See `Service.open`.
+        keep: See `Service.open`.
+        task_control: Whether clients may add, change and remove tasks.
+        otlp: Where traces go, an OTLP/HTTP collector's URL; None traces nothing.
         load_seconds: Longest that loading may take.
         on_ready: Called once, when requests are answered.
 
     Raises:
         MissingDependency: The environment lacks something.
-        UsageError: A port cannot be had.
+        UsageError: A port cannot be had, or a setting makes no sense.
         ServerFailed: tritonserver did not start in time, or ended by itself.
     """
+    options = ModelOptions(
+        max_delay_ms=max_delay_ms,
+        queue_timeout_ms=default_timeout_ms or 0,
+        max_queue=max_queued_rows or 0,
+        max_task_rows=max_task_rows or 0,
+        weights=tuple((weights or {}).items()),
+        rows=rows,
+        keep=keep,
+        task_control=task_control,
+    )
     with (
         _stop_signals() as stopped,
         running(
@@ -129,7 +156,8 @@ def serve_triton(
             grpc_port=grpc_port,
             metrics_port=metrics_port,
             device=device,
-            max_delay_ms=max_delay_ms,
+            options=options,
+            otlp=otlp,
             load_seconds=load_seconds,
             stopped=stopped,
         ) as server,
@@ -151,27 +179,33 @@ def running(
     grpc_port: int = 0,
     metrics_port: int = 0,
     device: Device = CPU,
-    max_delay_ms: float = MAX_DELAY_MS,
+    options: ModelOptions | None = None,
+    otlp: str | None = None,
     load_seconds: float = LOAD_SECONDS,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[TritonProcess]:
     """A tritonserver that is ready; leaving the block ends its process group.
 
     Its folder, with the log in it, is kept when it fails and removed otherwise. See `serve_triton`
-    for the arguments; `stopped` breaks off the wait for readiness.
+    for the arguments; `options` are those of the repository, by default with tasks that clients may
+    change, and `stopped` breaks off the wait for readiness.
     """
+    collector = None if otlp is None else traces_url(otlp)
     fit = inspect_environment(environment, needs_safetensors=bundle.bank == "inputs")
     ports = [free_port(host, port) for port in (http_port, grpc_port, metrics_port)]
     folder = Path(tempfile.mkdtemp(prefix="utune-triton-"))
+    options = ModelOptions(task_control=True) if options is None else options
     try:
         write_repository(
             bundle,
             folder / "models",
             device=device,
-            options=ModelOptions(max_delay_ms=max_delay_ms),
+            # The bundle stays out of what is polled: a hard link to one of its files, as another server's repository
+            # has it, would count as a change, and the model be loaded anew without its tasks.
+            options=replace(options, sockets=folder / "sockets", in_place=True),
         )
         _compile(fit, folder / "models")
-        process = TritonProcess(fit, folder, host, ports)
+        process = TritonProcess(fit, folder, host, ports, collector)
         try:
             process.wait_until_ready(load_seconds, stopped)
             yield process
@@ -199,8 +233,9 @@ class TritonProcess:
         folder: Path,
         host: str,
         ports: list[int],
+        collector: str | None = None,
     ) -> None:
-        """Start it over the repository in `folder/models`."""
+        """Start it over the repository in `folder/models`; `collector` is the URL that traces are posted to."""
         http_port, grpc_port, metrics_port = ports
         self.addresses = Addresses(*(host_port(host, port) for port in ports))
         self.log = folder / "tritonserver.log"
@@ -230,6 +265,14 @@ class TritonProcess:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_SECONDS // 2}",
         ]
+        if collector is not None:
+            command += [
+                "--trace-config=mode=opentelemetry",
+                "--trace-config=level=TIMESTAMPS",
+                "--trace-config=rate=1",
+                f"--trace-config=opentelemetry,url={collector}",
+                "--trace-config=opentelemetry,resource=service.name=utune-deploy",
+            ]
         # What would lead the stub to another Python than the environment's is taken away.
         variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         variables["PATH"] = f"{environment.path / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
@@ -353,6 +396,26 @@ class TritonProcess:
             found="\n" + "\n".join(shown) if shown else "an empty log",
             do="read the log; `--engine embedded` serves the same bundle without tritonserver",
         )
+
+
+def traces_url(url: str) -> str:
+    """Where a collector of OTLP over HTTP takes traces: at its own path, or the standard one.
+
+    Raises:
+        UsageError: It is no such address.
+    """
+    try:
+        parts = urlsplit(url)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+    except ValueError:
+        parts, wrong = urlsplit(""), True
+    if wrong or parts.query or parts.fragment:
+        raise UsageError(
+            "this is no address of an OTLP collector",
+            wanted="http://HOST:4318, or with a path of its own",
+            found=url,
+        )
+    return url if parts.path.strip("/") else f"{url.rstrip('/')}/v1/traces"
 
 
 def inspect_environment(environment: Path, *, needs_safetensors: bool = False) -> TritonEnvironment:

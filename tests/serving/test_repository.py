@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -18,6 +20,11 @@ from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.serving.repository import config_text, write_repository
 from utune_deploy.serving.repository.options import ModelOptions
+from utune_deploy.serving.triton_settings import Settings
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _parsed(text: str):
@@ -40,15 +47,23 @@ def test_the_configuration_parses_back(bundle):
         ("label", model_config_pb2.TYPE_STRING, [1], ""),
         ("score", model_config_pb2.TYPE_FP32, [1], ""),
     ]
-    assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+    assert not config.HasField("dynamic_batching")  # the queue is ours
+    assert json.loads(config.parameters["queueing"].string_value)["max_delay_ms"] == 2
     (group,) = config.instance_group
     assert (group.count, group.kind) == (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     assert config.parameters["threads"].string_value == "3"
     assert config.parameters["identity"].string_value == bundle.identity
 
 
-def test_the_delay_is_never_zero(bundle):
-    config = _parsed(config_text(bundle, options=ModelOptions(max_delay_ms=0)))
+def _native(bundle, tmp_path, **options):
+    model = write_repository(
+        bundle, tmp_path, layout="native", graphs=served, options=ModelOptions(**options)
+    )
+    return model, _parsed((model / "config.pbtxt").read_text())
+
+
+def test_the_delay_of_tritons_queue_is_never_zero(bundle, tmp_path):
+    _, config = _native(bundle, tmp_path, max_delay_ms=0)
     assert config.dynamic_batching.max_queue_delay_microseconds == 100
 
 
@@ -74,9 +89,9 @@ def test_the_carried_bundle_is_the_bundle(bundle, tmp_path):
 def test_a_repository_answers_without_this_package_and_without_torch(bundle, service, tmp_path):
     version = write_repository(bundle, tmp_path) / "1"
     script = f"""
-import sys, types, numpy as np
+import sys, unittest.mock, numpy as np
 # What Triton's stub provides: a module, and the version folder's model.py run as `model`.
-sys.modules["triton_python_backend_utils"] = types.ModuleType("triton_python_backend_utils")
+sys.modules["triton_python_backend_utils"] = unittest.mock.MagicMock()
 import importlib.util as u
 spec = u.spec_from_file_location("model", {str(version / "model.py")!r})
 model = u.module_from_spec(spec)
@@ -84,6 +99,7 @@ spec.loader.exec_module(model)
 instance = model.TritonPythonModel()
 instance.initialize({{
     "model_repository": {str(version.parent)!r}, "model_version": "1",
+    "model_name": "tiny", "model_instance_name": "tiny_0_0",
     "model_config": '{{"parameters": {{"provider": {{"string_value": "cpu"}}, "threads": {{"string_value": "1"}}}}}}',
 }})
 import utune_deploy.serving.service as carried
@@ -91,6 +107,7 @@ assert carried.__file__.startswith({str(version)!r}), carried.__file__
 heavy = {{"torch", "timm", "onnx", "starlette", "uvicorn", "grpc", "tritonclient"}} & set(sys.modules)
 assert not heavy, heavy
 answers = instance._service.answer(np.ones((2, 3, 8, 8), np.float32), ["cars", "pets"])
+instance.finalize()
 sys.stdout.buffer.write(answers.logits.tobytes())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=tmp_path)
@@ -107,7 +124,7 @@ def test_a_model_that_is_there_is_replaced_only_when_asked(bundle, tmp_path):
     assert (model / "stale").exists()
     write_repository(bundle, tmp_path, force=True)
     assert not (model / "stale").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert _names(tmp_path) == ["tiny", "tiny.tasks"]
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a b", ".hidden", "a/b"])
@@ -118,7 +135,7 @@ def test_a_name_that_cannot_be_a_folder_is_refused(bundle, tmp_path, name):
 
 def test_all_tasks_are_a_second_model(two_engines, tmp_path):
     model = write_repository(two_engines, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny.all"]
+    assert _names(tmp_path) == ["tiny", "tiny.all", "tiny.tasks"]
     assert model == tmp_path / "tiny"
     config = _parsed((tmp_path / "tiny.all" / "config.pbtxt").read_text())
     assert (config.name, config.max_batch_size) == ("tiny.all", 8)
@@ -158,12 +175,11 @@ def test_neither_model_is_written_over_unasked(two_engines, bundle, tmp_path):
 
 
 def test_options_stand_in_the_configuration(bundle, tmp_path):
-    options = ModelOptions(
+    model, config = _native(
+        bundle, tmp_path,
         max_delay_ms=3, preferred_batches=(8, 4), priority_levels=3, max_queue=50, queue_timeout_ms=20,
         instances=2, keep_versions=2, cache=True, resources=(("R1", 2), ("R2", 1)), warmup=True,
     )  # fmt: skip
-    model = write_repository(bundle, tmp_path, options=options)
-    config = _parsed((model / "config.pbtxt").read_text())
     batching = config.dynamic_batching
     assert batching.max_queue_delay_microseconds == 3000
     assert list(batching.preferred_batch_size) == [4, 8]
@@ -185,8 +201,52 @@ def test_options_stand_in_the_configuration(bundle, tmp_path):
     assert (model / "warmup" / "task").read_bytes() == b"\x04\0\0\0pets"
 
 
-def test_what_is_not_asked_for_is_not_configured(bundle):
-    config = _parsed(config_text(bundle))
+def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
+    options = ModelOptions(
+        max_delay_ms=0, priority_levels=2, max_queue=50, queue_timeout_ms=20, max_task_rows=9,
+        weights=(("pets", 2.0),), rows=12, keep=Path("kept"), task_control=True, sockets=tmp_path,
+    )  # fmt: skip
+    model = write_repository(inputs_bundle, tmp_path, device=Device(threads=2), options=options)
+    config = _parsed((model / "config.pbtxt").read_text())
+    texts = {name: value.string_value for name, value in config.parameters.items()}
+    assert Settings.read(texts) == Settings(
+        provider="cpu", threads=2, rows=12, keep=Path("kept").absolute(), task_control=True, sockets=tmp_path,
+        queueing={
+            "max_delay_ms": 0, "max_queued_rows": 50, "max_task_rows": 9, "default_timeout_ms": 20,
+            "weights": {"pets": 2.0}, "priority_levels": 2, "default_priority": 2,
+        },
+    )  # fmt: skip
+    tasks = _parsed((tmp_path / "tiny.tasks" / "config.pbtxt").read_text())
+    assert (tasks.max_batch_size, tasks.backend) == (0, "python")
+    assert [(t.name, t.optional) for t in tasks.input] == [("command", False), ("file", True)]
+    assert tasks.parameters["sockets"].string_value == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"preferred_batches": (4,)}, {"resources": (("R", 1),)}, {"weights": (("pets", 0.0),)},
+        {"task_control": True, "instances": 2}, {"task_control": True, "cache": True}, {"rows": 12},
+        {"keep": Path("kept")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_means_nothing_in_the_layout_hot_is_refused(bundle, tmp_path, wrong):
+    with pytest.raises(UsageError):
+        write_repository(bundle, tmp_path, options=ModelOptions(**wrong))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_task_rows": 3}, {"weights": (("pets", 2.0),)}, {"task_control": True}], ids=str
+)
+def test_what_needs_our_service_is_refused_in_the_layout_native(bundle, tmp_path, wrong):
+    with pytest.raises(UsageError, match="no code of ours"):
+        _native(bundle, tmp_path, **wrong)
+
+
+def test_what_is_not_asked_for_is_not_configured(bundle, tmp_path):
+    _, config = _native(bundle, tmp_path)
     assert not config.dynamic_batching.HasField("default_queue_policy")
     assert not config.dynamic_batching.priority_levels
     assert not config.response_cache.enable
@@ -287,7 +347,7 @@ def test_a_version_needs_a_model_of_its_layout(bundle, tmp_path):
 def test_a_second_engine_that_is_gone_goes_with_the_version(two_engines, bundle, tmp_path):
     write_repository(two_engines, tmp_path)
     write_repository(bundle, tmp_path, new_version=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert _names(tmp_path) == ["tiny", "tiny.tasks"]
     write_repository(two_engines, tmp_path, new_version=True)
     assert _versions(tmp_path / "tiny") == ["1", "2", "3"]
     assert _versions(tmp_path / "tiny.all") == ["3"]
@@ -299,9 +359,8 @@ def test_a_second_engine_that_is_gone_goes_with_the_version(two_engines, bundle,
 @pytest.mark.parametrize("layout", ["hot", "native"])
 def test_an_alias_is_an_ensemble_over_the_one_model(bundle, tmp_path, layout):
     write_repository(bundle, tmp_path, layout=layout, graphs=served, aliases=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tiny", "tiny.cars", "tiny.flowers", "tiny.pets", "tiny.task_names",
-    ]  # fmt: skip
+    expected = ["tiny", "tiny.cars", "tiny.flowers", "tiny.pets", "tiny.task_names"]
+    assert _names(tmp_path) == [*expected, *(["tiny.tasks"] if layout == "hot" else [])]
     alias = tmp_path / "tiny.cars"
     config = _parsed((alias / "config.pbtxt").read_text())
     main = _parsed((tmp_path / "tiny" / "config.pbtxt").read_text())
@@ -351,8 +410,9 @@ def test_a_new_version_has_the_aliases_of_its_tasks(bundle, fewer, tmp_path):
     assert not (tmp_path / "tiny.flowers").exists()
     assert _versions(tmp_path / "tiny.cars") == ["1", "2", "3"]
     write_repository(fewer, tmp_path, force=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "other", "other.cars", "other.flowers", "other.pets", "other.task_names", "tiny",
+    assert _names(tmp_path) == [
+        "other", "other.cars", "other.flowers", "other.pets", "other.task_names", "other.tasks",
+        "tiny", "tiny.tasks",
     ]  # fmt: skip
 
 

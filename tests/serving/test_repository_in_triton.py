@@ -85,7 +85,7 @@ def tasks(*names: str) -> np.ndarray:
 
 
 def test_aliases_answer_as_the_model_does(bundle, service, rows, triton_environment, tmp_path):
-    options = ModelOptions(warmup=True, resources=(("engine", 1),))
+    options = ModelOptions(warmup=True)
     write_repository(bundle, tmp_path / "models", device=ONE, options=options, aliases=True)
     images = rows(5)[0]
     with serving(triton_environment, tmp_path) as process:

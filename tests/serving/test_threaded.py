@@ -140,3 +140,33 @@ def test_mistakes_of_ours_and_of_the_caller_end_no_thread(gated, rows, monkeypat
 def test_a_wrong_setting_is_raised_where_it_is_written(gated):
     with pytest.raises(UsageError, match="weight"):
         ThreadedBatcher(gated, weights={"pets": 0})
+
+
+def test_other_work_runs_on_the_same_loop_and_is_waited_for(gated, rows):
+    gated.session.gate.clear()
+    request = gated.registry.check(*rows(1))
+    results = []
+    with ThreadedBatcher(gated) as batcher:
+
+        def ask() -> None:
+            results.append(batcher.run(lambda: batcher.batcher.submit(request)))
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        assert gated.session.entered.wait(30)
+        closer = threading.Thread(target=batcher.close)
+        closer.start()
+        gated.session.gate.set()
+        asker.join()
+        closer.join()
+        with pytest.raises(Stopping):
+            batcher.run(lambda: batcher.batcher.submit(request))
+    assert isinstance(results[0], Answers)
+
+
+def test_what_other_work_raises_is_raised(gated):
+    async def broken() -> None:
+        raise KeyError("its own")
+
+    with ThreadedBatcher(gated) as batcher, pytest.raises(KeyError):
+        batcher.run(broken)

@@ -11,6 +11,8 @@ import tritonclient.grpc
 import tritonclient.http
 
 from utune_deploy.export.engine import Device
+from utune_deploy.serving.client import Client as UtuneClient
+from utune_deploy.serving.rejections import InvalidRequest
 from utune_deploy.serving.servers import SERVERS
 from utune_deploy.serving.service import Service
 
@@ -260,7 +262,7 @@ def test_what_a_client_asks_before_it_infers(addresses):
         rpc.get_model_config("tiny", as_json=True)["config"],
     ):
         assert config["max_batch_size"] == 8
-        assert int(config["dynamic_batching"]["max_queue_delay_microseconds"]) == 100
+        assert [tensor["name"] for tensor in config["input"]] == ["images", "task"]
     assert {"name": "tiny", "version": "1", "state": "READY"}.items() <= (
         web.get_model_repository_index()[0].items()
     )
@@ -268,6 +270,16 @@ def test_what_a_client_asks_before_it_infers(addresses):
     assert rpc.get_server_metadata().name
     web.close()
     rpc.close()
+
+
+@pytest.mark.parametrize("front", ["http", "grpc"])
+def test_tasks_that_are_fixed_are_told_and_stay(addresses, bundle, front):
+    with UtuneClient(f"{front}://{getattr(addresses, front)}", deadline_s=30) as client:
+        assert [task.name for task in client.tasks()] == [task.name for task in bundle.tasks]
+        assert client.describe()["fixed"] == "its tasks are constants of the engine"
+        for change in (lambda: client.remove("pets"), lambda: client.add(b"anything")):
+            with pytest.raises(InvalidRequest, match="cannot change while it is served"):
+                change()
 
 
 def test_statistics_count_requests_rows_and_engine_calls(addresses, rows):

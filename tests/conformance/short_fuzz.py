@@ -1,0 +1,19 @@
+"""Triton's HTTP fuzz test with so many cases for each of its addresses: `short_fuzz.py CASES`, beside fuzztest.py.
+
+All of them, some ten thousand for each, would run for hours and write a log of tens of gigabytes.
+"""
+
+import runpy
+import sys
+
+import boofuzz
+
+
+class Short(boofuzz.Session):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, index_end=int(sys.argv[1]), web_port=None, **settings)
+
+
+boofuzz.Session = Short
+sys.argv = ["fuzztest.py"]
+runpy.run_path("fuzztest.py", run_name="__main__")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .rejections import InvalidRequest
+from .rejections import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,6 +32,10 @@ REGION, SIZE, OFFSET = (
 """The parameters of a tensor that name its place."""
 
 _KEY = re.compile(r"/?[^/\0]{1,254}")
+
+
+class UnknownRegion(UnknownModel):
+    """No region of shared memory has that name."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Regions:
         """Of a region, or of all.
 
         Raises:
-            InvalidRequest: There is no such region.
+            UnknownRegion: There is no such region.
         """
         regions: Iterable[_Region] = [self._find(name)] if name else self._regions.values()
         return [
@@ -141,6 +145,7 @@ class Regions:
 
         Raises:
             InvalidRequest: They are no place, or it leaves its region.
+            UnknownRegion: There is no such region.
         """
         if REGION not in parameters:
             return None
@@ -167,7 +172,8 @@ class Regions:
         """What lies there.
 
         Raises:
-            InvalidRequest: The region is gone, or its object was cut.
+            InvalidRequest: Its object was cut.
+            UnknownRegion: It is gone.
         """
         region = self._find(place.region)
         content = os.pread(region.file, place.size, region.offset + place.offset)
@@ -179,7 +185,8 @@ class Regions:
         """Put a tensor there.
 
         Raises:
-            InvalidRequest: It has more bytes than the place; the region is gone, or its object was cut.
+            InvalidRequest: It has more bytes than the place, or the region's object was cut.
+            UnknownRegion: The region is gone.
         """
         region = self._find(place.region)
         if len(content) > place.size:
@@ -202,7 +209,7 @@ class Regions:
     def _find(self, name: str) -> _Region:
         region = self._regions.get(name)
         if region is None:
-            raise InvalidRequest(
+            raise UnknownRegion(
                 "Unable to find shared memory region",  # Triton's words, which clients look for
                 wanted=", ".join(self._regions) or "a region that was registered",
                 found=name,

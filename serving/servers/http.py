@@ -70,6 +70,7 @@ def http_app(
     change = "/v2/repository/models/{model}"
     routes = [
         Route("/v2", endpoints.server),
+        Route("/v2/", endpoints.server),  # the protocol's OpenAPI writes it so, its text without
         Route("/v2/health/live", endpoints.live),
         Route("/v2/health/ready", endpoints.ready),
         Route("/v2/models/stats", endpoints.statistics),
@@ -86,7 +87,7 @@ def http_app(
             Route(f"{model}/stats", endpoints.statistics),
             Route(f"{model}/infer", endpoints.infer, methods=["POST"]),
         ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         exception_handlers={
             UtuneError: _on_error,
@@ -94,6 +95,8 @@ def http_app(
             Exception: _on_mistake,
         },
     )
+    app.router.redirect_slashes = False  # few clients send a body again where a redirect says so
+    return app
 
 
 class _Endpoints:
@@ -143,7 +146,7 @@ class _Endpoints:
 
     async def load(self, request: Request) -> Response:
         asked = await _read_object(request, self._max_body)
-        parameters = _object(asked.get("parameters", {}), "parameters")
+        parameters = _parameters(asked, "parameters")
         await self._repository.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 
@@ -167,7 +170,14 @@ class _Endpoints:
         else:
             message = {}
             inputs = [_raw_input(model, version, tail)]
-        parameters = _object(message.get("parameters", {}), "parameters")
+        parameters = _parameters(message, "parameters")
+        for key, value in parameters.items():
+            if value is None or isinstance(value, (dict, list)):
+                raise InvalidRequest(
+                    "a parameter is neither a number, true, false nor a string",
+                    where=key,
+                    found=_kind(value),
+                )
         identity = message.get("id", "")
         if not isinstance(identity, str):
             raise InvalidRequest("the request's id is not a string", where="id")
@@ -366,7 +376,7 @@ def _read_inputs(
             raise InvalidRequest("an input lacks its name or datatype", where="inputs")
         if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
             raise InvalidRequest("an input's shape is not a list of sizes", where=name)
-        parameters = _object(entry.get("parameters", {}), f"{name}, parameters")
+        parameters = _parameters(entry, f"{name}, parameters")
         content: Any = entry.get("data")
         given = [key for key in ("binary_data_size", REGION) if key in parameters]
         if len(given) + ("data" in entry) > 1:
@@ -399,7 +409,7 @@ def _read_outputs(
     message: Mapping[str, Any], regions: Regions
 ) -> tuple[list[OutputRequest], dict[str, Form]]:
     """The outputs asked for, and the form of each; `""` holds the default."""
-    parameters = _object(message.get("parameters", {}), "parameters")
+    parameters = _parameters(message, "parameters")
     binary = _flag(parameters, "binary_data_output", False)
     forms: dict[str, Form] = {"": binary}
     outputs = []
@@ -408,7 +418,7 @@ def _read_outputs(
         name = entry.get("name")
         if not isinstance(name, str):
             raise InvalidRequest("an output lacks its name", where="outputs")
-        settings = _object(entry.get("parameters", {}), f"{name}, parameters")
+        settings = _parameters(entry, f"{name}, parameters")
         classes = settings.get("classification", 0)
         if not _is_size(classes):
             raise InvalidRequest("the number of classes is not a size", where=name, found=classes)
@@ -483,6 +493,12 @@ def _object(value: Any, where: str) -> dict[str, Any]:
             "the request is malformed", where=where, wanted="a JSON object", found=_kind(value)
         )
     return value
+
+
+def _parameters(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The object's parameters; null is none, as clients that write every field have it."""
+    value = message.get("parameters")
+    return {} if value is None else _object(value, where)
 
 
 def _list(message: Mapping[str, Any], key: str) -> list[Any]:

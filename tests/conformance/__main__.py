@@ -178,6 +178,7 @@ def schemathesis(bench: Bench, models: str, model: str) -> Score:
         code, said = bench.call(
             [bench.asked.tools.parent / "schemathesis", "run", file]
             + ["--url", f"http://127.0.0.1:{HTTP}", "-n", "300", "--seed", "1", "--mode", "all"]
+            + ["--phases", "examples,coverage,fuzzing"]
             + [
                 "--checks",
                 "not_a_server_error,response_schema_conformance,content_type_conformance",
@@ -291,7 +292,7 @@ SUITES: dict[str, tuple[str, str, Callable[[Bench], Score]]] = {
     ),
     "oip-rest": (
         "OIP OpenAPI, schemathesis, on `simple`",
-        "`schemathesis run oip.yaml -n 300 --seed 1 --mode all --checks not_a_server_error,"
+        "`schemathesis run oip.yaml -n 300 --seed 1 --mode all --phases examples,coverage,fuzzing --checks not_a_server_error,"
         "response_schema_conformance,content_type_conformance`",
         lambda bench: schemathesis(bench, "http", "simple"),
     ),

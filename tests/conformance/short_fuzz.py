@@ -8,10 +8,12 @@ import sys
 
 import boofuzz
 
+CASES = int(sys.argv[1])
+
 
 class Short(boofuzz.Session):
     def __init__(self, *args, **settings):
-        super().__init__(*args, index_end=int(sys.argv[1]), web_port=None, **settings)
+        super().__init__(*args, index_end=CASES, web_port=None, **settings)
 
 
 boofuzz.Session = Short

@@ -128,7 +128,9 @@ def unit_tests(bench: Bench) -> Score:
 def qa(bench: Bench, file: str, models: str) -> Score:
     path = bench.asked.server / "qa" / file
     with bench.serving(models):
-        _, said = bench.call([bench.asked.tools, path.name, "-v"], cwd=path.parent, name=path.stem)
+        _, said = bench.call(
+            [bench.asked.tools, path.name, "-v"], cwd=path.parent, name=path.stem, seconds=300
+        )
     score = Score()
     results = re.findall(r"^(test_\w+) .*?\.\.\. .*?\b(ok|FAIL|ERROR)$", said, re.M | re.S)
     for name, result in results:
@@ -284,6 +286,11 @@ SUITES: dict[str, tuple[str, str, Callable[[Bench], Score]]] = {
         "Triton QA L0_input_validation",
         "`python input_validation_test.py`",
         lambda bench: qa(bench, "L0_input_validation/input_validation_test.py", "validation"),
+    ),
+    "qa-queues": (
+        "Triton QA L0_metrics, queues",
+        "`MAX_BATCH_SIZE=4 MAX_QUEUE_DELAY_US=100000 python metrics_queue_size_test.py`",
+        lambda bench: qa(bench, "L0_metrics/metrics_queue_size_test.py", "queues"),
     ),
     "qa-fuzz": (
         "Triton QA L0_http_fuzz (boofuzz)",

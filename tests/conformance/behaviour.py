@@ -106,7 +106,66 @@ VALIDATION = {
     "graphdef_object_int32_int32": _add_sub(STRING),
 }
 
-SETS = {"http": EXAMPLES, "grpc": EXAMPLES_GRPC, "raw": RAW, "validation": VALIDATION}
+
+def _slow(**rules):
+    """Two seconds for each call, whatever its rows."""
+    return {
+        "max_batch_size": 4,
+        "input": [_tensor("INPUT0", "TYPE_FP32", 1)],
+        "output": [_tensor("OUTPUT0", "TYPE_FP32", 1)],
+        "parameters": {
+            "does": {"string_value": "identity"},
+            "execute_delay_ms": {"string_value": "2000"},
+        },
+        **rules,
+    }
+
+
+def _step(name, told):
+    return {
+        "model_name": name,
+        "model_version": -1,
+        "input_map": {"INPUT0": "ENSEMBLE_INPUT0"},
+        "output_map": {"OUTPUT0": told},
+    }
+
+
+_TENTH = {"max_queue_delay_microseconds": 100_000}
+QUEUES = {
+    "default": _slow(),
+    "dynamic": _slow(dynamic_batching=_TENTH),
+    "max_queue_size": _slow(
+        dynamic_batching={**_TENTH, "default_queue_policy": {"max_queue_size": 4}}
+    ),
+    "sequence_direct": _slow(
+        sequence_batching={"direct": {**_TENTH, "minimum_slot_utilization": 1.0}}
+    ),
+    "sequence_oldest": _slow(
+        sequence_batching={"oldest": {**_TENTH, "max_candidate_sequences": 4}}
+    ),
+    "default_composing": _slow(),
+    "dynamic_composing": _slow(dynamic_batching=_TENTH),
+    "ensemble": {
+        "platform": "ensemble",
+        "max_batch_size": 4,
+        "input": [_tensor("ENSEMBLE_INPUT0", "TYPE_FP32", 1)],
+        "output": [_tensor(f"ENSEMBLE_OUTPUT{i}", "TYPE_FP32", 1) for i in range(2)],
+        "ensemble_scheduling": {
+            "step": [
+                _step("dynamic_composing", "ENSEMBLE_OUTPUT0"),
+                _step("default_composing", "ENSEMBLE_OUTPUT1"),
+            ]
+        },
+    },
+}
+
+SETS = {
+    "queues": QUEUES,
+    "http": EXAMPLES,
+    "grpc": EXAMPLES_GRPC,
+    "raw": RAW,
+    "validation": VALIDATION,
+}
 
 
 class Behaviour:

@@ -102,7 +102,7 @@ def _triton(
         version.mkdir(parents=True)
         shutil.copy(HERE / "behaviour.py", version)
         shutil.copy(HERE / "triton_model.py", version / "model.py")
-        own = {"name": name, "backend": "python", **config}
+        own = {"name": name, **({} if "platform" in config else {"backend": "python"}), **config}
         (version / "config.json").write_text(json.dumps(own))
         message = ParseDict(own, model_config_pb2.ModelConfig())
         (version.parent / "config.pbtxt").write_text(text_format.MessageToString(message))

@@ -32,6 +32,8 @@ class TritonPythonModel:
         self._does = behaviour.Behaviour(own)
 
     def execute(self, requests):
+        delay = self._does.config["parameters"].get("execute_delay_ms")
+        time.sleep(int(delay["string_value"]) / 1e3 if delay else 0)
         if self._does.does == "repeat":
             for request in requests:
                 sender = request.get_response_sender()

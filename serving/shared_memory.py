@@ -21,6 +21,7 @@ from .rejections import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from typing import TypeGuard
 
 FOLDER = Path("/dev/shm")
 EXTENSION = "system_shared_memory"
@@ -235,5 +236,5 @@ class Regions:
         )
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

@@ -20,7 +20,7 @@ from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, Utune
 from .. import protocol
 from ..models import Asked, Decoupled, index, require_model
 from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
-from ..shared_memory import EXTENSION, Place, Regions
+from ..shared_memory import EXTENSION, Place, Regions, UnknownRegion
 from ..tensors import InputTensor, OutputRequest, OutputTensor
 from .ports import free_port, host_port
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..models import Model, Repository
 
 log = logging.getLogger(__name__)
+
+FINAL, EMPTY_FINAL = "triton_final_response", "triton_enable_empty_final_response"
 
 _TYPED = {
     "BOOL": "bool_contents",
@@ -177,7 +179,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.name:
             what = "Unable to find cuda shared memory region"
-            return await _abort(context, InvalidRequest(what, found=request.name))
+            return await _abort(context, UnknownRegion(what, found=request.name))
         return service_pb2.CudaSharedMemoryStatusResponse()
 
     async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -186,6 +188,16 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.CudaSharedMemoryUnregisterResponse()
+
+    # Left to the base class, these would be answered with the name of a Python exception.
+
+    async def TraceSetting(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "settings of traces are not offered here"
+        )
+
+    async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "settings of logs are not offered here")
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         try:
@@ -227,7 +239,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _streamed(self, request: Any) -> Any:
         try:
-            return service_pb2.ModelStreamInferResponse(infer_response=await self._infer(request))
+            return _part(await self._infer(request), final=True)
         except UtuneError as error:
             return _failed_part(request, error)
 
@@ -236,8 +248,10 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             model, asked, places = self._read(request)
             assert isinstance(model, Decoupled)
             async for tensors in model.stream(asked):
-                part = self._write(request, model, tensors, places)
-                yield service_pb2.ModelStreamInferResponse(infer_response=part)
+                yield _part(self._write(request, model, tensors, places), final=False)
+            # Which answer was the last is known only now; who wants to know it asks for one more.
+            if asked.parameters.get(EMPTY_FINAL) is True:
+                yield _part(self._write(request, model, (), {}), final=True)
         except UtuneError as error:
             yield _failed_part(request, error)
 
@@ -348,6 +362,12 @@ def _read_inputs(request: Any, regions: Regions) -> list[InputTensor]:
             content = list(getattr(tensor.contents, _TYPED.get(tensor.datatype, "fp32_contents")))
         tensors.append(InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), content))
     return tensors
+
+
+def _part(answer: Any, *, final: bool) -> Any:
+    """An answer in a stream; Triton's clients read there whether it is a request's last."""
+    answer.parameters[FINAL].bool_param = final
+    return service_pb2.ModelStreamInferResponse(infer_response=answer)
 
 
 def _failed_part(request: Any, error: UtuneError) -> Any:

@@ -26,7 +26,7 @@ from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, Utune
 from .. import protocol
 from ..models import Asked, index, require_model
 from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
-from ..shared_memory import EXTENSION, REGION, Place, Regions
+from ..shared_memory import EXTENSION, REGION, Place, Regions, UnknownRegion
 from ..tensors import BYTES, DATATYPES, InputTensor, OutputRequest, OutputTensor
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class _SharedMemory:
 
     async def _no_status(self, request: Request) -> Response:
         if name := request.path_params.get("region", ""):
-            raise InvalidRequest("Unable to find cuda shared memory region", found=name)
+            raise UnknownRegion("Unable to find cuda shared memory region", found=name)
         return JSONResponse([])
 
     async def _no_register(self, request: Request) -> Response:

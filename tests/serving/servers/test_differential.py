@@ -272,6 +272,7 @@ CASES: dict[str, Ask] = {
             ("POST", "/v2/systemsharedmemory/region/x/unregister"),
             ("GET", "/v2/cudasharedmemory/status"),
             ("POST", "/v2/cudasharedmemory/unregister"),
+            ("GET", "/v2/cudasharedmemory/region/x/status"),
             ("GET", "/v2/nothing"),
             ("GET", "//v2"),
             ("GET", "/v2/models/ti%6Ey"),
@@ -534,3 +535,60 @@ def test_both_say_the_same_over_grpc(servers, case):
             theirs.model_name,
             theirs.model_version,
         )
+
+
+_CALLS: dict[str, tuple[str, Any]] = {
+    "live": ("ServerLive", service_pb2.ServerLiveRequest()),
+    "ready": ("ServerReady", service_pb2.ServerReadyRequest()),
+    "model ready": ("ModelReady", service_pb2.ModelReadyRequest(name="tiny")),
+    "other ready": ("ModelReady", service_pb2.ModelReadyRequest(name="other")),
+    "version 2 ready": ("ModelReady", service_pb2.ModelReadyRequest(name="tiny", version="2")),
+    "metadata of another": ("ModelMetadata", service_pb2.ModelMetadataRequest(name="other")),
+    "metadata of nobody": ("ModelMetadata", service_pb2.ModelMetadataRequest()),
+    "config of another": ("ModelConfig", service_pb2.ModelConfigRequest(name="other")),
+    "config of version 2": (
+        "ModelConfig",
+        service_pb2.ModelConfigRequest(name="tiny", version="2"),
+    ),
+    "regions": ("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest()),
+    "a region": ("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest(name="x")),
+    "forget": ("SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest()),
+    "CUDA regions": ("CudaSharedMemoryStatus", service_pb2.CudaSharedMemoryStatusRequest()),
+    "a CUDA region": (
+        "CudaSharedMemoryStatus",
+        service_pb2.CudaSharedMemoryStatusRequest(name="x"),
+    ),
+    "a new CUDA region": (
+        "CudaSharedMemoryRegister",
+        service_pb2.CudaSharedMemoryRegisterRequest(name="x"),
+    ),
+    "forget CUDA": ("CudaSharedMemoryUnregister", service_pb2.CudaSharedMemoryUnregisterRequest()),
+}
+
+
+@pytest.mark.parametrize("case", _CALLS)
+def test_both_say_the_same_of_themselves_over_grpc(servers, case):
+    method, message = _CALLS[case]
+    found = []
+    for addresses in servers:
+        with grpc.insecure_channel(addresses.grpc) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            try:
+                found.append(getattr(stub, method)(message, timeout=30))
+            except grpc.RpcError as error:
+                found.append(error.code())
+    assert found[0] == found[1]
+
+
+def test_both_stream_the_same(servers):
+    last = _message(id="last")
+    last.parameters["triton_enable_empty_final_response"].bool_param = True
+    messages = [_message(id="first"), _message(id="bad", model_name="other"), last]
+    found = []
+    for addresses in servers:
+        with grpc.insecure_channel(addresses.grpc) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            parts = list(stub.ModelStreamInfer(iter(messages), timeout=30))
+        found.append([part.infer_response for part in parts])
+        assert [bool(part.error_message) for part in parts] == [False, True, False]
+    assert found[0] == found[1]

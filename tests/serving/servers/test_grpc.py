@@ -118,7 +118,7 @@ def _count(value: int) -> Any:
 
 
 def test_a_decoupled_model_brings_any_number_of_answers():
-    async def main() -> list[tuple[str, str, int | None]]:
+    async def main() -> list[tuple[str, str, bool, int | None]]:
         async with (
             carrying(Fixed(Countdown())) as addresses,
             grpc.aio.insecure_channel(addresses.grpc) as channel,
@@ -126,11 +126,14 @@ def test_a_decoupled_model_brings_any_number_of_answers():
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             with pytest.raises(grpc.RpcError):
                 await stub.ModelInfer(_count(1))
-            stream = stub.ModelStreamInfer(iter([_count(2), _count(0), _count(-1)]))
+            last = _count(1)
+            last.parameters["triton_enable_empty_final_response"].bool_param = True
+            stream = stub.ModelStreamInfer(iter([_count(2), _count(0), _count(-1), last]))
             return [
                 (
                     part.infer_response.id,
                     part.error_message,
+                    part.infer_response.parameters["triton_final_response"].bool_param,
                     np.frombuffer(part.infer_response.raw_output_contents[0], np.int32)[0]
                     if part.infer_response.outputs
                     else None,
@@ -139,8 +142,10 @@ def test_a_decoupled_model_brings_any_number_of_answers():
             ]
 
     assert asyncio.run(main()) == [
-        ("2", "", 2),
-        ("2", "", 1),
-        ("-1", "", 1),
-        ("-1", "a count below 0", None),
+        ("2", "", False, 2),
+        ("2", "", False, 1),
+        ("-1", "", False, 1),
+        ("-1", "a count below 0", False, None),
+        ("1", "", False, 1),
+        ("1", "", True, None),
     ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 HTTP, GRPC, METRICS = 8000, 8001, 8002
+MEMORY = f"conformance{os.getpid()}"  # how the shared memory of tritonserver's stubs begins
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
@@ -90,6 +91,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for region in Path("/dev/shm").glob(f"{MEMORY}*"):
+        region.unlink(missing_ok=True)
 
 
 def _triton(
@@ -114,7 +117,7 @@ def _triton(
         f"--model-repository={folder / 'models'}",
         f"--backend-directory={folder / 'backends'}",
         f"--cache-directory={folder / 'caches'}",
-        f"--backend-config=python,shm-region-prefix-name=conformance{os.getpid()}",
+        f"--backend-config=python,shm-region-prefix-name={MEMORY}",
         "--http-address=127.0.0.1",
         "--grpc-address=127.0.0.1",
         "--metrics-address=127.0.0.1",

@@ -13,7 +13,7 @@ from ..merge.errors import UsageError
 from .rejections import UnknownModel
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
     from .tensors import InputTensor, OutputRequest, OutputTensor
 
@@ -85,7 +85,7 @@ class Decoupled(Protocol):
     Only gRPC's stream can carry them; `Model.infer` of such a model refuses.
     """
 
-    def stream(self, asked: Asked) -> AsyncIterator[list[OutputTensor]]:
+    def stream(self, asked: Asked) -> AsyncGenerator[list[OutputTensor]]:
         """Answer a request, one list of tensors per answer.
 
         Raises:

@@ -9,6 +9,7 @@ client live in the same one. What is not written here is answered UNIMPLEMENTED 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from ..tensors import InputTensor, OutputRequest, OutputTensor
 from .ports import free_port, host_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from ..models import Model, Repository
 
@@ -210,7 +211,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
         Those of a decoupled model are made as they are taken.
         """
-        under_way: asyncio.Queue[asyncio.Task[Any] | AsyncIterator[Any] | None] = asyncio.Queue()
+        under_way: asyncio.Queue[asyncio.Task[Any] | AsyncGenerator[Any] | None] = asyncio.Queue()
 
         async def read() -> None:
             try:
@@ -228,8 +229,9 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
                 if isinstance(answer, asyncio.Task):
                     yield await answer
                 else:
-                    async for part in answer:
-                        yield part
+                    async with contextlib.aclosing(answer):
+                        async for part in answer:
+                            yield part
         finally:
             reading.cancel()
             while not under_way.empty():
@@ -243,12 +245,13 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         except UtuneError as error:
             return _failed_part(request, error)
 
-    async def _decoupled(self, request: Any) -> AsyncIterator[Any]:
+    async def _decoupled(self, request: Any) -> AsyncGenerator[Any]:
         try:
             model, asked, places = self._read(request)
             assert isinstance(model, Decoupled)
-            async for tensors in model.stream(asked):
-                yield _part(self._write(request, model, tensors, places), final=False)
+            async with contextlib.aclosing(model.stream(asked)) as answers:
+                async for tensors in answers:
+                    yield _part(self._write(request, model, tensors, places), final=False)
             # Which answer was the last is known only now; who wants to know it asks for one more.
             if asked.parameters.get(EMPTY_FINAL) is True:
                 yield _part(self._write(request, model, (), {}), final=True)

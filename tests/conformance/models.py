@@ -23,7 +23,7 @@ from utune_deploy.serving.tensors import BYTES, OutputTensor, numbers, texts
 from .behaviour import Behaviour
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Iterable, Mapping
 
     from utune_deploy.serving.models import Asked, Model
 
@@ -136,7 +136,7 @@ class Repeat(Plain):
     async def infer(self, asked: Asked) -> list[OutputTensor]:
         raise InvalidRequest("ModelInfer RPC doesn't support decoupled models", where=self.name)
 
-    async def stream(self, asked: Asked) -> AsyncIterator[list[OutputTensor]]:
+    async def stream(self, asked: Asked) -> AsyncGenerator[list[OutputTensor]]:
         for pause, outputs in self._does.repeat(self._check(asked)):
             await asyncio.sleep(pause)
             yield self._write(outputs, asked)

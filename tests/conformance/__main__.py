@@ -385,10 +385,10 @@ def main() -> None:
 
 def _into(page: Path, table: str) -> None:
     """Write the table between the page's marks; the page itself is prose and stays."""
-    start, end = "<!-- table -->\n", "\n<!-- /table -->"
+    start, end = "<!-- table -->\n", "<!-- /table -->"
     text = page.read_text() if page.exists() else f"# Conformance\n\n{start}{end}\n"
     before, _, rest = text.partition(start)
-    page.write_text(f"{before}{start}{table}{end}{rest.partition(end)[2]}")
+    page.write_text(f"{before}{start}{table}\n{end}{rest.partition(end)[2]}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -7,13 +7,13 @@ NAME.tasks for their life, NAME.all where an engine answers every task at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..merge.errors import UsageError
 from .rejections import UnknownModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
     from .tensors import InputTensor, OutputRequest, OutputTensor
 
@@ -74,6 +74,22 @@ class Model(Protocol):
 
         Raises:
             UtuneError: It cannot be answered; see `rejections`.
+        """
+        ...
+
+
+@runtime_checkable
+class Decoupled(Protocol):
+    """What a model has beside `Model` when a request may bring any number of answers.
+
+    Only gRPC's stream can carry them; `Model.infer` of such a model refuses.
+    """
+
+    def stream(self, asked: Asked) -> AsyncGenerator[list[OutputTensor]]:
+        """Answer a request, one list of tensors per answer.
+
+        Raises:
+            UtuneError: See `Model.infer`.
         """
         ...
 
@@ -140,7 +156,7 @@ def require_model(repository: Repository, name: str, version: str = "") -> Model
     model = repository.find(name)
     if model is None or (version and version not in model.versions):
         raise UnknownModel(
-            "unknown model or version",
+            "Request for unknown model",  # Triton's words: its clients look for them
             wanted=f"version {' or '.join(model.versions)}"
             if model
             else "see /v2/repository/index",

@@ -202,9 +202,17 @@ def task_statistics(service: Service, version: Version) -> dict[str, Any]:
     }
 
 
-def server_metadata(version: str) -> dict[str, Any]:
-    """What `GET /v2` says."""
-    return {"name": SERVER, "version": version, "extensions": list(EXTENSIONS)}
+def server_metadata(
+    version: str, *, name: str = SERVER, extensions: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What `GET /v2` says.
+
+    Args:
+        version: The server's version.
+        name: What it calls itself.
+        extensions: Those that it has beside `EXTENSIONS`.
+    """
+    return {"name": name, "version": version, "extensions": sorted({*EXTENSIONS, *extensions})}
 
 
 def model_metadata(registry: Registry) -> dict[str, Any]:

@@ -73,6 +73,11 @@ if TYPE_CHECKING:
     help="Whether clients may add, change and remove tasks. By default only where none but this machine can reach it.",
 )
 @click.option(
+    "--shared-memory",
+    is_flag=True,
+    help="Let clients on this machine pass tensors in shared memory: they reach all of it that this user does.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -110,6 +115,7 @@ def command(
     keep: Path | None,
     rows: int | None,
     task_control: bool | None,
+    shared_memory: bool,
     log_format: str,
     log_requests: bool,
     perf_input: Path | None,
@@ -163,6 +169,7 @@ def command(
         "keep": keep,
         "rows": rows,
         "task_control": is_local(host) if task_control is None else task_control,
+        "shared_memory": shared_memory,
     }
     logs.configure(log_format, requests=log_requests)
     if engine == "embedded":

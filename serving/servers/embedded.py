@@ -18,9 +18,11 @@ from ...export.engine import CPU
 from ..batcher import Batcher
 from ..bundle_models import BundleModel, BundleRepository
 from ..metrics import Model
+from ..protocol import SERVER
 from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..service import Service
+from ..shared_memory import Regions
 from .grpc import grpc_server
 from .http import http_app
 from .metrics import metrics_app
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from ...export.bundle import Bundle
     from ...export.engine import Device
+    from ..models import Repository
     from ..registry import Registry
 
 MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request out and says why
@@ -56,6 +59,7 @@ def serve_embedded(
     rows: int | None = None,
     keep: Path | None = None,
     task_control: bool = True,
+    shared_memory: bool = False,
     on_ready: Callable[[Addresses], None] | None = None,
     **queueing: Any,
 ) -> None:
@@ -71,6 +75,7 @@ def serve_embedded(
         rows: See `Service.open`.
         keep: See `Service.open`.
         task_control: Whether clients may add, change and remove tasks.
+        shared_memory: Whether clients may name regions of this machine's shared memory.
         on_ready: Called once, when requests are answered.
         **queueing: Settings of `Batcher`.
 
@@ -90,6 +95,7 @@ def serve_embedded(
                 grpc_port=grpc_port,
                 metrics_port=metrics_port,
                 task_control=task_control,
+                shared_memory=shared_memory,
                 **queueing,
             ) as addresses:
                 if on_ready is not None:
@@ -111,6 +117,7 @@ async def running(
     grpc_port: int = 0,
     metrics_port: int | None = None,
     task_control: bool = True,
+    shared_memory: bool = False,
     max_delay_ms: float = MAX_DELAY_MS,
     **queueing: Any,
 ) -> AsyncIterator[Addresses]:
@@ -124,6 +131,7 @@ async def running(
         grpc_port: Port of gRPC; 0 picks a free one.
         metrics_port: Port of Prometheus metrics; 0 picks a free one, None has none.
         task_control: Whether clients may add, change and remove tasks.
+        shared_memory: Whether clients may name regions of this machine's shared memory.
         max_delay_ms: Longest that a request waits for company.
         **queueing: Further settings of `Batcher`.
 
@@ -139,19 +147,74 @@ async def running(
     limit = max(MIN_BODY, *(JSON_GROWTH * _largest_request(each.registry) for each in services))
     if service.tasks is not None and service.resident is not None:
         limit += PACKED_GROWTH * service.resident.row_bytes
-    version = _version()
+    metrics = metrics_app([Model.of(batcher) for batcher in batchers])
     await asyncio.to_thread(service.warm)
     async with contextlib.AsyncExitStack() as stack:
-        socket = stack.enter_context(listen(host, http_port))
-        webs = [(_web(http_app(repository, version=version, max_body=limit)), socket)]
-        if metrics_port is not None:
-            metrics = stack.enter_context(listen(host, metrics_port))
-            webs.append((_web(metrics_app([Model.of(b) for b in batchers])), metrics))
-        rpc, grpc_port = grpc_server(
-            repository, version=version, max_message=limit, host=host, port=grpc_port
-        )
         for batcher in batchers:
             await stack.enter_async_context(batcher)
+        addresses = await stack.enter_async_context(
+            carrying(
+                repository,
+                host=host,
+                http_port=http_port,
+                grpc_port=grpc_port,
+                metrics=None if metrics_port is None else (metrics, metrics_port),
+                max_body=limit,
+                shared_memory=shared_memory,
+            )
+        )
+        try:
+            yield addresses
+        finally:
+            for batcher in batchers:
+                batcher.stop()  # not ready from here on; what was taken is answered
+
+
+@contextlib.asynccontextmanager
+async def carrying(
+    repository: Repository,
+    *,
+    host: str = "127.0.0.1",
+    http_port: int = 0,
+    grpc_port: int = 0,
+    metrics: tuple[Starlette, int] | None = None,
+    max_body: int = MIN_BODY,
+    name: str = SERVER,
+    shared_memory: bool = False,
+) -> AsyncIterator[Addresses]:
+    """HTTP and gRPC over any models; leaving the block drains them.
+
+    Args:
+        repository: What answers.
+        host: Address to listen on.
+        http_port: Port of HTTP; 0 picks a free one.
+        grpc_port: Port of gRPC; 0 picks a free one.
+        metrics: What answers on a port of its own, and that port.
+        max_body: Largest request in bytes.
+        name: What the server calls itself.
+        shared_memory: Whether clients may name regions of this machine's shared memory.
+
+    Raises:
+        UsageError: A port cannot be had.
+    """
+    version = _version()
+    regions = Regions(offered=shared_memory)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(regions.unregister)
+        socket = stack.enter_context(listen(host, http_port))
+        app = http_app(repository, version=version, max_body=max_body, name=name, regions=regions)
+        webs = [(_web(app), socket)]
+        if metrics is not None:
+            webs.append((_web(metrics[0]), stack.enter_context(listen(host, metrics[1]))))
+        rpc, grpc_port = grpc_server(
+            repository,
+            version=version,
+            max_message=max_body,
+            host=host,
+            port=grpc_port,
+            name=name,
+            regions=regions,
+        )
         await rpc.start()
         serving = [asyncio.create_task(web.serve(sockets=[claimed])) for web, claimed in webs]
         try:
@@ -167,8 +230,6 @@ async def running(
                 metrics=host_port(host, ports[1]) if len(ports) > 1 else None,
             )
         finally:
-            for batcher in batchers:
-                batcher.stop()  # not ready from here on; what was taken is answered
             for web, _ in webs:
                 web.should_exit = True
             await asyncio.gather(rpc.stop(DRAIN_SECONDS), *serving)

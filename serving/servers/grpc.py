@@ -9,6 +9,7 @@ client live in the same one. What is not written here is answered UNIMPLEMENTED 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,20 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
 from .. import protocol
-from ..models import Asked, index, require_model
+from ..models import Asked, Decoupled, index, require_model
 from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
-from ..tensors import InputTensor, OutputRequest
+from ..shared_memory import EXTENSION, Place, Regions, UnknownRegion
+from ..tensors import InputTensor, OutputRequest, OutputTensor
 from .ports import free_port, host_port
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
     from ..models import Model, Repository
 
 log = logging.getLogger(__name__)
+
+FINAL, EMPTY_FINAL = "triton_final_response", "triton_enable_empty_final_response"
 
 _TYPED = {
     "BOOL": "bool_contents",
@@ -45,7 +51,14 @@ _TYPED = {
 
 
 def grpc_server(
-    repository: Repository, *, version: str, max_message: int, host: str, port: int
+    repository: Repository,
+    *,
+    version: str,
+    max_message: int,
+    host: str,
+    port: int,
+    name: str = protocol.SERVER,
+    regions: Regions | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """A server that is bound but not started, and its port.
 
@@ -55,6 +68,8 @@ def grpc_server(
         max_message: Largest request in bytes.
         host: Address to listen on.
         port: 0 picks a free one.
+        name: What the server calls itself.
+        regions: Shared memory; None does not offer it.
 
     Raises:
         UsageError: The port cannot be had.
@@ -67,7 +82,7 @@ def grpc_server(
             ("grpc.so_reuseport", 0),  # two servers on one port would share its clients silently
         ]
     )
-    servicer = _Servicer(repository, version)
+    servicer = _Servicer(repository, version, name, regions or Regions(offered=False))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     try:
         server.add_insecure_port(host_port(host, port))
@@ -77,9 +92,11 @@ def grpc_server(
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, repository: Repository, version: str) -> None:
+    def __init__(self, repository: Repository, version: str, name: str, regions: Regions) -> None:
         self._repository = repository
-        self._version = version
+        self._regions = regions
+        extensions = [EXTENSION] if regions.offered else []
+        self._metadata = protocol.server_metadata(version, name=name, extensions=extensions)
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  gRPC's names
         return service_pb2.ServerLiveResponse(live=True)
@@ -96,9 +113,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelReadyResponse(ready=model.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return ParseDict(
-            protocol.server_metadata(self._version), service_pb2.ServerMetadataResponse()
-        )
+        return ParseDict(self._metadata, service_pb2.ServerMetadataResponse())
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         model = await self._find(request, context)
@@ -139,6 +154,52 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             return await _abort(context, error)
         return service_pb2.RepositoryModelUnloadResponse()
 
+    async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            regions = self._regions.status(request.name)
+        except UtuneError as error:
+            return await _abort(context, error)
+        return ParseDict(
+            {"regions": {region["name"]: region for region in regions}},
+            service_pb2.SystemSharedMemoryStatusResponse(),
+        )
+
+    async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        except UtuneError as error:
+            return await _abort(context, error)
+        return service_pb2.SystemSharedMemoryRegisterResponse()
+
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._regions.unregister(request.name)
+        return service_pb2.SystemSharedMemoryUnregisterResponse()
+
+    # Regions of a CUDA device are not offered; Triton's clients ask for both kinds whatever they use.
+
+    async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.name:
+            what = "Unable to find cuda shared memory region"
+            return await _abort(context, UnknownRegion(what, found=request.name))
+        return service_pb2.CudaSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
+        what = "failed to register shared memory region: invalid args"  # Triton's words
+        return await _abort(context, InvalidRequest(what, where=f"CUDA region {request.name}"))
+
+    async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return service_pb2.CudaSharedMemoryUnregisterResponse()
+
+    # Left to the base class, these would be answered with the name of a Python exception.
+
+    async def TraceSetting(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "settings of traces are not offered here"
+        )
+
+    async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "settings of logs are not offered here")
+
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         try:
             return await self._infer(request)
@@ -146,58 +207,104 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             return await _abort(context, error)
 
     async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
-        """Answers in the order of the requests, which are under way together."""
-        under_way: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
+        """Answers in the order of the requests, which are under way together.
+
+        Those of a decoupled model are made as they are taken.
+        """
+        under_way: asyncio.Queue[asyncio.Task[Any] | AsyncGenerator[Any] | None] = asyncio.Queue()
 
         async def read() -> None:
             try:
                 async for request in request_iterator:
-                    under_way.put_nowait(asyncio.create_task(self._streamed(request)))
+                    if isinstance(self._repository.find(request.model_name), Decoupled):
+                        under_way.put_nowait(self._decoupled(request))
+                    else:
+                        under_way.put_nowait(asyncio.create_task(self._streamed(request)))
             finally:
                 under_way.put_nowait(None)
 
         reading = asyncio.create_task(read())
         try:
             while (answer := await under_way.get()) is not None:
-                yield await answer
+                if isinstance(answer, asyncio.Task):
+                    yield await answer
+                else:
+                    async with contextlib.aclosing(answer):
+                        async for part in answer:
+                            yield part
         finally:
             reading.cancel()
             while not under_way.empty():
-                if answer := under_way.get_nowait():
+                if isinstance(answer := under_way.get_nowait(), asyncio.Task):
                     answer.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
     async def _streamed(self, request: Any) -> Any:
         try:
-            return service_pb2.ModelStreamInferResponse(infer_response=await self._infer(request))
+            return _part(await self._infer(request), final=True)
         except UtuneError as error:
-            return service_pb2.ModelStreamInferResponse(
-                error_message=one_line(error),
-                infer_response=service_pb2.ModelInferResponse(id=request.id),
-            )
+            return _failed_part(request, error)
+
+    async def _decoupled(self, request: Any) -> AsyncGenerator[Any]:
+        try:
+            model, asked, places = self._read(request)
+            assert isinstance(model, Decoupled)
+            async with contextlib.aclosing(model.stream(asked)) as answers:
+                async for tensors in answers:
+                    yield _part(self._write(request, model, tensors, places), final=False)
+            # Which answer was the last is known only now; who wants to know it asks for one more.
+            if asked.parameters.get(EMPTY_FINAL) is True:
+                yield _part(self._write(request, model, (), {}), final=True)
+        except UtuneError as error:
+            yield _failed_part(request, error)
 
     async def _infer(self, request: Any) -> Any:
+        model, asked, places = self._read(request)
+        return self._write(request, model, await model.infer(asked), places)
+
+    def _read(self, request: Any) -> tuple[Model, Asked, dict[str, Place]]:
+        """The model, what it is asked, and the outputs that go to shared memory."""
         model = require_model(self._repository, request.model_name, request.model_version)
         parameters = {key: _value(value) for key, value in request.parameters.items()}
+        places = {
+            output.name: place
+            for output in request.outputs
+            if (place := _place(output, self._regions))
+        }
         asked = Asked(
-            _read_inputs(request),
+            _read_inputs(request, self._regions),
             [OutputRequest(output.name, _classes(output)) for output in request.outputs],
             request.model_version,
             priority=_count(parameters, "priority"),
             timeout_us=_count(parameters, "timeout"),
             parameters=parameters,
         )
-        tensors = await model.infer(asked)
+        return model, asked, places
+
+    def _write(
+        self,
+        request: Any,
+        model: Model,
+        tensors: Sequence[OutputTensor],
+        places: dict[str, Place],
+    ) -> Any:
         response = service_pb2.ModelInferResponse(
             model_name=request.model_name,
             model_version=request.model_version or model.versions[-1],
             id=request.id,
         )
         for tensor in tensors:
-            response.outputs.add(
+            output = response.outputs.add(
                 name=tensor.name, datatype=tensor.datatype, shape=tensor.array.shape
             )
-            response.raw_output_contents.append(tensor.raw())
+            content = tensor.raw()
+            if place := places.get(tensor.name):
+                self._regions.write(place, content)
+                for key, value in place.parameters(len(content)).items():
+                    kind = "string_param" if isinstance(value, str) else "int64_param"
+                    setattr(output.parameters[key], kind, value)
+                content = b""
+            response.raw_output_contents.append(content)
         return response
 
     async def _find(self, request: Any, context: Any) -> Model:
@@ -219,36 +326,58 @@ def _count(parameters: dict[str, Any], key: str) -> int:
     return value
 
 
-def _read_inputs(request: Any) -> list[InputTensor]:
-    """Inputs from raw contents, all of them or none, or from the typed fields."""
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
+def _place(tensor: Any, regions: Regions) -> Place | None:
+    """Where an input or output lies in shared memory."""
+    if not tensor.parameters:
+        return None
+    parameters = {key: _value(value) for key, value in tensor.parameters.items()}
+    return regions.place(parameters, tensor.name)
+
+
+def _read_inputs(request: Any, regions: Regions) -> list[InputTensor]:
+    """Inputs from shared memory; the others from raw contents, all or none, or from the typed fields."""
+    places = [_place(tensor, regions) for tensor in request.inputs]
+    raw = iter(request.raw_input_contents)
+    wanted = places.count(None)
+    is_raw = len(request.raw_input_contents) > 0
+    if is_raw and len(request.raw_input_contents) != wanted:
         raise InvalidRequest(
             "the raw contents are not one per input",
             where="raw_input_contents",
-            wanted=len(request.inputs),
-            found=len(raw),
+            wanted=wanted,
+            found=len(request.raw_input_contents),
         )
     tensors = []
-    for place, tensor in enumerate(request.inputs):
+    for tensor, place in zip(request.inputs, places, strict=True):
         if any(size < 0 for size in tensor.shape):
             raise InvalidRequest(
                 "an input's shape is not a list of sizes",
                 where=tensor.name,
                 found=list(tensor.shape),
             )
-        if raw and tensor.HasField("contents"):
-            raise InvalidRequest("an input has raw and typed contents", where=tensor.name)
-        typed = getattr(tensor.contents, _TYPED.get(tensor.datatype, "fp32_contents"))
-        tensors.append(
-            InputTensor(
-                tensor.name,
-                tensor.datatype,
-                tuple(tensor.shape),
-                raw[place] if raw else list(typed),
-            )
-        )
+        if (is_raw or place) and tensor.HasField("contents"):
+            raise InvalidRequest("an input has its data twice", where=tensor.name)
+        if place:
+            content = regions.read(place)
+        elif is_raw:
+            content = next(raw)
+        else:
+            content = list(getattr(tensor.contents, _TYPED.get(tensor.datatype, "fp32_contents")))
+        tensors.append(InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), content))
     return tensors
+
+
+def _part(answer: Any, *, final: bool) -> Any:
+    """An answer in a stream; Triton's clients read there whether it is a request's last."""
+    answer.parameters[FINAL].bool_param = final
+    return service_pb2.ModelStreamInferResponse(infer_response=answer)
+
+
+def _failed_part(request: Any, error: UtuneError) -> Any:
+    return service_pb2.ModelStreamInferResponse(
+        error_message=one_line(error),
+        infer_response=service_pb2.ModelInferResponse(id=request.id),
+    )
 
 
 def _classes(output: Any) -> int:

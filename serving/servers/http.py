@@ -1,5 +1,7 @@
 """HTTP of the Open Inference Protocol v2 as an ASGI app: JSON, binary tensors, gzip and deflate.
 
+A body whose head is said to have length 0 is the bytes of a model's only input, as Triton takes them.
+
 A body that cannot be answered is told so with a 4xx and `{"error": ...}`; a 5xx is our mistake, a
 full queue (503) or a server that drains (503).
 """
@@ -10,6 +12,7 @@ import asyncio
 import gzip
 import json
 import logging
+import math
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +26,18 @@ from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, Utune
 from .. import protocol
 from ..models import Asked, index, require_model
 from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
-from ..tensors import InputTensor, OutputRequest, OutputTensor
+from ..shared_memory import EXTENSION, REGION, Place, Regions, UnknownRegion
+from ..tensors import BYTES, DATATYPES, InputTensor, OutputRequest, OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import TypeAlias
 
     from starlette.requests import Request
 
     from ..models import Model, Repository
+
+    Form: TypeAlias = bool | Place  # of an output: JSON, bytes behind it, or in shared memory
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 COMPRESSION_LEVEL = 1  # pixels and logits barely shrink: the cheapest level loses nothing
@@ -40,24 +47,37 @@ _AUTOMATIC = zlib.MAX_WBITS | 32  # gzip and zlib by their first bytes
 log = logging.getLogger(__name__)
 
 
-def http_app(repository: Repository, *, version: str, max_body: int) -> Starlette:
+def http_app(
+    repository: Repository,
+    *,
+    version: str,
+    max_body: int,
+    name: str = protocol.SERVER,
+    regions: Regions | None = None,
+) -> Starlette:
     """The app over a repository of models.
 
     Args:
         repository: What answers; ready for requests when the first one comes.
         version: The server's version, for its metadata.
         max_body: Largest request body in bytes, packed or unpacked.
+        name: What the server calls itself.
+        regions: Shared memory; None does not offer it.
     """
-    endpoints = _Endpoints(repository, version, max_body)
+    regions = regions or Regions(offered=False)
+    endpoints = _Endpoints(repository, version, max_body, name, regions)
+    memory = _SharedMemory(regions, max_body)
     change = "/v2/repository/models/{model}"
     routes = [
         Route("/v2", endpoints.server),
+        Route("/v2/", endpoints.server),  # the protocol's OpenAPI writes it so, its text without
         Route("/v2/health/live", endpoints.live),
         Route("/v2/health/ready", endpoints.ready),
         Route("/v2/models/stats", endpoints.statistics),
         Route("/v2/repository/index", endpoints.index, methods=["POST"]),
         Route(f"{change}/load", endpoints.load, methods=["POST"]),
         Route(f"{change}/unload", endpoints.unload, methods=["POST"]),
+        *memory.routes(),
     ]
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
@@ -67,7 +87,7 @@ def http_app(repository: Repository, *, version: str, max_body: int) -> Starlett
             Route(f"{model}/stats", endpoints.statistics),
             Route(f"{model}/infer", endpoints.infer, methods=["POST"]),
         ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         exception_handlers={
             UtuneError: _on_error,
@@ -75,16 +95,22 @@ def http_app(repository: Repository, *, version: str, max_body: int) -> Starlett
             Exception: _on_mistake,
         },
     )
+    app.router.redirect_slashes = False  # few clients send a body again where a redirect says so
+    return app
 
 
 class _Endpoints:
-    def __init__(self, repository: Repository, version: str, max_body: int) -> None:
+    def __init__(
+        self, repository: Repository, version: str, max_body: int, name: str, regions: Regions
+    ) -> None:
         self._repository = repository
-        self._version = version
         self._max_body = max_body
+        self._regions = regions
+        extensions = [EXTENSION] if regions.offered else []
+        self._metadata = protocol.server_metadata(version, name=name, extensions=extensions)
 
     async def server(self, _request: Request) -> Response:
-        return JSONResponse(protocol.server_metadata(self._version))
+        return JSONResponse(self._metadata)
 
     async def live(self, _request: Request) -> Response:
         return JSONResponse({"live": True})
@@ -114,15 +140,13 @@ class _Endpoints:
         return JSONResponse({"model_stats": [entry for m in shown for entry in m.statistics()]})
 
     async def index(self, request: Request) -> Response:
-        body = await _read_body(request, self._max_body)
-        asked = _read_json(memoryview(body)) if body.strip() else {}
+        asked = await _read_object(request, self._max_body)
         only_ready = _flag(asked, "ready", False)
         return JSONResponse(index(self._repository, only_ready=only_ready))
 
     async def load(self, request: Request) -> Response:
-        body = await _read_body(request, self._max_body)
-        asked = _read_json(memoryview(body)) if body.strip() else {}
-        parameters = _object(asked.get("parameters", {}), "parameters")
+        asked = await _read_object(request, self._max_body)
+        parameters = _parameters(asked, "parameters")
         await self._repository.load(request.path_params["model"], parameters)
         return Response(status_code=200)
 
@@ -137,10 +161,23 @@ class _Endpoints:
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         head, tail = _split(body, request.headers.get(HEADER_LENGTH))
-        message = _read_json(head)
-        inputs = _read_inputs(message, tail)
-        outputs, binary = _read_outputs(message)
-        parameters = _object(message.get("parameters", {}), "parameters")
+        outputs: list[OutputRequest] = []
+        forms: dict[str, Form] = {"": True}
+        if len(head) or not len(tail):
+            message = _read_json(head)
+            inputs = _read_inputs(message, tail, self._regions)
+            outputs, forms = _read_outputs(message, self._regions)
+        else:
+            message = {}
+            inputs = [_raw_input(model, version, tail)]
+        parameters = _parameters(message, "parameters")
+        for key, value in parameters.items():
+            if value is None or isinstance(value, (dict, list)):
+                raise InvalidRequest(
+                    "a parameter is neither a number, true, false nor a string",
+                    where=key,
+                    found=_kind(value),
+                )
         identity = message.get("id", "")
         if not isinstance(identity, str):
             raise InvalidRequest("the request's id is not a string", where="id")
@@ -162,14 +199,79 @@ class _Endpoints:
                 **({"id": identity} if identity else {}),
             },
             answered,
-            binary,
+            forms,
             request.headers.get("Accept-Encoding", ""),
+            self._regions,
         )
 
     def _find(self, request: Request) -> tuple[Model, str]:
         """The model that a path names, and its version, empty for the one in use."""
         version = request.path_params.get("version", "")
         return require_model(self._repository, request.path_params["model"], version), version
+
+
+class _SharedMemory:
+    """The endpoints of the shared-memory extensions.
+
+    Regions of a CUDA device are not offered: there are never any, to forget them is done already, and to
+    register one is refused. Triton's clients ask for both kinds whatever they use.
+    """
+
+    def __init__(self, regions: Regions, max_body: int) -> None:
+        self._regions = regions
+        self._max_body = max_body
+
+    def routes(self) -> list[Route]:
+        routes = []
+        for kind, status, register, unregister in (
+            ("system", self._status, self._register, self._unregister),
+            ("cuda", self._no_status, self._no_register, self._no_unregister),
+        ):
+            for path in (f"/v2/{kind}sharedmemory", f"/v2/{kind}sharedmemory/region/{{region}}"):
+                routes += [
+                    Route(f"{path}/status", status),
+                    Route(f"{path}/unregister", unregister, methods=["POST"]),
+                ]
+            routes.append(Route(f"{path}/register", register, methods=["POST"]))
+        return routes
+
+    async def _status(self, request: Request) -> Response:
+        return JSONResponse(self._regions.status(request.path_params.get("region", "")))
+
+    async def _register(self, request: Request) -> Response:
+        asked = await _read_object(request, self._max_body)
+        key = asked.get("key")
+        if not isinstance(key, str):
+            raise InvalidRequest("the request is malformed", where="key", wanted="a string")
+        self._regions.register(
+            request.path_params["region"], key, _count(asked, "offset"), _count(asked, "byte_size")
+        )
+        return Response(status_code=200)
+
+    async def _unregister(self, request: Request) -> Response:
+        self._regions.unregister(request.path_params.get("region", ""))
+        return Response(status_code=200)
+
+    async def _no_status(self, request: Request) -> Response:
+        if name := request.path_params.get("region", ""):
+            raise UnknownRegion("Unable to find cuda shared memory region", found=name)
+        return JSONResponse([])
+
+    async def _no_register(self, request: Request) -> Response:
+        raise InvalidRequest(
+            "failed to register CUDA shared memory region: invalid args",  # Triton's words
+            where=request.path_params["region"],
+            do="send the tensor, or use system shared memory",
+        )
+
+    async def _no_unregister(self, request: Request) -> Response:
+        return Response(status_code=200)
+
+
+async def _read_object(request: Request, limit: int) -> dict[str, Any]:
+    """The JSON object in a request's body; none is an empty one."""
+    body = await _read_body(request, limit)
+    return _read_json(memoryview(body)) if body.strip() else {}
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -226,7 +328,45 @@ def _read_json(head: memoryview) -> dict[str, Any]:
     return _object(message, "body")
 
 
-def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[InputTensor]:
+def _raw_input(model: Model, version: str, content: memoryview) -> InputTensor:
+    """A model's only input from a body without a head: its shape follows from its size.
+
+    Raises:
+        InvalidRequest: It does not follow. The sentences begin as Triton's.
+    """
+    inputs = model.metadata(version)["inputs"]
+    if len(inputs) != 1:
+        raise InvalidRequest(
+            "Raw request must only have 1 input (found 1) to be deduced but got "
+            f"{len(inputs)} inputs in '{model.name}'",
+            do="send a head in JSON",
+        )
+    name, datatype, shape = (inputs[0][key] for key in ("name", "datatype", "shape"))
+    batched = model.config(version).get("max_batch_size", 0) > 0
+    shape = [1, *shape[1:]] if batched else list(shape)
+    open_axes = [axis for axis, size in enumerate(shape) if size < 0]
+    if datatype == BYTES:
+        if open_axes or math.prod(shape) != 1:
+            raise InvalidRequest(
+                f"For BYTE datatype raw input '{name}', the model must have input shape [1]",
+                found=shape,
+            )
+        return InputTensor(name, datatype, tuple(shape), [bytes(content)])
+    if len(open_axes) > 1:
+        raise InvalidRequest(
+            f"The shape of the raw input '{name}' can not be deduced because there are more than one "
+            "variable-sized dimension",
+            found=shape,
+        )
+    for axis in open_axes:
+        step = DATATYPES[datatype].itemsize * math.prod(size for size in shape if size >= 0)
+        shape[axis] = len(content) // max(step, 1)
+    return InputTensor(name, datatype, tuple(shape), content)
+
+
+def _read_inputs(
+    message: Mapping[str, Any], tail: memoryview, regions: Regions
+) -> list[InputTensor]:
     """The inputs; binary ones take their bytes from the tail in the order of the list."""
     tensors = []
     for entry in _list(message, "inputs"):
@@ -236,9 +376,18 @@ def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[InputTens
             raise InvalidRequest("an input lacks its name or datatype", where="inputs")
         if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
             raise InvalidRequest("an input's shape is not a list of sizes", where=name)
-        parameters = _object(entry.get("parameters", {}), f"{name}, parameters")
+        parameters = _parameters(entry, f"{name}, parameters")
         content: Any = entry.get("data")
-        if "binary_data_size" in parameters:
+        given = [key for key in ("binary_data_size", REGION) if key in parameters]
+        if len(given) + ("data" in entry) > 1:
+            raise InvalidRequest(
+                "an input has its data twice",
+                where=name,
+                wanted=f"one of data, binary_data_size and {REGION}",
+            )
+        if place := regions.place(parameters, name):
+            content = regions.read(place)
+        elif given:
             size = parameters["binary_data_size"]
             if not _is_size(size) or size > len(tail):
                 raise InvalidRequest(
@@ -257,31 +406,34 @@ def _read_inputs(message: Mapping[str, Any], tail: memoryview) -> list[InputTens
 
 
 def _read_outputs(
-    message: Mapping[str, Any],
-) -> tuple[list[OutputRequest], dict[str, bool]]:
-    """The outputs asked for, and which of them as bytes; `""` holds the default."""
-    parameters = _object(message.get("parameters", {}), "parameters")
-    binary = {"": _flag(parameters, "binary_data_output", False)}
+    message: Mapping[str, Any], regions: Regions
+) -> tuple[list[OutputRequest], dict[str, Form]]:
+    """The outputs asked for, and the form of each; `""` holds the default."""
+    parameters = _parameters(message, "parameters")
+    binary = _flag(parameters, "binary_data_output", False)
+    forms: dict[str, Form] = {"": binary}
     outputs = []
     for entry in _list(message, "outputs") if "outputs" in message else []:
         entry = _object(entry, "outputs")
         name = entry.get("name")
         if not isinstance(name, str):
             raise InvalidRequest("an output lacks its name", where="outputs")
-        settings = _object(entry.get("parameters", {}), f"{name}, parameters")
+        settings = _parameters(entry, f"{name}, parameters")
         classes = settings.get("classification", 0)
         if not _is_size(classes):
             raise InvalidRequest("the number of classes is not a size", where=name, found=classes)
-        binary[name] = _flag(settings, "binary_data", binary[""])
+        place = regions.place(settings, name)
+        forms[name] = place or _flag(settings, "binary_data", binary)
         outputs.append(OutputRequest(name, classes))
-    return outputs, binary
+    return outputs, forms
 
 
 def _write(
     head: dict[str, Any],
     outputs: Sequence[OutputTensor],
-    binary: Mapping[str, bool],
+    forms: Mapping[str, Form],
     accepted: str,
+    regions: Regions,
 ) -> Response:
     entries = []
     tail = []
@@ -291,7 +443,12 @@ def _write(
             "datatype": output.datatype,
             "shape": list(output.array.shape),
         }
-        if binary.get(output.name, binary[""]):
+        form = forms.get(output.name, forms[""])
+        if isinstance(form, Place):
+            raw = output.raw()
+            regions.write(form, raw)
+            entry["parameters"] = form.parameters(len(raw))
+        elif form:
             raw = output.raw()
             tail.append(raw)
             entry["parameters"] = {"binary_data_size": len(raw)}
@@ -336,6 +493,12 @@ def _object(value: Any, where: str) -> dict[str, Any]:
             "the request is malformed", where=where, wanted="a JSON object", found=_kind(value)
         )
     return value
+
+
+def _parameters(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The object's parameters; null is none, as clients that write every field have it."""
+    value = message.get("parameters")
+    return {} if value is None else _object(value, where)
 
 
 def _list(message: Mapping[str, Any], key: str) -> list[Any]:

@@ -227,7 +227,6 @@ def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
     [
         {"preferred_batches": (4,)}, {"resources": (("R", 1),)}, {"weights": (("pets", 0.0),)},
         {"task_control": True, "instances": 2}, {"task_control": True, "cache": True}, {"rows": 12},
-        {"keep": Path("kept")},
     ],
     ids=str,
 )  # fmt: skip

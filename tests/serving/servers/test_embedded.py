@@ -227,7 +227,7 @@ def test_typed_contents_of_grpc(embed, service):
             refused(lambda bad: bad.ClearField("inputs"), invalid)
             refused(lambda bad: setattr(bad, "model_version", "2"), grpc.StatusCode.NOT_FOUND)
             with pytest.raises(grpc.RpcError) as unwritten:
-                stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest())
+                stub.TraceSetting(service_pb2.TraceSettingRequest())
             assert unwritten.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import zlib
 from contextlib import closing
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -101,7 +102,11 @@ def _without(entry, key):
         {"inputs": [{**IMAGES, "shape": [10**30, 3, 8, 8]}, TASK]},
         {"inputs": [{**IMAGES, "data": "x"}, TASK]},
         {"inputs": [{**IMAGES, "data": [float("nan")] * 192}, TASK]},
-        {"inputs": [{**IMAGES, "parameters": None}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": 7}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": {"binary_data_size": 0}}, TASK]},
+        {"inputs": [{**IMAGES, "parameters": {"shared_memory_region": "x"}}, TASK]},
+        {"inputs": [IMAGES, TASK], "parameters": {"mine": {}}},
+        {"inputs": [IMAGES, TASK], "parameters": {"mine": None}},
         {"inputs": [{**IMAGES, "parameters": {"binary_data_size": 768}}, TASK]},
         {"inputs": [{**IMAGES, "parameters": {"binary_data_size": -1}}, TASK]},
         {"inputs": [IMAGES, {**TASK, "data": [["pets"]], "shape": [1, 1, 1]}]},
@@ -209,3 +214,90 @@ def test_no_json_brings_a_500(address, value, key, entry):
 def test_half_a_character_or_a_size_beyond_memory_is_no_500(address, message):
     status, reply = _infer(address, message)
     assert status in (200, 400), reply
+
+
+@pytest.fixture(scope="module")
+def guarded(embed, service):
+    """Where nothing that is sent by chance can change the tasks."""
+    with embed(service, task_control=False, shared_memory=True) as addresses:
+        yield addresses.http
+
+
+_WORDS = st.sampled_from(
+    [
+        *(
+            "v2",
+            "models",
+            "tiny",
+            "pets",
+            "tiny.tasks",
+            "versions",
+            "1",
+            "infer",
+            "ready",
+            "config",
+        ),
+        *("stats", "health", "live", "repository", "index", "load", "unload", "region", "status"),
+        *("systemsharedmemory", "cudasharedmemory", "register", "unregister", "", "..", "%00"),
+    ]
+)
+_PATHS = st.lists(_WORDS | st.text(max_size=5).map(quote), max_size=6).map(
+    lambda words: "/" + "/".join(words)
+)
+_BODIES = st.binary(max_size=40) | _VALUES.map(lambda value: json.dumps(value).encode())
+_HEADERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "Inference-Header-Content-Length": st.integers(-1, 50).map(str) | st.just("x"),
+        "Content-Encoding": st.sampled_from(["gzip", "deflate", "identity", "br", ""]),
+        "Accept-Encoding": st.sampled_from(["gzip", "deflate", "*", "gzip;q=0", ""]),
+        "Content-Type": st.sampled_from(["application/json", "text/plain", "x"]),
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "ODD"]),
+    path=_PATHS,
+    body=_BODIES,
+    headers=_HEADERS,
+)
+def test_no_request_brings_a_500(guarded, method, path, body, headers):
+    status, _, reply = _call(guarded, method, path, body, headers)
+    assert status < 500, reply
+    if status >= 400 and method != "HEAD" and reply.startswith(b"{"):
+        assert json.loads(reply)["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/v2/", 200), ("/v2/models/tiny/", 404), (f"{INFER}/", 404)]
+)
+def test_nothing_is_redirected(address, path, status):
+    assert _call(address, "GET", path)[0] == status
+
+
+def test_parameters_that_are_null_are_none(address):
+    message = {"inputs": [{**IMAGES, "parameters": None}, TASK], "parameters": None}
+    assert _infer(address, message)[0] == 200
+
+
+def test_a_body_without_a_head_is_the_only_input(address, service):
+    """The task's own model has one input, whose shape follows."""
+    status, headers, reply = _call(
+        address,
+        "POST",
+        "/v2/models/pets/infer",
+        PIXELS.tobytes(),
+        {"Inference-Header-Content-Length": "0"},
+    )
+    assert status == 200, reply
+    tail = reply[int(headers["inference-header-content-length"]) :]
+    assert tail.startswith(service.answer(PIXELS, ["pets"]).logits[:, :5].tobytes())
+
+
+def test_a_body_without_a_head_needs_one_input(address):
+    headers = {"Inference-Header-Content-Length": "0"}
+    status, _, reply = _call(address, "POST", INFER, PIXELS.tobytes(), headers)
+    assert status == 400
+    assert "got 2 inputs in 'tiny'" in json.loads(reply)["error"]

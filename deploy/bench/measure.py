@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import permutations
 from pathlib import Path
@@ -109,7 +109,7 @@ def measure(
     load, memory_after = Load(load_before, load_now()), resident_now()
     machine = read_machine()
     facts = tuple(
-        SubjectFacts(subject.name, subject.note, subject.provider, subject.opened_bytes)
+        SubjectFacts(**{part.name: getattr(subject, part.name) for part in fields(SubjectFacts)})
         for subject in subjects
     )
     return Report(

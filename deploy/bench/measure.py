@@ -65,6 +65,13 @@ class Progress:
     rounds: int
     fraction: float
 
+    def __str__(self) -> str:
+        """One line for a person who waits."""
+        now = f"round {self.rounds}" if self.rounds else "warming up"
+        return (
+            f"{self.number} of {self.cases}, {self.case.label}: {now}, {100 * self.fraction:.0f} %"
+        )
+
 
 def measure(
     subjects: Sequence[Subject],

@@ -48,6 +48,8 @@ SETTINGS = {
 DEVICE = ("provider", "threads", "kernels", "resident")
 COMPARISON = ("name", "bundle", "against", "batches", "mixes")
 PROVIDERS = ("cpu", "cuda")
+PARTS = "parts"
+"""The folder where single cases are kept."""
 NAME_WIDTH = 60
 """Longest name of a comparison: it becomes a folder."""
 
@@ -259,7 +261,7 @@ def _comparisons(
             )
         )
     names = [together.name for together in found]
-    if len(set(names)) < len(names):
+    if len({name.casefold() for name in names}) < len(names):  # folders may not tell case
         raise place.wrong("two comparisons have the same name", "a name each", ", ".join(names))
     return tuple(found)
 
@@ -271,10 +273,9 @@ def _cases(batches: Iterable[int], mixes: tuple[str, ...]) -> tuple[Case, ...]:
 def _folder(place: _Place, name: Any) -> str:
     """A name that can be a folder's on any system."""
     text = place.text(name)
-    if len(text) > NAME_WIDTH or text.strip(" .") != text or not all(
-        letter.isalnum() or letter in " -_.," for letter in text
-    ):  # fmt: skip
-        wanted = f"letters, digits, spaces, - _ . and commas, {NAME_WIDTH} at most"
+    plain = all(letter.isalnum() or letter in " -_.," for letter in text)
+    if not plain or len(text) > NAME_WIDTH or text.strip(" .") != text or text.casefold() == PARTS:
+        wanted = f"letters, digits, spaces, - _ . and commas, {NAME_WIDTH} at most, and not {PARTS}"
         raise place.wrong("a comparison's name cannot be a folder's", wanted, text)
     return text
 

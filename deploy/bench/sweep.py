@@ -27,6 +27,7 @@ from .measure import measure
 from .pace import weight
 from .page import write_html, write_sweep_html
 from .reading import report_from
+from .recipe import PARTS
 from .report import SWEEP_FORMAT, TIMED, TIMED_ON_DEVICE, VERSION, about_bundle, write_json
 from .run import open_subjects
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from .report import Report
 
 FORMAT_OF_PARTS = "utune-bench-part"
-PARTS = "parts"
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,24 @@ def test_two_runs_of_one_distribution_are_equal_and_false_alarms_as_rare_as_stat
     assert {row.verdict for row in judged} == {"equal", "slower", "faster"}
 
 
+def test_a_machine_that_drifts_raises_false_alarms_in_latencies_and_not_in_the_verdict(planted):
+    """The clock wanders through a run by some percent: rounds that follow each other are alike."""
+    alarms = {"medians": 0, "ratios": 0}
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        pair = []
+        for _ in "ab":
+            drift = 10 * np.exp(np.cumsum(generator.normal(0, 0.01, 40)))
+            noise = generator.normal(1, 0.01, (2, 40))
+            pair.append(planted({(1, "one"): {BASE: drift * noise[0], "pets": drift * noise[1]}}))
+        (row,) = rows(compare({"": pair[0]}, {"": pair[1]}, seed=seed))
+        for name in alarms:
+            interval = getattr(row, name)
+            alarms[name] += not interval.low <= 1 <= interval.high
+    assert alarms["medians"] > 40
+    assert alarms["ratios"] <= 11  # 5 expected; 12 or more come once in 250
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_tenth_slower_is_found_though_the_machine_was_faster(run, seed):
     a, b = run(seed), run(seed + 100, mixed=1.05 * 1.1, machine=0.8)

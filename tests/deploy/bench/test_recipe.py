@@ -89,6 +89,8 @@ def test_everything_can_be_said(write, tmp_path):
         ({"comparisons": [{"bundle": "a", "against": ["a"]}]}, ": comparisons[0].against", "itself"),
         ({"comparisons": [{"bundle": "a", "against": ["z"]}]}, ": comparisons[0].against[0]", "z"),
         ({"comparisons": [{"bundle": "a"}, {"bundle": "a"}]}, ": comparisons", "same name"),
+        ({"comparisons": [{"bundle": "a", "name": "x"}, {"bundle": "b", "name": "X"}]}, ": comparisons", "same name"),
+        ({"comparisons": [{"bundle": "a", "name": "Parts"}]}, ": comparisons[0].name", "not parts"),
         ({"comparisons": [{"bundle": "a", "name": "../x"}]}, ": comparisons[0].name", "../x"),
         ({"comparisons": [{"bundle": "a", "batches": [-1]}]}, ": comparisons[0].batches[0]", "-1"),
     ],

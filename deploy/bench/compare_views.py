@@ -57,11 +57,12 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True, min_width=9)
     heading = None
+    several = len({row.comparison for row in comparison.rows}) > 1
     for row in comparison.rows:
         if (row.comparison, row.case) != heading:
             heading = row.comparison, row.case
             table.add_section()
-            name = f"{row.comparison}: " if row.comparison else ""
+            name = f"{row.comparison}: " if several else ""
             table.add_row(Text(f"{name}{row.case.label}", "bold"))
         table.add_row(
             Text(row.subject),

@@ -116,6 +116,22 @@ def test_what_the_report_lacks_is_refused(report, change, told):
     assert told in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "mib"), [("many", 2), ("many", 0), ("folded", -1), ("folded", None)]
+)
+def test_memory_that_cannot_be_is_not_priced(report, name, mib):
+    size = None if mib is None else mib * MIB
+    report = replace(
+        report,
+        subjects=tuple(
+            replace(s, opened_bytes=size) if s.name == name else s for s in report.subjects
+        ),
+    )
+    with pytest.raises(UsageError, match="memory"):
+        price(report, **ASK)
+    assert price(report, **ASK, mixed_bytes=960 * MIB, single_bytes=300 * MIB).ways[0].machines == 4
+
+
 def test_memory_of_a_device_must_be_said(report):
     subjects = tuple(replace(s, provider="CUDAExecutionProvider") for s in report.subjects)
     report = replace(report, subjects=subjects)

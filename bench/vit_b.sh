@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ViT-B/16 at 224, rank-64 dual adapters, a batch of 8: one fused task, 8 tasks and 64 tasks, and a folded LoRA,
-# against the backbone. Writes bench/results/vit_b_dual64/report.{json,html}; a quarter of an hour on two cores.
+# against the backbone. Writes bench/results/vit_b_dual64/report.{json,html} and the README's table; a quarter of an hour on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=runs/vit_b
@@ -14,3 +14,4 @@ export_ fused "$runs/task0.safetensors"
 export_ folded "$runs/lora/task0.safetensors"
 utune-deploy bench "$runs/tasks8" --against "$runs/tasks64" --against "$runs/fused" --against "$runs/folded" \
   -b 8 --rounds "${ROUNDS:-40}" --warmup 3 -o "$results" --force
+python bench/tables.py

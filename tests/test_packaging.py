@@ -111,6 +111,7 @@ def test_the_command_is_the_front_door(project: dict) -> None:
 def test_every_import_from_outside_is_a_declared_dependency(project: dict) -> None:
     spelled = {
         "PIL": "pillow", "google": "protobuf", "grpc": "grpcio", "onnxruntime": "onnxruntime-gpu",
+        "yaml": "pyyaml",
         "markupsafe": "jinja2",  # jinja2's own string type, and a hard dependency of it
     }  # fmt: skip
     declared = {

@@ -20,6 +20,10 @@ ZIPF_EXPONENT = 1.0
 """Task k is asked for in proportion to `1 / (k + 1) ** ZIPF_EXPONENT`: few popular tasks, a tail."""
 
 
+HOT_SHARE = 0.75
+"""The part of a batch's rows that the hot task of the mix `hot` has."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """One way to spread a batch over tasks.
@@ -27,10 +31,12 @@ class Mix:
     Attributes:
         says: What it does, for the report.
         choose: `(batch, tasks, generator) -> [B]` positions in the list of tasks.
+        shares: `(tasks) -> [tasks]` the part of many requests that each task has; they sum to 1.
     """
 
     says: str
     choose: Callable[[int, int, np.random.Generator], NDArray[np.int64]]
+    shares: Callable[[int], NDArray[np.float64]]
 
 
 def _one(batch: int, tasks: int, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -42,14 +48,47 @@ def _uniform(batch: int, tasks: int, generator: np.random.Generator) -> NDArray[
 
 
 def _zipf(batch: int, tasks: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    return generator.choice(tasks, size=batch, p=_zipf_shares(tasks)).astype(np.int64)
+
+
+def _hot(batch: int, tasks: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """From two rows on, one at least is another task's: a batch of the hot task alone is the mix `one`."""
+    if tasks == 1 or batch == 1:
+        return np.zeros(batch, np.int64)
+    others = max(1, round(batch * (1 - HOT_SHARE)))
+    return np.r_[np.zeros(batch - others, np.int64), 1 + np.arange(others) % (tasks - 1)]
+
+
+def _one_share(tasks: int) -> NDArray[np.float64]:
+    return np.r_[1.0, np.zeros(tasks - 1)]
+
+
+def _uniform_shares(tasks: int) -> NDArray[np.float64]:
+    return np.full(tasks, 1 / tasks)
+
+
+def _zipf_shares(tasks: int) -> NDArray[np.float64]:
     weights = np.arange(1, tasks + 1, dtype=np.float64) ** -ZIPF_EXPONENT
-    return generator.choice(tasks, size=batch, p=weights / weights.sum()).astype(np.int64)
+    return weights / weights.sum()
+
+
+def _hot_shares(tasks: int) -> NDArray[np.float64]:
+    if tasks == 1:
+        return np.ones(1)
+    return np.r_[HOT_SHARE, np.full(tasks - 1, (1 - HOT_SHARE) / (tasks - 1))]
 
 
 MIXES = {
-    "one": Mix("every row asks for the first task", _one),
-    "uniform": Mix("the rows cycle through the tasks in order", _uniform),
-    "zipf": Mix("the rows are drawn, the k-th task in proportion to 1/k (seeded)", _zipf),
+    "one": Mix("every row asks for the first task", _one, _one_share),
+    "uniform": Mix("the rows cycle through the tasks in order", _uniform, _uniform_shares),
+    "zipf": Mix(
+        "the rows are drawn, the k-th task in proportion to 1/k (seeded)", _zipf, _zipf_shares
+    ),
+    "hot": Mix(
+        "three of four rows ask for the first task, the others cycle through the rest",
+        _hot,
+        _hot_shares,
+    ),
 }
 
 

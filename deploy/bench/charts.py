@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 WIDTH = 960
 """Width of every chart in user units; one unit is one pixel at full size."""
 
-SERIES = 6
-"""Colours of the style sheet; a seventh subject starts again."""
+SERIES = 8
+"""Colours of the style sheet; a ninth subject starts again."""
 
 LOG_SPAN = 8
 """A latency axis that spans more than this factor is logarithmic."""
@@ -34,10 +34,13 @@ LOG_SPAN = 8
 STRIP_POINTS = 240
 """Samples drawn per strip, evenly chosen in time; the box is computed from all of them."""
 
+TALL = 16
+"""Rows of the ratio chart above which its axis is labelled at the top too."""
+
 SHOWN = 95
 """Percentile where the axis of the raw samples ends, so that a stray one does not flatten the rest."""
 
-DASHES = ("", "6 4", "2 3", "9 3 2 3", "4 2", "1 4")
+DASHES = ("", "6 4", "2 3", "9 3 2 3", "4 2", "1 4", "12 3", "7 2 1 2")
 CHARACTER = 7.2
 """Width of a label's character, on the wide side."""
 
@@ -142,13 +145,16 @@ def ratio_chart(report: Report) -> Markup | None:
     left = 24 + CHARACTER * max(len(name) for name in names)
     if several:
         left += 16 + CHARACTER * min(max(len(s.name) for s in report.subjects[1:]), 24)
-    top, step, pause, bottom = 14, 22, 12 if several else 4, 44
+    tall = len(rows) > TALL
+    top, step, pause, bottom = 32 if tall else 14, 22, 12 if several else 4, 44
     height = top + bottom + step * len(rows) + pause * len(report.cases)
     x = Axis(low - room, high + room, left, WIDTH - 190)
     svg = _canvas(height, "Ratio to the baseline")
     for tick in x.ticks(6):
         _line(svg, x(tick), top, x(tick), height - bottom, "grid")
         _text(svg, x(tick), height - bottom + 18, _tick(tick), "label middle")
+        if tall:
+            _text(svg, x(tick), top - 14, _tick(tick), "label middle")
     _line(svg, x(1.0), top - 8, x(1.0), height - bottom, "unity")
     baseline = report.subjects[0].name
     _text(svg, (left + WIDTH - 190) / 2, height - 5, f"{TIMES} {baseline}", "label muted middle")
@@ -202,7 +208,8 @@ def samples_chart(report: Report) -> Markup:
         for tick in x.ticks(4):
             _line(svg, x(tick), top + head - 4, x(tick), floor, "grid")
             _text(svg, x(tick), floor + 16, _tick(tick), "label middle")
-        _text(svg, left + label - 10, floor + 16, "ms", "label muted end")
+        # Further left than the names: the first tick may stand at the very start of the axis.
+        _text(svg, left + label - 28, floor + 16, "ms", "label muted end")
         for index, result in enumerate(case.results):
             y = top + head + lane * (index + 0.5)
             _text(svg, left + label - 10, y + 4, names[index], "label end")
@@ -298,7 +305,8 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"
+    """Both ends of a long name: names that differ do so at the end as often as at the start."""
+    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
 
 
 def _canvas(height: float, title: str) -> Element:

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import permutations
 from pathlib import Path
@@ -65,6 +65,13 @@ class Progress:
     rounds: int
     fraction: float
 
+    def __str__(self) -> str:
+        """One line for a person who waits."""
+        now = f"round {self.rounds}" if self.rounds else "warming up"
+        return (
+            f"{self.number} of {self.cases}, {self.case.label}: {now}, {100 * self.fraction:.0f} %"
+        )
+
 
 def measure(
     subjects: Sequence[Subject],
@@ -109,7 +116,7 @@ def measure(
     load, memory_after = Load(load_before, load_now()), resident_now()
     machine = read_machine()
     facts = tuple(
-        SubjectFacts(subject.name, subject.note, subject.provider, subject.opened_bytes)
+        SubjectFacts(**{part.name: getattr(subject, part.name) for part in fields(SubjectFacts)})
         for subject in subjects
     )
     return Report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
@@ -15,7 +15,7 @@ from .case import MIXES
 from .charts import SERIES, latency_chart, ratio_chart, samples_chart
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .report import Report
 
@@ -70,34 +70,83 @@ def write_html(
 
 def render_html(report: Report, sections: Sequence[Section | tuple[object, ...]] = ()) -> str:
     """The page as text; every text in it that is not ours is escaped."""
+    return _render([_page("", report, sections)], report.about.name)
+
+
+def write_sweep_html(reports: Mapping[str, Report], title: str, path: Path) -> None:
+    """Write one page about several reports, whole or not at all.
+
+    Args:
+        reports: What was measured, by the name of the comparison.
+        title: What the page is about.
+        path: The file.
+    """
+    pages = [_page(name, report, ()) for name, report in reports.items()]
+    overview = _table(_overview(reports)) if len(pages) > 1 else None
+    with atomic_file(path) as temporary:
+        temporary.write_text(_render(pages, title, overview), encoding="utf-8")
+
+
+def _render(pages: Sequence[dict[str, Any]], title: str, overview: Table | None = None) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        report=report,
-        verdict=wording.verdict(report),
-        facts=wording.facts(report),
-        environment=wording.environment(report),
-        mixes={case.case.mix: MIXES[case.case.mix].says for case in report.cases},
+        pages=pages,
+        title=title,
+        overview=overview,
         memory=wording.memory,
         ms=wording.milliseconds,
         rate=wording.rate,
         series=SERIES,
-        latency=latency_chart(report),
-        ratio=ratio_chart(report),
-        samples=samples_chart(report),
-        tasks=_table(
+    )
+
+
+def _page(
+    name: str, report: Report, sections: Sequence[Section | tuple[object, ...]]
+) -> dict[str, Any]:
+    """What the template shows of one report."""
+    return {
+        "name": name,
+        "report": report,
+        "verdict": wording.verdict(report),
+        "facts": wording.facts(report),
+        "environment": wording.environment(report),
+        "mixes": {case.case.mix: MIXES[case.case.mix].says for case in report.cases},
+        "latency": latency_chart(report),
+        "ratio": ratio_chart(report),
+        "samples": samples_chart(report),
+        "tasks": _table(
             (
                 ("task", "row of the bank", "classes"),
                 *((task.name, task.row, task.classes) for task in report.about.tasks),
             )
         ),
-        sections=[
+        "sections": [
             (section.title, section.note, _table(section.rows))
             for section in (Section(*given) for given in sections)  # type: ignore[arg-type]
         ],
-    )
+    }
+
+
+def _overview(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
+    rows = [("comparison", "case", "subject", "p50 ms", "ratio", "95 % CI")]
+    for name, report in reports.items():
+        for case in report.cases:
+            for result in case.results:
+                ratio = result.ratio
+                rows.append(
+                    (
+                        name,
+                        case.case.label,
+                        result.subject,
+                        wording.milliseconds(result.summary.p50_ms),
+                        "1" if ratio is None else f"{ratio.median:.3f}",
+                        "" if ratio is None else f"{ratio.low:.3f} to {ratio.high:.3f}",
+                    )
+                )
+    return rows
 
 
 def _table(rows: Sequence[Sequence[object]]) -> Table:

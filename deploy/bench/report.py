@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ...export.bundle import Bundle
+    from ...export.bundle import Bundle, Engine
     from .case import Case
     from .machine import Load, Machine, Memory
     from .summary import Ratio, Summary
 
 FORMAT = "utune-bench"
-VERSION = 1
+SWEEP_FORMAT = "utune-bench-sweep"
+"""Several reports of one recipe in one file, by the name of their comparison."""
+VERSION = 2
 
 TIMED = (
     "One engine call end to end in process: host arrays in, host logits out. "
@@ -123,6 +125,9 @@ class SubjectFacts:
     note: str
     provider: str
     opened_bytes: int | None
+    engine: str | None = None
+    identity: str | None = None
+    task_count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ def about_bundle(bundle: Bundle) -> About:
         ("backbone", str(bundle.backbone.get("architecture", "unknown"))),
         ("mode", bundle.mode),
         ("bank", bundle.bank),
-        ("engine", f"{engine.target}, {engine.precision}, opset {engine.opset}"),
+        ("engine", engine_words(engine)),
         *(_read(inputs) if shape is None else [_picture(shape)]),
         ("identity", bundle.identity),
     )
@@ -219,6 +224,11 @@ def about_bundle(bundle: Bundle) -> About:
         facts=facts,
         inputs=() if pictures else inputs,
     )
+
+
+def engine_words(engine: Engine) -> str:
+    """Target, precision and opset of an engine, as reports have them."""
+    return f"{engine.target}, {engine.precision}, opset {engine.opset}"
 
 
 def _picture(shape: tuple[int, ...]) -> tuple[str, str]:

@@ -14,8 +14,10 @@ from ...export.targets.onnxruntime import OnnxRuntimeSession
 from ...merge.errors import IncompatibleArtefact
 from .case import Case
 from .measure import measure
-from .report import TIMED, TIMED_ON_DEVICE, about_bundle
-from .subject import EVERY_TASK, open_subject
+from .naming import subject_names
+from .report import TIMED, TIMED_ON_DEVICE, about_bundle, engine_words
+from .subject import BARE, EVERY_TASK, open_subject
+from .wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ...export.engine import Device
     from .measure import Progress
     from .report import Report, Settings
+    from .subject import Subject
 
 
 def bench(
@@ -54,6 +57,41 @@ def bench(
         UsageError: A batch or a mix that the bundle does not have.
         IncompatibleArtefact: Another bundle reads something else.
     """
+    subjects = open_subjects(
+        bundle, others, subject_names([bundle, *others]), device, resident=resident
+    )
+    cases = [Case(batch, mix) for batch in batches for mix in mixes]
+    return measure(
+        subjects,
+        cases,
+        about=about_bundle(bundle),
+        settings=settings,
+        threads=device.threads,
+        timed=TIMED_ON_DEVICE if resident else TIMED,
+        progress=progress,
+    )
+
+
+def open_subjects(
+    bundle: Bundle,
+    others: Sequence[Bundle],
+    names: Sequence[str],
+    device: Device,
+    *,
+    resident: bool = False,
+) -> list[Subject]:
+    """Open the bare backbone, then the bundles, in this process.
+
+    Args:
+        bundle: Whose backbone is the baseline.
+        others: Other bundles that read the same.
+        names: What the report calls each bundle, `bundle` first.
+        device: Where every engine runs.
+        resident: See `bench`.
+
+    Raises:
+        IncompatibleArtefact: Another bundle reads something else.
+    """
     for other in others:
         if _reads(other) != _reads(bundle):
             raise IncompatibleArtefact(
@@ -66,48 +104,50 @@ def bench(
     graph = resident and device.provider == "cuda"
     subjects = [
         open_subject(
-            "backbone only",
+            BARE,
             "the frozen model without any tuner, through the same graph passes",
             lambda: OnnxRuntimeSession(
                 bare, device, tf32=bundle.engine.precision == "tf32", cuda_graph=graph
             ),
             takes_task=False,
             resident=resident,
+            engine=engine_words(bundle.engine),
+            task_count=0,
         )
     ]
-    for number, opened in enumerate((bundle, *others)):
-        name = opened.name if number == 0 else f"{opened.name} ({number})"
-        note = f"{opened.mode}, {len(opened.tasks)} tasks, bank {opened.bank}"
+    for opened, name in zip((bundle, *others), names, strict=True):
+        tasks = plural(len(opened.tasks), "task")
         if opened.mode != FAN_OUT:
             subjects.append(
                 open_subject(
                     name,
-                    note,
+                    ", ".join([opened.mode, tasks, *_bank(opened)]),
                     lambda opened=opened: opened.open_session(device, cuda_graph=graph),
                     takes_task=opened.mode == "multi",
                     resident=resident,
+                    engine=engine_words(opened.engine),
+                    identity=opened.identity,
+                    task_count=len(opened.tasks),
                 )
             )
         if opened.engine_of_all is not None:
             subjects.append(
                 open_subject(
                     f"{name}{EVERY_TASK}",
-                    f"each row answered for all {len(opened.tasks)} tasks at once",
+                    f"each row answered for {'all ' if len(opened.tasks) > 1 else ''}{tasks} at once",
                     lambda opened=opened: opened.open_fan_out(device, cuda_graph=graph),
                     takes_task=False,
                     resident=resident,
+                    engine=engine_words(opened.engine_of_all),
+                    identity=opened.identity,
+                    task_count=len(opened.tasks),
                 )
             )
-    cases = [Case(batch, mix) for batch in batches for mix in mixes]
-    return measure(
-        subjects,
-        cases,
-        about=about_bundle(bundle),
-        settings=settings,
-        threads=device.threads,
-        timed=TIMED_ON_DEVICE if resident else TIMED,
-        progress=progress,
-    )
+    return subjects
+
+
+def _bank(bundle: Bundle) -> list[str]:
+    return [] if bundle.bank == "none" else [f"bank as {bundle.bank}"]
 
 
 def _reads(bundle: Bundle) -> list[str]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from ...export.engine import Bound, Rows, Session
 
+BARE = "backbone only"
+"""The frozen model without any tuner."""
+
 EVERY_TASK = ", every task"
 """Behind the name of a subject that answers every row for every task."""
 
@@ -30,6 +33,9 @@ class Subject:
             memory to host memory. The rows are the array `[B, ...]` of the one input, or arrays by name.
         provider: The execution provider that really runs it, in the runtime's own name.
         opened_bytes: How much the process grew when it was opened (resident set), if measured.
+        engine: Target, precision and opset of its engine, if it has one.
+        identity: Identity of its bundle, if it is one.
+        task_count: How many tasks it holds; 0 for a bare backbone, None where that is not known.
     """
 
     name: str
@@ -37,6 +43,9 @@ class Subject:
     run: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]]
     provider: str = "unknown"
     opened_bytes: int | None = None
+    engine: str | None = None
+    identity: str | None = None
+    task_count: int | None = None
 
 
 class Resident:
@@ -69,6 +78,9 @@ def open_subject(
     *,
     takes_task: bool = True,
     resident: bool = False,
+    engine: str | None = None,
+    identity: str | None = None,
+    task_count: int | None = None,
 ) -> Subject:
     """Open a session as a subject and measure the memory that it takes.
 
@@ -81,6 +93,9 @@ def open_subject(
         open_session: Opens the engine.
         takes_task: Whether the engine has a `task` input; one that has none is called without.
         resident: Time runs whose inputs and answer stay on the device; see `Resident`.
+        engine: See `Subject`.
+        identity: See `Subject`.
+        task_count: See `Subject`.
     """
     process = psutil.Process()
     before = process.memory_info().rss
@@ -97,4 +112,7 @@ def open_subject(
         run=Resident(session, takes_task=takes_task) if resident else run,
         provider=session.provider,
         opened_bytes=grown,
+        engine=engine,
+        identity=identity,
+        task_count=task_count,
     )

@@ -110,20 +110,20 @@ def paired_ratio(samples_ms: Sequence[float], baseline_ms: Sequence[float], seed
         seed: Of the bootstrap; the same seed gives the same interval.
     """
     ratios = np.asarray(samples_ms, np.float64) / np.asarray(baseline_ms, np.float64)
-    medians = _resampled_medians(ratios, np.random.default_rng(seed))
+    medians = resampled_medians(ratios, np.random.default_rng(seed))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(medians, (tail, 1 - tail))
     return Ratio(float(np.median(ratios)), float(low), float(high), CONFIDENCE, ratios.size)
 
 
-def _resampled_medians(
-    ratios: NDArray[np.float64], generator: np.random.Generator
+def resampled_medians(
+    values: NDArray[np.float64], generator: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Medians `[RESAMPLES]` of as many draws with replacement."""
+    """Medians `[RESAMPLES]` of as many draws with replacement from the values `[n]`."""
     medians = np.empty(RESAMPLES)
-    block = max(1, BLOCK // ratios.size)
+    block = max(1, BLOCK // values.size)
     for start in range(0, RESAMPLES, block):
         count = min(block, RESAMPLES - start)
-        chosen = generator.integers(ratios.size, size=(count, ratios.size))
-        medians[start : start + count] = np.median(ratios[chosen], axis=1)
+        chosen = generator.integers(values.size, size=(count, values.size))
+        medians[start : start + count] = np.median(values[chosen], axis=1)
     return medians

@@ -15,6 +15,8 @@ GROUPS = {
         "serve": "Answer over HTTP and gRPC (Open Inference Protocol v2).",
         "task": "Add, update, remove and list the tasks of a running server.",
         "bench": "Time a bundle against the bare backbone.",
+        "cost": "Price a bench report: cost per million images, machines for a load.",
+        "compare": "Hold one bench report to another, and fail where it is slower.",
     },
     "Look": {
         "inspect": "Say what a delta or a bundle holds.",

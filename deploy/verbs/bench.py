@@ -6,18 +6,23 @@ import sys
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from ..options import PATH, device_options, force_option, json_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ...export.engine import Device
+    from ..bench.measure import Progress
+    from ..bench.pace import Pace
+    from ..bench.sweep import Part
     from ..console import Console
 
 
 @click.command("bench")
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=PATH, required=False)
 @click.option(
     "-b",
     "--batch",
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
     "--mix",
     "mixes",
     multiple=True,
-    help="one, uniform or zipf; repeatable.  [default: uniform]",
+    help="one, uniform, zipf or hot; repeatable.  [default: uniform]",
 )
 @click.option(
     "--against",
@@ -61,14 +66,20 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Time engines whose inputs and answers stay on the device (IO binding, one CUDA graph).",
 )
+@click.option(
+    "--recipe",
+    type=PATH,
+    help="A YAML file that names bundles, cases and comparisons, instead of BUNDLE and the options of one run.",
+)
+@click.option("--fresh", is_flag=True, help="With --recipe: run again what is there already.")
 @click.option("-o", "--output", type=PATH, help="Folder for report.json and report.html.")
 @device_options
 @json_option
 @force_option
-@click.pass_obj
+@click.pass_context
 def command(
-    console: Console,
-    bundle: Path,
+    context: click.Context,
+    bundle: Path | None,
     batches: tuple[int, ...],
     mixes: tuple[str, ...],
     against: tuple[Path, ...],
@@ -76,14 +87,35 @@ def command(
     warmup: int,
     seconds: float,
     resident: bool,
+    recipe: Path | None,
+    fresh: bool,
     output: Path | None,
     device: Device,
     as_json: bool,
     force: bool,
 ) -> None:
-    """Time BUNDLE against its backbone alone, in the same runtime and the same run."""
+    """Time BUNDLE against its backbone alone, in the same runtime and the same run.
+
+    With --recipe, time everything that a YAML file names; a run that was stopped goes on where it was.
+    """
+    from ...merge.errors import UsageError
+
+    console: Console = context.obj
+    if recipe is not None:
+        _refuse_beside_recipe(context)
+        if output is None:
+            raise UsageError("a recipe needs a folder for its reports", wanted="-o FOLDER")
+        _sweep(console, recipe, output, fresh=fresh, as_json=as_json)
+        return
+    if bundle is None or fresh:
+        raise UsageError(
+            "there is nothing to time" if bundle is None else "--fresh belongs to --recipe",
+            wanted="a BUNDLE, or --recipe FILE",
+        )
     from ...export.bundle import open_bundle
     from ...merge.files import refuse_existing
+    from ..bench.case import Case
+    from ..bench.pace import Pace, weight
     from ..bench.page import write_html
     from ..bench.report import Settings, write_json
     from ..bench.run import bench
@@ -92,23 +124,22 @@ def command(
     if output is not None:
         refuse_existing(output / "report.json", force=force)
         refuse_existing(output / "report.html", force=force)
-
-    def progress(now) -> None:
-        if sys.stderr.isatty() and not console.quiet:
-            click.echo(f"\r{now}\033[K", nl=False, err=True)
-
     opened = open_bundle(bundle)
+    sizes = batches or tuple(sorted({1, min(8, opened.engine.max_batch)}))
+    kinds = mixes or ("uniform",)
+    cases = [Case(batch, mix) for batch in sizes for mix in kinds]
+    line = _Line(console, Pace([weight(case, 1) for case in cases]))
     report = bench(
         opened,
         [open_bundle(path) for path in against],
-        batches=batches or tuple(sorted({1, min(8, opened.engine.max_batch)})),
-        mixes=mixes or ("uniform",),
+        batches=sizes,
+        mixes=kinds,
         device=device,
         resident=resident,
         settings=Settings(warmup_rounds=warmup, min_rounds=rounds, min_seconds=seconds),
-        progress=progress,
+        progress=line,
     )
-    progress("")
+    line.clear()
     if as_json:
         console.json(report.to_json())
     else:
@@ -118,3 +149,82 @@ def command(
         write_json(report, output / "report.json")
         write_html(report, output / "report.html")
         console.say(f"wrote {output / 'report.json'} and {output / 'report.html'}")
+
+
+class _Line:
+    """Progress as one line that is written over, where a person is watching.
+
+    Args:
+        console: Which may be quiet.
+        pace: For the time left.
+        names: What each case belongs to. With them, where nobody is watching, every case that begins has a line.
+    """
+
+    def __init__(self, console: Console, pace: Pace, names: Sequence[str] = ()) -> None:
+        self.console, self.pace, self.names = console, pace, names
+        self.live = sys.stderr.isatty() and not console.quiet
+        self.told = 0
+
+    def __call__(self, now: Progress) -> None:
+        text = self.pace.line(now)
+        if self.names:
+            text = f"{self.names[now.number - 1]}, {text}"
+        if self.live:
+            click.echo(f"\r{text}\033[K", nl=False, err=True)
+        elif self.names and now.number != self.told:
+            self.told = now.number
+            self.console.say(text)
+
+    def clear(self) -> None:
+        """Leave nothing behind."""
+        if self.live:
+            click.echo("\r\033[K", nl=False, err=True)
+
+
+def _refuse_beside_recipe(context: click.Context) -> None:
+    """What a recipe says itself is not also said on the command line."""
+    from ...merge.errors import UsageError
+
+    own = ("recipe", "fresh", "output", "as_json", "force")
+    both = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name not in own
+        and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if both:
+        raise UsageError(
+            "a recipe says itself what is timed and how",
+            wanted="--recipe FILE -o FOLDER alone",
+            found=", ".join(both),
+        )
+
+
+def _sweep(console: Console, recipe: Path, output: Path, *, fresh: bool, as_json: bool) -> None:
+    """Run a recipe and print its reports."""
+    from ..bench.pace import Pace
+    from ..bench.recipe import read_recipe
+    from ..bench.sweep import sweep, weights
+    from ..bench.table import print_table
+
+    lines: list[_Line] = []
+
+    def started(todo: list[Part], had: int) -> None:
+        console.say(f"{len(todo)} cases to run, {had} there already")
+        lines.append(_Line(console, Pace(weights(todo)), [part.together.name for part in todo]))
+
+    reports = sweep(
+        read_recipe(recipe),
+        output,
+        fresh=fresh,
+        started=started,
+        progress=lambda now: lines[0](now),
+    )
+    lines[0].clear()
+    if as_json:
+        console.json({name: report.to_json() for name, report in reports.items()})
+    else:
+        for name, report in reports.items():
+            console.result(click.style(name, bold=True))
+            print_table(report)
+    console.say(f"wrote {output / 'report.json'} and {output / 'report.html'}")

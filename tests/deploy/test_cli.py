@@ -528,6 +528,30 @@ def test_bench_times_a_bundle_and_writes_a_report(cli: Any, bundle: Path, tmp_pa
     assert (again.code, again.out) == (2, "")
 
 
+def test_bench_runs_a_recipe_and_goes_on(cli: Any, bundle: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "nightly.yaml"
+    recipe.write_text(
+        f"format: utune-bench-recipe\nversion: 1\nbundles: {{pets: '{bundle}'}}\nbatches: [1, 2]\nmixes: [hot]\n"
+        "settings: {rounds: 2, warmup: 1, seconds: 0}\ndevice: {threads: 1}\n"
+    )
+    said = cli("bench", "--recipe", recipe, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert "2 cases to run, 0 there already" in said.err
+    assert "pets, 2 of 2, batch 2, hot: warming up, 0 %, about " in said.err
+    assert said.out.startswith("pets\n")
+    again = cli("bench", "--recipe", recipe, "-o", tmp_path / "out", "--json")
+    assert "0 cases to run, 2 there already" in again.err
+    report = again.json["pets"]
+    assert [subject["name"] for subject in report["subjects"]] == ["backbone only", "pets"]
+    assert [subject["task_count"] for subject in report["subjects"]] == [0, 2]
+    assert report["cases"][1]["task_rows"] == [0, 1]
+    for arguments in (
+        ["--recipe", recipe], ["--recipe", recipe, "-o", tmp_path / "x", "-b", 1], [bundle, "--fresh"], [],
+        [bundle, "--recipe", recipe, "-o", tmp_path / "x"],
+    ):  # fmt: skip
+        assert (cli("bench", *arguments).code, (tmp_path / "x").exists()) == (2, False)
+
+
 def test_bench_refuses_batches_and_mixes_that_are_not_there(cli: Any, bundle: Path) -> None:
     for arguments in (["-b", 999], ["-m", "salad"]):
         said = cli("bench", bundle, *arguments, "--rounds", 2, "--seconds", 0, "--warmup", 1)

@@ -368,7 +368,7 @@ def test_bench_times_every_task_beside_the_others(cli: Any, beside: Path, only: 
         "backbone only",
         "beside",
         "beside, every task",
-        "only (1), every task",
+        "only, every task",
     ]
     spoken = cli("bench", only, *quick)
     assert spoken.code == 0

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from utune_deploy.deploy.bench.case import Case
+from utune_deploy.deploy.bench.machine import Load, Machine, Memory
 from utune_deploy.deploy.bench.measure import measure
-from utune_deploy.deploy.bench.report import About, Settings, TaskFacts
+from utune_deploy.deploy.bench.report import (
+    TIMED,
+    About,
+    CaseResult,
+    Report,
+    Result,
+    Settings,
+    SubjectFacts,
+    TaskFacts,
+)
 from utune_deploy.deploy.bench.subject import Subject
+from utune_deploy.deploy.bench.summary import paired_ratio, summarise
 
 
 @dataclass
@@ -74,3 +85,52 @@ def report(clock, about):
         command="utune-deploy bench pets --batch 1",
         clock=clock,
     )
+
+
+@pytest.fixture
+def planted(about):
+    """`planted({(batch, mix): {subject: samples}}, **changes)`: a report whose samples are given."""
+
+    def build(cases, **changes):
+        names = list(next(iter(cases.values())))
+        machine = Machine(
+            "A Fast One", 2, 2, 2, 8 << 30, None, (), "Linux 6 x86_64", "3.11.7",
+            {"utune-deploy": "0.1.0", "numpy": "2.4.6", "onnxruntime-gpu": "1.31.1"},
+        )  # fmt: skip
+        results = []
+        for (batch, mix), samples in cases.items():
+            first = samples[names[0]]
+            case = Case(batch, mix)
+            results.append(
+                CaseResult(
+                    case,
+                    tuple(case.task_rows([task.row for task in about.tasks], 0).tolist()),
+                    tuple(
+                        Result(
+                            name,
+                            tuple(map(float, samples[name])),
+                            summarise(samples[name], batch),
+                            paired_ratio(samples[name], first, 0) if name != names[0] else None,
+                        )
+                        for name in names
+                    ),
+                )
+            )
+        facts = {
+            "about": replace(
+                about, facts=(("backbone", "vit"), ("engine", "onnxruntime, fp32, opset 23"))
+            ),
+            "timed": TIMED,
+            "subjects": tuple(SubjectFacts(name, "", "CPU", 100 << 20) for name in names),
+            "cases": tuple(results),
+            "settings": Settings(min_rounds=len(first)),
+            "threads": 2,
+            "machine": machine,
+            "load": Load(0.1, 1.0),
+            "memory": Memory(1 << 30, 1 << 30, 1 << 30),
+            "date": "2026-11-28T09:00:00+00:00",
+            "command": "utune-deploy bench pets",
+        }
+        return Report(**{**facts, **changes})
+
+    return build

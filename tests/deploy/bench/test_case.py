@@ -24,6 +24,31 @@ def test_zipf_prefers_the_first_tasks():
     assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("batch", "wanted"),
+    [
+        (1, [0]),
+        (2, [0, 2]),
+        (4, [0, 0, 0, 2]),
+        (8, [0] * 6 + [2, 5]),
+        (16, [0] * 12 + [2, 5, 2, 5]),
+    ],
+)
+def test_hot_asks_for_the_first_task_and_for_others_beside_it(batch, wanted):
+    assert Case(batch, "hot").task_rows(ROWS, 0).tolist() == wanted
+    assert Case(batch, "hot").task_rows((4,), 0).tolist() == [4] * batch
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+def test_the_shares_of_a_mix_are_those_of_many_rows(mix, tasks):
+    shares = MIXES[mix].shares(tasks)
+    assert shares.shape == (tasks,)
+    assert shares.sum() == pytest.approx(1)
+    rows = Case(20_000, mix).task_rows(range(tasks), 0)
+    assert np.bincount(rows, minlength=tasks) / 20_000 == pytest.approx(shares, abs=0.01)
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_rows_are_seeded_and_fit_the_task_input(mix):
     rows = Case(64, mix).task_rows(ROWS, 1)

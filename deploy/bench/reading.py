@@ -1,0 +1,133 @@
+"""A written report back as the record that it was; `schema.json` says what a file holds."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...export.engine import Tensor
+from ...merge.errors import IncompatibleArtefact, UsageError
+from .case import Case
+from .machine import Load, Machine, Memory
+from .report import (
+    FORMAT,
+    SWEEP_FORMAT,
+    VERSION,
+    About,
+    CaseResult,
+    Report,
+    Result,
+    Settings,
+    SubjectFacts,
+    TaskFacts,
+)
+from .summary import Ratio, Summary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_reports(path: Path) -> dict[str, Report]:
+    """The reports of a file by the name of their comparison: one named "" of `bench`, several of a sweep.
+
+    Args:
+        path: A report, or a folder that holds `report.json`.
+
+    Raises:
+        UsageError: There is no such file.
+        IncompatibleArtefact: It is no report, of an unknown version, or damaged.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(
+            "there is no such report", where=file, do="name a report.json of `bench -o`"
+        )
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IncompatibleArtefact("the report is not JSON", where=file, found=error) from error
+    found = value.get("format") if isinstance(value, dict) else type(value).__name__
+    if found not in (FORMAT, SWEEP_FORMAT):
+        raise IncompatibleArtefact(
+            "the file is no report of the benchmark",
+            where=file,
+            wanted=f"format {FORMAT} or {SWEEP_FORMAT}",
+            found=found,
+        )
+    if value.get("version") not in range(1, VERSION + 1):
+        raise IncompatibleArtefact(
+            "the report is of a version that is not known here",
+            where=file,
+            wanted=f"1 to {VERSION}",
+            found=value.get("version"),
+            do="read it with the utune-deploy that wrote it, or a newer one",
+        )
+    try:
+        if found == FORMAT:
+            return {"": report_from(value)}
+        return {name: report_from(report) for name, report in value["reports"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        raise IncompatibleArtefact(
+            "the report does not keep to its schema",
+            where=file,
+            wanted="a file as `bench` wrote it; see docs/bench.md",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def report_from(value: dict[str, Any]) -> Report:
+    """The record of a JSON value that keeps to the schema; the inverse of `Report.to_json`."""
+    subjects = tuple(SubjectFacts(**subject) for subject in value["subjects"])
+    return Report(
+        about=_about(value["about"]),
+        timed=value["timed"],
+        subjects=subjects,
+        cases=tuple(_case(case, subjects) for case in value["cases"]),
+        settings=Settings(**value["settings"]),
+        threads=value["threads"],
+        machine=Machine(**{**value["machine"], "gpus": tuple(value["machine"]["gpus"])}),
+        load=Load(**value["load"]),
+        memory=Memory(**value["memory"]),
+        date=value["date"],
+        command=value["command"],
+        warnings=tuple(value["warnings"]),
+    )
+
+
+def _about(value: dict[str, Any]) -> About:
+    shape = value["image_shape"]
+    return About(
+        name=value["name"],
+        tasks=tuple(TaskFacts(**task) for task in value["tasks"]),
+        image_shape=None if shape is None else tuple(shape),
+        max_batch=value["max_batch"],
+        facts=tuple((label, text) for label, text in value["facts"]),
+        inputs=tuple(
+            Tensor(**{**tensor, "shape": tuple(tensor["shape"])})
+            for tensor in value.get("inputs", ())  # came after the first reports
+        ),
+    )
+
+
+def _case(value: dict[str, Any], subjects: tuple[SubjectFacts, ...]) -> CaseResult:
+    results = tuple(
+        Result(
+            subject=result["subject"],
+            samples_ms=tuple(map(float, result["samples_ms"])),
+            summary=Summary(**result["summary"]),
+            ratio=None if result["ratio"] is None else Ratio(**result["ratio"]),
+        )
+        for result in value["results"]
+    )
+    case = Case(**value["case"])
+    if [result.subject for result in results] != [subject.name for subject in subjects]:
+        raise ValueError(f"the results of {case.label} are not those of the subjects in order")
+    counts = {len(result.samples_ms) for result in results}
+    samples = np.array([sample for result in results for sample in result.samples_ms])
+    if len(counts) != 1 or min(counts) < 2 or not (np.isfinite(samples) & (samples > 0)).all():
+        raise ValueError(
+            f"the samples of {case.label} are not positive and equally many, two at least"
+        )
+    return CaseResult(case=case, task_rows=tuple(value["task_rows"]), results=results)

@@ -158,12 +158,7 @@ class Service:
         if all_tasks:
             return cls(bundle, fan_out(), all_tasks=True)
         every = fan_out if bundle.engine_of_all is not None else None
-        if why := fixed(bundle):
-            for given, option in ((rows, "--rows"), (keep, "--tasks")):
-                if given is not None:
-                    raise UsageError(
-                        f"{option} is for tasks that can change", where=bundle.path, found=why
-                    )
+        why = require_sensible(bundle, rows=rows, keep=keep)
         if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
             return cls(bundle, bundle.open_session(device), fan_out=every)
         count = default_rows(bundle, device) if rows is None else rows
@@ -402,6 +397,19 @@ class Service:
             versions=request.versions,
             engine_ns=engine_ns,
         )
+
+
+def require_sensible(bundle: Bundle, *, rows: int | None, keep: Path | None) -> str | None:
+    """Refuse settings of tasks that can change for tasks that cannot; why they cannot, or None.
+
+    Raises:
+        UsageError: One is given.
+    """
+    why = fixed(bundle)
+    for given, option in ((rows, "--rows"), (keep, "--tasks")):
+        if why and given is not None:
+            raise UsageError(f"{option} is for tasks that can change", where=bundle.path, found=why)
+    return why
 
 
 def _best(

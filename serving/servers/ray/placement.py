@@ -8,6 +8,11 @@ replica, of which there are tens here, not millions.
 
 How many homes a task has follows its load: rows under way, averaged over a window. That is its rate times its
 time (Little), so slow requests count for more than quick ones.
+
+Names alone share out unevenly, eight tasks over two replicas as six and two now and then. So no replica is given
+more than `BALANCE` times its share of the rows that are under way; what is too much for a home goes to
+the next replica in the task's order, always the same one (consistent hashing with bounded loads, Mirrokni, Thorup
+and Zadimoghaddam 2018: https://arxiv.org/abs/1608.01350).
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 WINDOW_SECONDS = 10.0
+BALANCE = 1.25
 FORGOTTEN = 1e-3  # rows under way on average, below which a task is not remembered
 MOST_RANKINGS = 1 << 14  # of tasks, kept until the replicas change
 
@@ -78,30 +84,44 @@ class Placement:
     """Which replicas a request should go to, best first."""
 
     def __init__(
-        self, *, rows_per_home: float, load: Load | None = None, seed: int | None = None
+        self,
+        *,
+        by_task: bool = True,
+        rows_per_home: float,
+        load: Load | None = None,
+        seed: int | None = None,
     ) -> None:
         """With no replicas yet.
 
         Args:
+            by_task: Whether tasks have homes; otherwise every replica is as good.
             rows_per_home: Rows of a task under way, on average, that one home is enough for.
             load: Measures the tasks.
             seed: Of the choice between equals.
         """
         self.load = load or Load()
+        self._by_task = by_task
         self._rows_per_home = rows_per_home
         self._random = random.Random(seed)
         self._replicas: tuple[str, ...] = ()
         self._rankings: dict[str, tuple[str, ...]] = {}
+        self._under_way: Counter[str] = Counter()  # rows by replica
+
+    def began(self, replica: str, tasks: Sequence[str]) -> None:
+        """Rows of these tasks went to a replica."""
+        self.load.add(tasks, 1)
+        self._under_way[replica] += len(tasks) or 1
+
+    def ended(self, replica: str, tasks: Sequence[str]) -> None:
+        """They are answered, or lost."""
+        self.load.add(tasks, -1)
+        self._under_way[replica] -= len(tasks) or 1
+        if self._under_way[replica] <= 0:
+            del self._under_way[replica]
 
     def homes(self, task: str) -> tuple[str, ...]:
         """The replicas that should hold the task now; the first is its home when it is idle."""
-        ranking = self._rankings.get(task)
-        if ranking is None:
-            if len(self._rankings) >= MOST_RANKINGS:
-                self._rankings.clear()
-            ranking = self._rankings[task] = rank(task, self._replicas)
-        count = 1 + int(self.load.mean(task) / self._rows_per_home)
-        return ranking[:count]
+        return self._ranking(task)[: self._count(task)]
 
     def ranks(self, tasks: Sequence[str], replicas: Sequence[str]) -> list[list[str]]:
         """The replicas in groups, best first; the least loaded of a group is to be taken.
@@ -111,23 +131,43 @@ class Placement:
         2001: https://doi.org/10.1109/71.963420).
 
         Args:
-            tasks: Of each row; none where every replica is as good.
+            tasks: Of each row; none for a request of all tasks.
             replicas: Those that there are.
         """
         known = tuple(sorted(replicas))
         if known != self._replicas:
             self._replicas, self._rankings = known, {}
+        rows = len(tasks) or 1
         held: Counter[str] = Counter()
-        for name, rows in Counter(tasks).items():
-            for home in self.homes(name):
-                held[home] += rows
-        most = max(held.values(), default=0)
-        best = [name for name in known if held[name] == most]
+        far: Counter[str] = Counter()
+        for name, count in Counter(tasks if self._by_task else ()).items():
+            homes = self._count(name)
+            for place, replica in enumerate(self._ranking(name)):
+                if place < homes:
+                    held[replica] += count
+                else:
+                    far[replica] += count * place
+        under_way = sum(self._under_way[name] for name in known)
+        most = math.ceil(BALANCE * (under_way + rows) / len(known))
+
+        def cost(name: str) -> tuple[bool, int, int]:
+            return self._under_way[name] + rows > most, -held[name], far[name]
+
+        order = sorted(known, key=cost)
+        best = [name for name in order if cost(name) == cost(order[0])]
         first = self._random.sample(best, 2) if len(best) > 2 else best
-        rest = [name for name in known if name not in first]
-        self._random.shuffle(rest)
-        rest.sort(key=lambda name: -held[name])
-        return [first, *([name] for name in rest)]
+        return [first, *([name] for name in order if name not in first)]
+
+    def _ranking(self, task: str) -> tuple[str, ...]:
+        ranking = self._rankings.get(task)
+        if ranking is None:
+            if len(self._rankings) >= MOST_RANKINGS:
+                self._rankings.clear()
+            ranking = self._rankings[task] = rank(task, self._replicas)
+        return ranking
+
+    def _count(self, task: str) -> int:
+        return 1 + int(self.load.mean(task) / self._rows_per_home)
 
 
 def rank(task: str, replicas: Sequence[str]) -> tuple[str, ...]:

@@ -92,13 +92,48 @@ def test_a_mixed_request_goes_where_most_of_its_tasks_are():
     here = [f"t{n}" for n in home if home[n] == "b"][:3]
     there = [f"t{n}" for n in home if home[n] == "c"][:2]
     groups = placement.ranks([*there, *here], replicas)
-    assert groups[:2] == [["b"], ["c"]]
+    assert groups[0] == ["b"]
+    assert groups[1] == ["c"]
+
+
+@settings(max_examples=100)
+@given(
+    tasks=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=60),
+    replicas=st.integers(1, 6),
+)
+def test_no_replica_is_given_much_more_than_its_share(tasks, replicas):
+    placement, _ = _placement()
+    names = [f"r{n}" for n in range(replicas)]
+    rows = Counter()
+    for task in tasks:
+        chosen = placement.ranks([task], names)[0][0]
+        placement.began(chosen, [task])
+        rows[chosen] += 1
+        assert rows[chosen] <= np.ceil(1.25 * rows.total() / replicas)
+    for name in names:
+        for _ in range(rows[name]):
+            placement.ended(name, [])
+    assert not placement._under_way
+
+
+def test_what_is_too_much_for_a_home_goes_to_the_next_of_the_task():
+    placement, _ = _placement()
+    replicas = ["a", "b", "c", "d"]
+    order = rank("x", replicas)
+    for _ in range(2):
+        assert placement.ranks(["x"], replicas)[0] == [order[0]]
+        placement.began(order[0], ["x"])
+        assert placement.ranks(["x"], replicas)[0] == [order[1]]
+        placement.ended(order[0], ["x"])
 
 
 def test_without_tasks_the_choice_is_between_two_random_ones():
-    placement, _ = _placement()
-    firsts = {tuple(sorted(placement.ranks((), "abcd")[0])) for _ in range(200)}
-    assert len(firsts) == 6
+    for placement, tasks in (
+        (_placement()[0], ()),
+        (Placement(by_task=False, rows_per_home=4), ["x", "y"]),
+    ):
+        firsts = {tuple(sorted(placement.ranks(tasks, "abcd")[0])) for _ in range(200)}
+        assert len(firsts) == 6
 
 
 def test_errors_travel_as_values():

@@ -358,18 +358,17 @@ def rows():
 
 
 @pytest.fixture(scope="session")
-def embed():
-    """`with embed(service, **settings) as addresses`: the embedded server in a thread."""
-    from utune_deploy.serving.servers.embedded import running
+def threaded():
+    """`with threaded(server) as addresses`: an async context manager, entered in a thread of its own."""
 
     @contextmanager
-    def start(service: Service, **settings) -> Iterator:
+    def start(server) -> Iterator:
         ready = threading.Event()
         box: dict = {}
 
         async def main() -> None:
             box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
-            async with running(service, **settings) as addresses:
+            async with server as addresses:
                 box["addresses"] = addresses
                 ready.set()
                 await box["stop"].wait()
@@ -397,6 +396,14 @@ def embed():
                 raise box["error"]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def embed(threaded):
+    """`with embed(service, **settings) as addresses`: the embedded server in a thread."""
+    from utune_deploy.serving.servers.embedded import running
+
+    return lambda service, **settings: threaded(running(service, **settings))
 
 
 @pytest.fixture(scope="session")

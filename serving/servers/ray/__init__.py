@@ -91,7 +91,7 @@ def serve_ray(
                     on_ready(addresses)
                 await stop.wait()
 
-    with _connected(address):
+    with connected(address):
         asyncio.run(until_signalled())
 
 
@@ -181,8 +181,16 @@ def _metrics(front: Front) -> Model:
 
 
 @contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """This process is part of a cluster inside the block; one that was started for it ends with it."""
+def connected(address: str | None) -> Iterator[None]:
+    """This process is part of a cluster inside the block; one that was started for it ends with it.
+
+    Args:
+        address: See `serve_ray`.
+
+    Raises:
+        UsageError: None answers there.
+        MissingDependency: Ray is not installed.
+    """
     ray = library.ray()
     try:
         ray.init(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -47,44 +45,13 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def front(cluster):
+def front(cluster, threaded):
     """`with front(bundle, **settings) as addresses`: a front in a thread of this process."""
     from utune_deploy.serving.servers.ray import running
 
-    @contextmanager
-    def start(bundle, **settings):
-        ready, box = threading.Event(), {}
-
-        async def main() -> None:
-            box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
-            async with running(bundle, device=Device(threads=1), **settings) as addresses:
-                box["addresses"] = addresses
-                ready.set()
-                await box["stop"].wait()
-
-        def run() -> None:
-            try:
-                asyncio.run(main())
-            except BaseException as error:
-                box["error"] = error
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        ready.wait()
-        try:
-            if "error" in box:
-                raise box["error"]
-            yield box["addresses"]
-        finally:
-            if "addresses" in box:
-                box["loop"].call_soon_threadsafe(box["stop"].set)
-            thread.join()
-            if "error" in box:
-                raise box["error"]
-
-    return start
+    return lambda bundle, **settings: threaded(
+        running(bundle, device=Device(threads=1), **settings)
+    )
 
 
 @pytest.fixture(scope="module")

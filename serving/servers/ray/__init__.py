@@ -31,7 +31,7 @@ from ..fronts import DRAIN_SECONDS, fronts, stop_signals
 from . import library
 from .front import Cluster, ClusterCommands, Front
 from .keeper import DEPLOYMENT, Keeper, last_line
-from .replica import HEALTH_SECONDS, Replica
+from .replica import HEALTH_SECONDS, ServedReplica
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -209,6 +209,8 @@ def connected(address: str | None) -> Iterator[None]:
             if address
             else None,
         ) from cause
+    library.serve()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield
     finally:
@@ -297,7 +299,7 @@ def _deployment(bundle: Bundle, scale: Scale, device: Device) -> Any:
     else:
         count = {"num_replicas": scale.replicas}
     return serve.deployment(
-        Replica,
+        ServedReplica,
         name=DEPLOYMENT,
         # The batcher refuses what is too much, with a sentence; Ray's own limit lies behind that.
         max_ongoing_requests=(QUEUED_BATCHES + 2) * batch,

@@ -26,6 +26,7 @@ from ...tasks import entry, fixed
 from ...versions import Version
 from .keeper import last_line
 from .library import ray as load_ray
+from .library import serve as load_serve
 from .messages import Ask, Key, Refusal, Reply
 
 if TYPE_CHECKING:
@@ -155,8 +156,10 @@ class Front:
             exceptions.WorkerCrashedError,
             exceptions.ObjectLostError,
             exceptions.OwnerDiedError,
+            exceptions.TaskCancelledError,
             exceptions.RpcError,
         )
+        self._refusals = load_serve().exceptions.RayServeException
 
     @property
     def ready(self) -> bool:
@@ -277,6 +280,12 @@ class Front:
             raise
         except self._deaths:
             raise
+        except self._refusals as refusal:
+            raise Stopping(
+                "Ray Serve takes no request for the replicas now",
+                found=last_line(refusal),
+                do="try again later",
+            ) from refusal
         except Exception as mistake:
             raise EngineFailed(
                 "a replica failed by a mistake of its own", found=last_line(mistake)

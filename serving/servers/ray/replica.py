@@ -18,6 +18,7 @@ from ....merge.errors import IncompatibleArtefact, UtuneError
 from ...batcher import Batcher
 from ...counters import Counters
 from ...registry import Request
+from ...rejections import ServerFailed
 from ...service import Service
 from .messages import Key, Refusal, Reply
 
@@ -172,7 +173,12 @@ class Replica:
             return version
         async with self._fetching:  # not twice at a time
             if key not in self._versions:
-                data = await self._keeper.packed.remote(key)
+                try:
+                    data = await self._keeper.packed.remote(key)
+                except Exception as cause:  # whatever Ray says when an actor is gone
+                    raise ServerFailed(
+                        "the keeper of the tasks does not answer", where=key.name
+                    ) from cause
                 if isinstance(data, Refusal):
                     raise data.error()
                 await self._stage(key, data)
@@ -219,12 +225,20 @@ class Replica:
             self._pinned.discard(key)
             self._service.resident.pin(self._versions[key], pinned=False)
 
-    async def __del__(self) -> None:
-        """Ray's hook when a replica has drained: what its batchers hold is answered, then its folder goes."""
-        for batcher in getattr(self, "_batchers", ()):
+    async def drain(self) -> None:
+        """Answer what was taken, then forget the tasks that came."""
+        for batcher in self._batchers:
             await batcher.__aexit__()
-        if service := getattr(self, "_service", None):
-            service.close()
+        self._service.close()
+
+
+class ServedReplica(Replica):
+    """A replica as Ray Serve ends it."""
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits this once no request is under way; Python alone would not."""
+        if hasattr(self, "_batchers"):  # else it was never whole
+            await self.drain()
 
 
 def _open(path: str, identity: str, device: Device, rows: int | None) -> Service:

@@ -1,23 +1,34 @@
-"""Where tasks go and how a change of tasks is decided, without Ray."""
+"""Where tasks go, how a change of tasks is decided, and what a replica does, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import CheckFailed, MissingDependency
-from utune_deploy.serving.rejections import InvalidRequest, from_line, one_line
+from utune_deploy.serving.packed import read_packed
+from utune_deploy.serving.rejections import (
+    EngineFailed,
+    InvalidRequest,
+    Stopping,
+    from_line,
+    one_line,
+)
 from utune_deploy.serving.servers.ray import library
 from utune_deploy.serving.servers.ray.front import TaskTable
 from utune_deploy.serving.servers.ray.keeper import Keeper
-from utune_deploy.serving.servers.ray.messages import Key, Refusal
+from utune_deploy.serving.servers.ray.messages import Ask, Key, Refusal
 from utune_deploy.serving.servers.ray.placement import Load, Placement, rank
+from utune_deploy.serving.servers.ray.replica import Replica
 
 NAMES = st.text(min_size=1, max_size=8)
 REPLICAS = st.sets(NAMES, min_size=1, max_size=8).map(sorted)
@@ -259,3 +270,120 @@ def test_a_change_waits_for_the_other_fronts_but_not_for_ever(banked, packed, mo
         assert name == "birds"
 
     asyncio.run(main())
+
+
+class _Remote:
+    """A keeper as a replica sees it: its methods by `.remote`."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=getattr(self._keeper, name))
+
+
+async def _replica(banked, keeper: Keeper) -> Replica:
+    replica = Replica.__new__(Replica)
+    await replica.__init__(
+        str(banked.path), banked.identity, _Remote(keeper), Device(threads=1), None
+    )
+    return replica
+
+
+def test_a_replica_is_healthy_as_long_as_its_engine_answers(banked, monkeypatch):
+    async def main() -> None:
+        replica = await _replica(banked, _keeper(banked)[0])
+        await replica.check_health()
+
+        def broken(*_) -> None:
+            raise RuntimeError("the device fell off the bus")
+
+        monkeypatch.setattr(replica._service.session, "run", broken)
+        with pytest.raises(EngineFailed, match="the device fell off the bus"):
+            await replica.check_health()
+        await replica.drain()
+        with pytest.raises(Stopping):
+            await replica.check_health()
+
+    asyncio.run(main())
+
+
+def test_a_replica_takes_up_the_table_and_fetches_what_came_meanwhile(banked, packed, rows):
+    async def main() -> None:
+        keeper, _, table = _keeper(banked)
+        images, _ = rows(1)
+        await keeper.change("front", "add", None, None, packed("birds"))
+        replica = await _replica(banked, keeper)
+        _, shown = await keeper.change("front", "update", None, None, packed("birds", seed=1))
+        table.read(shown)  # the stand-in told no replica of it
+        for number in (1, 2):
+            key = table.keys[table.version("birds", number)]
+            reply = await replica.answer(Ask((key,)), {"images": images})
+            wanted = images.reshape(1, -1) @ _head(packed("birds", seed=number - 1))
+            np.testing.assert_allclose(reply.logits[:, :4], wanted[:, :4], rtol=1e-4, atol=1e-4)
+            assert reply.calls
+        refused = await replica.answer(Ask((Key("birds", 9),)), {"images": images})
+        assert refused.kind == "UnknownModel"
+        await replica.drain()
+
+    asyncio.run(main())
+
+
+def test_a_replica_refuses_what_its_engine_does_not_answer(banked, packed):
+    async def main() -> None:
+        replica = await _replica(banked, _keeper(banked)[0])
+        data = packed("birds", right=False)
+        key = Key("birds", 1, hashlib.sha256(data).hexdigest() + ".task")
+        refused = await replica.stage(key, data)
+        assert refused.kind == "CheckFailed"
+        refused = await replica.stage(key, packed("birds"))
+        assert refused.what == "a task came damaged"
+        assert key not in replica._versions
+        assert not list(replica._service.tasks.store.folder.glob("*.task"))
+        await replica.drain()
+
+    asyncio.run(main())
+
+
+def test_a_version_can_be_asked_for_a_while_after_it_left_the_table(
+    banked, packed, rows, monkeypatch
+):
+    from utune_deploy.serving.servers.ray import replica as module
+
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.2)
+
+    async def main() -> None:
+        keeper, _, table = _keeper(banked)
+        _, shown = await keeper.change("front", "add", None, None, packed("birds"))
+        table.read(shown)
+        key = table.keys[table.version("birds", 1)]
+        replica = await _replica(banked, keeper)
+        images, _ = rows(1)
+        await replica.settle([], [])
+        assert (await replica.answer(Ask((key,)), {"images": images})).labels
+        await asyncio.sleep(0.3)
+        assert key not in replica._versions
+        await replica.drain()
+
+    asyncio.run(main())
+
+
+def test_pins_follow_the_table(banked):
+    async def main() -> None:
+        replica = await _replica(banked, _keeper(banked)[0])
+        pets, cars = Key("pets", 1), Key("cars", 1)
+        resident = replica._service.resident
+        await replica.settle([pets, cars], [pets])
+        assert resident.pinned(replica._versions[pets])
+        await replica.settle([pets, cars], [cars])
+        assert not resident.pinned(replica._versions[pets])
+        assert resident.pinned(replica._versions[cars])
+        assert await replica.pin(cars, False) is None
+        assert not resident.pinned(replica._versions[cars])
+        await replica.drain()
+
+    asyncio.run(main())
+
+
+def _head(data: bytes) -> np.ndarray:
+    return read_packed(data).tensors["bank/heads"]

@@ -165,6 +165,8 @@ def main() -> None:
     asked = parser.parse_args()
     bundle = open_bundle(asked.bundle)
 
+    # Ray starts its workers as what gives way to everything else; here that would give way to our neighbours.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
     library.ray()
     from ray.cluster_utils import Cluster
 

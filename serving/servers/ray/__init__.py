@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,9 @@ def connected(address: str | None) -> Iterator[None]:
         MissingDependency: Ray is not installed.
     """
     ray = library.ray()
+    if not address:
+        # Ray's workers give way to every other process by default, which a server should not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address=address or "local",

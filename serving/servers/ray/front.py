@@ -91,9 +91,10 @@ class TaskTable:
 
     def version(self, name: str, number: int) -> Version:
         """See `Tasks.version`."""
-        for key, version in self._versions.items():
-            if (key.name, key.number) == (name, number):
-                return version
+        row = self._rows.get(name)
+        for key, _ in row.versions if row is not None else ():
+            if key.number == number:
+                return self._versions[key]
         raise UsageError("the task has no such version", where=name, found=number)
 
     def entries(self, resident: set[Key], name: str | None = None) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ SILENT_SECONDS = 30.0
 """After which a front that does not ask is taken to be gone."""
 SEEN_SECONDS = 2.0
 """How long a change waits for the other fronts to have seen it."""
+ANSWER_SECONDS = 120
+"""How long a replica may take over a step of a change: one that hangs must not stop all changes."""
 DEPLOYMENT = "replica"
 
 
@@ -73,6 +75,7 @@ class Keeper:
         self._identity = identity
         self._registry = Registry(bundle)
         self._application = application
+        self._handle: Any = None
         self._tasks: Tasks | None = None
         if fixed(bundle) is None and self._registry.takes_rows:
             store = Store(None if keep is None else Path(keep), bundle.identity)
@@ -222,12 +225,19 @@ class Keeper:
             UtuneError: One refuses, if `strict`.
         """
         exceptions = load_ray().exceptions
-        handle = load_serve().get_deployment_handle(DEPLOYMENT, self._application)
+        if self._handle is None:  # each handle has a router of its own, which stays
+            self._handle = load_serve().get_deployment_handle(DEPLOYMENT, self._application)
         try:
-            said = await handle.broadcast(method, *given).results_async(return_exceptions=True)
+            said = await self._handle.broadcast(method, *given).results_async(
+                timeout_s=ANSWER_SECONDS, return_exceptions=True
+            )
         except Exception as cause:
             if not strict:
                 return []
+            if isinstance(cause, (TimeoutError, asyncio.TimeoutError)):
+                raise EngineFailed(
+                    "not every replica answered", wanted=f"an answer in {ANSWER_SECONDS} s"
+                ) from cause
             raise Stopping("no replica is there to hold the task to", found=str(cause)) from cause
         answers = []
         for each in said:

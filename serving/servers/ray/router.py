@@ -11,8 +11,6 @@ from ray.serve.request_router import (  # pyright: ignore[reportMissingImports] 
 from .messages import Ask
 from .placement import Placement
 
-PATH = f"{__name__}.TaskRouter"
-
 
 class TaskRouter(RequestRouter):
     """Ray's own way of sending a request, along our order of the replicas."""

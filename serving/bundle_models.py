@@ -13,15 +13,15 @@ from ..merge.errors import UsageError
 from . import logs, protocol
 from .picture_model import PictureModel, reads_pictures
 from .rejections import InvalidRequest, UnknownModel
-from .task_commands import TaskCommands
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from .batcher import Batcher
+    from .answering import Answering
     from .models import Asked, Model
     from .registry import Request
     from .service import Answers
+    from .task_commands import TaskCommands
     from .tensors import OutputTensor
     from .versions import Version
 
@@ -31,7 +31,7 @@ FILE = "file:"  # of the parameters of a load: files by their place in the model
 class BundleModel:
     """NAME, whose rows name their tasks, or NAME.all."""
 
-    def __init__(self, batcher: Batcher, *, max_delay_ms: float) -> None:
+    def __init__(self, batcher: Answering, *, max_delay_ms: float) -> None:
         """Over a batcher that is entered before the first request comes."""
         self.batcher = batcher
         self.registry = batcher.service.registry
@@ -164,16 +164,16 @@ class TaskModel:
 class BundleRepository:
     """All of a bundle's models. Loading and unloading a task's model adds and removes the task."""
 
-    def __init__(self, models: Sequence[BundleModel], *, control: bool = True) -> None:
+    def __init__(self, models: Sequence[BundleModel], commands: TaskCommands) -> None:
         """Of NAME first.
 
         Args:
             models: NAME, and NAME.all where there is such an engine.
-            control: Whether clients may change the tasks.
+            commands: What changes the tasks of NAME.
         """
         self._models = {model.name: model for model in models}
         self._bundle = models[0]
-        self._commands = TaskCommands(self._bundle.batcher, control=control)
+        self._commands = commands
         self._own: dict[str, Model] = {**self._models, self._commands.name: self._commands}
         if reads_pictures(self._bundle.registry):
             pictures = PictureModel(self._bundle)

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from .answering import Answerer
     from .registry import Registry, Request
-    from .service import Answers, Service
+    from .service import Answers
     from .versions import Version
 
 VERSION = "1"
@@ -188,7 +189,7 @@ def write_answers(
     return written
 
 
-def task_statistics(service: Service, version: Version) -> dict[str, Any]:
+def task_statistics(service: Answerer, version: Version) -> dict[str, Any]:
     """What a service has done for one task, in all its versions; a call is shared, so its time is not here."""
     totals = service.counters.read().tasks.get(version.name, TaskTotals())
     return {
@@ -312,7 +313,7 @@ def _config(facts: TensorFacts) -> dict[str, Any]:
     return {"name": facts.name, "data_type": kind, "dims": list(facts.dims)}
 
 
-def statistics(service: Service) -> dict[str, Any]:
+def statistics(service: Answerer) -> dict[str, Any]:
     """What a service has done, in the statistics extension's fields; times in nanoseconds."""
     totals = service.counters.read()
 

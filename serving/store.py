@@ -204,6 +204,11 @@ class Store:
         """
         return map_file(self.folder / file)[1]
 
+    def remove(self, file: str) -> None:
+        """Forget a kept file that no table names."""
+        with contextlib.suppress(OSError):  # as in `write`
+            (self.folder / file).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Remove the folder if it is temporary."""
         if self._remove is not None:

@@ -157,13 +157,39 @@ class TaskCommands:
         self._log("removed", name)
         return {"removed": name}
 
+    async def use(self, name: str, number: int) -> dict[str, Any]:
+        """Answer with another version of a task.
+
+        Raises:
+            UsageError: There is no such task or version.
+        """
+        tasks = self._require_control()
+        async with self._change:
+            await asyncio.to_thread(tasks.use, name, number)
+        self._log("set to another version", name, version=number)
+        return self._shown(name)
+
+    async def pin(self, name: str, *, pinned: bool) -> dict[str, Any]:
+        """Keep a task in the engine's memory, or let it make room again.
+
+        Raises:
+            UsageError: There is no such task, or too many are pinned.
+        """
+        tasks = self._require_control()
+        async with self._change:
+            await asyncio.to_thread(tasks.pin, name, pinned=pinned)
+        return self._shown(name)
+
+    async def entries(self, name: str | None = None) -> list[dict[str, Any]]:
+        """See `Service.entries`."""
+        return self._service.entries(name)
+
     @staticmethod
     def _log(change: str, name: str, **details: Any) -> None:
         log.info(f"task {change}", extra={DETAILS: {"task": name, **details}})
 
     async def _list(self, command: dict[str, Any], _: bytes | None) -> dict[str, Any]:
-        name = _named(command) if "task" in command else None
-        return {"tasks": self._service.entries(name)}
+        return {"tasks": await self.entries(_named(command) if "task" in command else None)}
 
     async def _describe(self, _: dict[str, Any], __: bytes | None) -> dict[str, Any]:
         return self._service.description() | {"control": self._control}
@@ -181,23 +207,13 @@ class TaskCommands:
         number = command.get("version")
         if not isinstance(number, int) or isinstance(number, bool):
             raise InvalidRequest("the command names no version", wanted="a number", found=number)
-        tasks, name = self._require_control(), _named(command)
-        async with self._change:
-            await asyncio.to_thread(tasks.use, name, number)
-        self._log("set to another version", name, version=number)
-        return self._shown(name)
+        return await self.use(_named(command), number)
 
     async def _pin(self, command: dict[str, Any], _: bytes | None) -> dict[str, Any]:
-        return await self._set_pin(command, pinned=True)
+        return await self.pin(_named(command), pinned=True)
 
     async def _unpin(self, command: dict[str, Any], _: bytes | None) -> dict[str, Any]:
-        return await self._set_pin(command, pinned=False)
-
-    async def _set_pin(self, command: dict[str, Any], *, pinned: bool) -> dict[str, Any]:
-        tasks, name = self._require_control(), _named(command)
-        async with self._change:
-            await asyncio.to_thread(tasks.pin, name, pinned=pinned)
-        return self._shown(name)
+        return await self.pin(_named(command), pinned=False)
 
     @contextlib.contextmanager
     def _unless_published(self, tasks: Tasks, staged: Staged) -> Iterator[None]:
@@ -215,12 +231,15 @@ class TaskCommands:
         return {"task": entry}
 
     def _require_control(self) -> Tasks:
+        self._refuse_unless_control()
+        return self._service.require_tasks()
+
+    def _refuse_unless_control(self) -> None:
         if not self._control:
             raise UsageError(
                 "this server does not let clients change its tasks",
                 do="start it with --task-control",
             )
-        return self._service.require_tasks()
 
 
 def commands_config(bundle: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from ..export.bundle import Bundle
     from .registry import Registry, Request
-    from .resident import Resident
     from .service import Answers
 
 CHANGES = ("add", "update", "remove", "rollback")
@@ -59,6 +58,25 @@ class Staged:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A task as it stands.
+
+    Attributes:
+        name: Its name.
+        current: The number of the version in use.
+        pinned: Whether it stays in the engine's memory.
+        versions: Those that are kept, by number.
+        files: The packed file of each in the store; of one that the bundle shipped there is none.
+    """
+
+    name: str
+    current: int
+    pinned: bool
+    versions: Mapping[int, Version]
+    files: Mapping[int, str]
+
+
+@dataclass(frozen=True)
 class _Life:
     """Every version of one task that is kept."""
 
@@ -69,6 +87,22 @@ class _Life:
     pinned: bool = False
 
 
+class Rows(Protocol):
+    """What the life of tasks wants of a bank: a `Resident`, or whoever keeps tasks for other engines."""
+
+    def __contains__(self, version: Version) -> bool:
+        """Whether the version stands in a row."""
+        ...
+
+    def pin(self, version: Version, *, pinned: bool = True) -> None:
+        """See `Resident.pin`."""
+        ...
+
+    def drop(self, version: Version) -> None:
+        """See `Resident.drop`."""
+        ...
+
+
 class Tasks:
     """Which tasks there are, in which versions. Safe to call from several threads.
 
@@ -77,7 +111,7 @@ class Tasks:
         changes: Changes made so far, by `add`, `update`, `remove` and `rollback`.
     """
 
-    def __init__(self, registry: Registry, resident: Resident, store: Store) -> None:
+    def __init__(self, registry: Registry, resident: Rows, store: Store) -> None:
         """Take up what the store kept for the registry's bundle.
 
         Raises:
@@ -147,10 +181,31 @@ class Tasks:
         with self._lock:
             self._require_name(name, update=update)
             life = self._lives.get(name)
-            number = 1 if life is None else life.counted + 1
-            file = self.store.put(data)
-            version = self._read_from(file, packed, number)
-        return Staged(version, file, packed)
+            return self._staged(packed, data, 1 if life is None else life.counted + 1)
+
+    def hold(self, data: bytes, number: int) -> Staged:
+        """A packed task as a version that somebody else numbers and publishes: one keeper for many engines.
+
+        Raises:
+            IncompatibleArtefact: As of `stage`.
+        """
+        packed = read_packed(data)
+        self._require_fits(packed)
+        with self._lock:
+            return self._staged(packed, data, number)
+
+    def _staged(self, packed: Packed, data: bytes, number: int) -> Staged:
+        file = self.store.put(data)
+        return Staged(self._read_from(file, packed, number), file, packed)
+
+    def listed(self) -> list[Listed]:
+        """Every task that can be asked for, with all its versions."""
+        with self._lock:
+            return [
+                Listed(name, life.current, life.pinned, dict(life.versions), dict(life.files))
+                for name, life in self._lives.items()
+                if life.current
+            ]
 
     def probe(self, staged: Staged) -> Request:
         """The request that the version is held to."""

@@ -1,4 +1,4 @@
-"""`utune-deploy serve`: the embedded server, or a real Triton."""
+"""`utune-deploy serve`: the embedded server, several of it on Ray, or a real Triton."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=PATH)
 @click.option(
     "--engine",
-    type=click.Choice(["embedded", "triton"]),
+    type=click.Choice(["embedded", "ray", "triton"]),
     default="embedded",
     show_default=True,
-    help="embedded: in this process. triton: tritonserver in an environment of its own.",
+    help="embedded: in this process. ray: replicas on this machine or a Ray cluster. "
+    "triton: tritonserver in an environment of its own.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--http-port", type=int, default=8000, show_default=True, help="0 picks a free one.")
@@ -78,6 +79,25 @@ if TYPE_CHECKING:
     help="Let clients on this machine pass tensors in shared memory: they reach all of it that this user does.",
 )
 @click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="ray: a running cluster, `auto` for this machine's; otherwise one of this machine alone is started.",
+)
+@click.option("--replicas", type=click.IntRange(1), help="ray: at least so many; 1 by default.")
+@click.option(
+    "--max-replicas", type=click.IntRange(1), help="ray: at most so many; as --replicas by default."
+)
+@click.option(
+    "--target-requests",
+    type=click.FloatRange(0, min_open=True),
+    help="ray: requests under way per replica that the number of replicas is set for; two full batches by default.",
+)
+@click.option(
+    "--replica-cpus",
+    type=click.FloatRange(0, min_open=True),
+    help="ray: processors of a replica, and threads of its engine; 1 by default.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -116,6 +136,11 @@ def command(
     rows: int | None,
     task_control: bool | None,
     shared_memory: bool,
+    ray_address: str | None,
+    replicas: int | None,
+    max_replicas: int | None,
+    target_requests: float | None,
+    replica_cpus: float | None,
     log_format: str,
     log_requests: bool,
     perf_input: Path | None,
@@ -174,5 +199,14 @@ def command(
     logs.configure(log_format, requests=log_requests)
     if engine == "embedded":
         server("embedded").serve_embedded(opened, **options)
+    elif engine == "ray":
+        ray = server("ray")
+        scale = ray.Scale(
+            replicas=replicas or 1,
+            most=max_replicas,
+            target=target_requests,
+            cpus=replica_cpus or 1,
+        )
+        ray.serve_ray(opened, address=ray_address, scale=scale, **options)
     else:
         server("triton").serve_triton(opened, environment=triton_env, otlp=otlp, **options)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SERVERS = {
     "embedded": ".embedded",
+    "ray": ".ray",
     "triton": ".triton",
 }
 

@@ -13,7 +13,7 @@ from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.serving.metrics import Model
 from utune_deploy.serving.models import Fixed
-from utune_deploy.serving.servers import embedded, triton
+from utune_deploy.serving.servers import embedded, fronts, triton
 from utune_deploy.serving.servers.metrics import metrics_app
 
 from .behaviour import SETS
@@ -38,7 +38,7 @@ async def _carry(models: Repository, batchers: Sequence[Batcher] = ()) -> None:
             await stack.enter_async_context(batcher)
         # Suites ask whether the server calls itself what Triton does.
         await stack.enter_async_context(
-            embedded.carrying(
+            fronts.carrying(
                 models,
                 http_port=HTTP,
                 grpc_port=GRPC,

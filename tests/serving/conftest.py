@@ -47,6 +47,7 @@ TRITON_ENV = "UTUNE_TRITON_ENV"
 
 
 HEADS = "bank/heads"
+FLOORS = "bank/floors"  # [tasks, width]: added to the logits, 0 or the lowest number
 WORDS, LENGTH, HIDDEN = 11, 6, 4  # of the engine that reads text beside features
 
 
@@ -117,15 +118,27 @@ def _make_engine(
             helper.make_node("Gather", [HEADS, row], ["heads"], axis=0),
             helper.make_node("MatMul", ["lines", "heads"], ["products"]),
             helper.make_node("Squeeze", ["products", "one"], ["raw"]),
-            helper.make_node("Gather", ["own", row], ["mask"], axis=0),
-            helper.make_node("Where", ["mask", "raw", "lowest"], ["answers"]),
         ]
+        if bank:
+            nodes += [
+                helper.make_node("Gather", [FLOORS, row], ["floor"], axis=0),
+                helper.make_node("Add", ["raw", "floor"], ["answers"]),
+            ]
+        else:
+            nodes += [
+                helper.make_node("Gather", ["own", row], ["mask"], axis=0),
+                helper.make_node("Where", ["mask", "raw", "lowest"], ["answers"]),
+            ]
     nodes.append(helper.make_node("Reshape", ["answers", "shape"], [LOGITS]))
     if form == "multi":
         given = (*given, Tensor(TASK, "int64", ("batch",)))
     if bank:
         del constants[HEADS]
-        given = (*given, Tensor(HEADS, "float32", ("tasks", features, width)))
+        given = (
+            *given,
+            Tensor(HEADS, "float32", ("tasks", features, width)),
+            Tensor(FLOORS, "float32", ("tasks", width)),
+        )
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     used = {name for node in nodes for name in node.input}
     logits = Tensor(LOGITS, "float32", ("batch", *per_row, *answer))
@@ -191,7 +204,7 @@ def _write_bundle(
         bank="inputs" if bank else "constants",
         engine=main,
         tasks=tasks,
-        backbone={"architecture": "tiny"},
+        backbone={"architecture": "tiny", "fingerprint": "f" * 64},
         plan={},
         check={},
         versions={},
@@ -203,10 +216,9 @@ def _write_bundle(
     )
     if bank:
         constants, _, _ = _make_engine(names, form=form, text=text, labelled=labelled)
-        (heads,) = (t for t in constants.graph.initializer if t.name == HEADS)
-        save_file(
-            {HEADS: numpy_helper.to_array(heads)}, folder / BANK, {TASKS: tasks_digest(tasks)}
-        )
+        held = {t.name: numpy_helper.to_array(t) for t in constants.graph.initializer}
+        floors = np.where(held["own"], np.float32(0), LOWEST).astype(np.float32)
+        save_file({HEADS: held[HEADS], FLOORS: floors}, folder / BANK, {TASKS: tasks_digest(tasks)})
     for proto, file in ((model, "model.onnx"), (second, FAN_OUT_FILE)):
         if proto is not None:
             helper.set_model_props(proto, {IDENTITY: identity})
@@ -443,6 +455,37 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def packed(banked: Bundle):
+    """`packed(name, classes, seed, right=True)` -> a packed task for that bundle; a wrong one fails its probe."""
+
+    def make(name: str, classes: int = 4, seed: int = 0, *, right: bool = True) -> bytes:
+        random = np.random.default_rng([seed, 77])
+        head = random.standard_normal((3 * SIZE * SIZE, 5)).astype(np.float32)
+        floor = np.where(np.arange(5) < classes, np.float32(0), LOWEST).astype(np.float32)
+        images = random.standard_normal((2, 3, SIZE, SIZE)).astype(np.float32)
+        logits = images.reshape(2, -1).astype(np.float64) @ head[:, :classes]
+        return write_packed(
+            Packed(
+                task=Task(
+                    name=name,
+                    row=0,
+                    labels=tuple(f"{name}-{k}" for k in range(classes)),
+                    preprocessing=Preprocessing(size=(SIZE, SIZE)),
+                    delta=f"{seed:064x}",
+                ),
+                identity=banked.identity,
+                fingerprint="f" * 64,
+                tensors={HEADS: head, FLOORS: floor},
+                probe=Probe(
+                    inputs={IMAGES: images}, logits=logits if right else -logits, budget=1e-4
+                ),
+            )
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def sentences():
     """`sentences(n, seed)` -> the named inputs of n rows."""
 
@@ -478,18 +521,17 @@ def rows():
 
 
 @pytest.fixture(scope="session")
-def embed():
-    """`with embed(service, **settings) as addresses`: the embedded server in a thread."""
-    from utune_deploy.serving.servers.embedded import running
+def threaded():
+    """`with threaded(server) as addresses`: an async context manager, entered in a thread of its own."""
 
     @contextmanager
-    def start(service: Service, **settings) -> Iterator:
+    def start(server) -> Iterator:
         ready = threading.Event()
         box: dict = {}
 
         async def main() -> None:
             box["loop"], box["stop"] = asyncio.get_running_loop(), asyncio.Event()
-            async with running(service, **settings) as addresses:
+            async with server as addresses:
                 box["addresses"] = addresses
                 ready.set()
                 await box["stop"].wait()
@@ -517,6 +559,14 @@ def embed():
                 raise box["error"]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def embed(threaded):
+    """`with embed(service, **settings) as addresses`: the embedded server in a thread."""
+    from utune_deploy.serving.servers.embedded import running
+
+    return lambda service, **settings: threaded(running(service, **settings))
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,35 @@ from utune_deploy.serving.service import Service
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
 
 
+# Ray's own code warns of what Python and its libraries will no longer have.
+ALL = [
+    pytest.param(name, marks=pytest.mark.filterwarnings("ignore")) if name == "ray" else name
+    for name in sorted(SERVERS)
+]
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """A Ray cluster of this machine alone."""
+    pytest.importorskip("ray.serve", reason="needs the extra `ray`")
+    from utune_deploy.serving.servers.ray import connected
+
+    with connected(None):
+        yield
+
+
 @contextmanager
 def _serving(request, bundle):
     if request.param == "embedded":
         with request.getfixturevalue("embed")(Service.open(bundle, Device(threads=1))) as running:
             yield running
+    elif request.param == "ray":
+        request.getfixturevalue("ray_here")
+        from utune_deploy.serving.servers.ray import running
+
+        server = running(bundle, device=Device(threads=1))
+        with request.getfixturevalue("threaded")(server) as addresses:
+            yield addresses
     else:
         from utune_deploy.serving.servers.triton import running
 
@@ -32,20 +56,20 @@ def _serving(request, bundle):
             yield process.addresses
 
 
-@pytest.fixture(scope="module", params=sorted(SERVERS))
+@pytest.fixture(scope="module", params=ALL)
 def addresses(request, bundle):
     with _serving(request, bundle) as running:
         yield running
 
 
-@pytest.fixture(scope="module", params=sorted(SERVERS))
+@pytest.fixture(scope="module", params=ALL)
 def two_models(request, two_engines):
     """Two engines: one model of one task per row, one of all tasks."""
     with _serving(request, two_engines) as running:
         yield running
 
 
-@pytest.fixture(scope="module", params=sorted(SERVERS))
+@pytest.fixture(scope="module", params=ALL)
 def arrays_of_text(request, everything):
     """Two models over one engine of named inputs, whose answers are arrays without labels."""
     with _serving(request, everything) as running:

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from utune_deploy.serving.models import Asked, Fixed
 from utune_deploy.serving.rejections import InvalidRequest
-from utune_deploy.serving.servers.embedded import carrying
+from utune_deploy.serving.servers.fronts import carrying
 from utune_deploy.serving.tensors import OutputTensor, numbers
 
 

@@ -40,8 +40,8 @@ from utune_deploy.export.engine import Device
 from utune_deploy.merge.delta import load_delta
 from utune_deploy.merge.files import digest
 from utune_deploy.serving.client import Client
-from utune_deploy.serving.packed import Packed, write_packed
 from utune_deploy.serving.service import Service
+from utune_deploy.serving.tasks.packed import Packed, write_packed
 
 TOLERANCE = 1e-4  # of the largest logit: other batch sizes sum in other orders
 FRONTS = ("grpc", "http", "json")

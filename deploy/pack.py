@@ -22,7 +22,7 @@ from ..merge.delta import require_backbone
 from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
-from ..serving.packed import Packed, Probe, layout_json
+from ..serving.tasks.packed import Packed, Probe, layout_json
 from .build import bank_inputs, manifest_tasks
 from .check import in_dtype, in_torch
 

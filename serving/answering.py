@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from .counters import Counters
     from .registry import Registry, Request
     from .service import Answers
-    from .versions import Version
+    from .tasks.versions import Version
+    from .watching.counters import Counters
 
 
 class Versions(Protocol):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.engine import LOGITS
 from ..merge.errors import UsageError
-from . import logs, protocol
+from . import protocol
 from .picture_model import PictureModel, reads_pictures
 from .rejections import InvalidRequest, UnknownModel
+from .watching import logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from .models import Asked, Model
     from .registry import Request
     from .service import Answers
-    from .task_commands import TaskCommands
+    from .tasks.commands import TaskCommands
+    from .tasks.versions import Version
     from .tensors import OutputTensor
-    from .versions import Version
 
 FILE = "file:"  # of the parameters of a load: files by their place in the model's folder
 

@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..export.engine import LABEL, LOGITS, SCORE, TASK
-from .counters import TaskTotals
 from .rejections import InvalidRequest
 from .tensors import InputTensor, OutputRequest, OutputTensor, TensorFacts, datatype, numbers, texts
+from .watching.counters import TaskTotals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .answering import Answerer
     from .registry import Registry, Request
     from .service import Answers
-    from .versions import Version
+    from .tasks.versions import Version
 
 VERSION = "1"
 SERVER = "utune-deploy"

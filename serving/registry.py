@@ -17,7 +17,7 @@ from ..export.engine import LOGITS, TASK, by_name, row_inputs
 from ..export.mapped import map_file
 from ..merge.errors import IncompatibleArtefact
 from .rejections import InvalidRequest
-from .versions import Version
+from .tasks.versions import Version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

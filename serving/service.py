@@ -16,13 +16,13 @@ import numpy as np
 
 from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
-from .counters import Counters
-from .packed import layout_json
 from .registry import Registry
 from .rejections import EngineFailed, InvalidRequest
-from .resident import Resident, default_rows, row_bytes
-from .store import Store
-from .tasks import Tasks, entry, fixed
+from .tasks.life import Tasks, entry, fixed
+from .tasks.packed import layout_json
+from .tasks.resident import Resident, default_rows, row_bytes
+from .tasks.store import Store
+from .watching.counters import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..export.engine import Device, Rows, Session
     from ..merge.errors import UtuneError
     from .registry import Request
-    from .versions import Version
+    from .tasks.versions import Version
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,12 @@ def command(
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
     from ...merge.errors import UsageError
-    from ...serving import logs, perf_analyzer
+    from ...serving import perf_analyzer
     from ...serving.greeting import greeting
     from ...serving.registry import MAX_DELAY_MS
     from ...serving.servers import server
     from ...serving.servers.ports import is_local
+    from ...serving.watching import logs
 
     if engine == "embedded" and otlp is not None:
         raise UsageError(

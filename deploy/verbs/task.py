@@ -228,7 +228,7 @@ def _packed(path: Path, layout: Layout, choice: BackboneChoice, backbone: Any = 
     """A delta's file laid out, or a packed one as it is."""
     from ...merge.delta import load_delta
     from ...merge.files import digest
-    from ...serving.packed import is_packed, write_packed
+    from ...serving.tasks.packed import is_packed, write_packed
     from ..build import Task
     from ..pack import pack
 

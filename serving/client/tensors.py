@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..triton_settings import PRIORITY
+from ..triton.settings import PRIORITY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -12,7 +12,7 @@ import numpy as np
 from ...merge.errors import UsageError
 from ..registry import ALL
 from ..rejections import BadReply, InvalidRequest, UnknownModel
-from ..task_commands import COMMAND, FILE, REPLY, TASKS
+from ..tasks.commands import COMMAND, FILE, REPLY, TASKS
 from . import rows
 from .answers import mean, read_answers, read_task
 from .calls import Config, Index, Infer
@@ -190,7 +190,7 @@ class Verbs:
         return (yield from self.change(action, deadline_s, repeatable=False, content=content))
 
     def describe(self, deadline_s: float | None) -> Steps[dict[str, Any]]:
-        """What a task must be laid out for; see `serving.packed.layout_json`."""
+        """What a task must be laid out for; see `serving.tasks.packed.layout_json`."""
         return (yield from self._command("describe", self._deadline(deadline_s), True))
 
     def remove(self, name: str, deadline_s: float | None) -> Steps[None]:

@@ -3,7 +3,7 @@
     NAME/
       config.pbtxt
       labels.txt         class names of the logits, when the bundle has one task
-      1/model.py         loads `serving/triton_model.py` of the package beside it
+      1/model.py         loads `serving/triton/model.py` of the package beside it
       1/bundle/          the bundle, hard-linked where the file system allows it
       1/utune_deploy/    the floors that serving needs; neither torch nor timm
     NAME.tasks/          the model that changes the tasks: a light process that passes commands on to NAME's
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...merge.errors import UsageError
 from ..service import require_fitting_rows
-from ..task_commands import commands_config
-from ..triton_settings import SOCKETS, Settings
+from ..tasks.commands import commands_config
+from ..triton.settings import SOCKETS, Settings
 from .config import COMPANION, as_parameters
 
 if TYPE_CHECKING:
@@ -49,32 +49,21 @@ CARRIED = (
     "export/parity.py",
     "export/targets/*.py",
     "serving/__init__.py",
-    "serving/batcher.py",
-    "serving/counters.py",
-    "serving/logs.py",
     "serving/models.py",
-    "serving/packed.py",
     "serving/protocol.py",
-    "serving/queue.py",
+    "serving/queueing/*.py",
     "serving/registry.py",
     "serving/rejections.py",
-    "serving/resident.py",
-    "serving/series.py",
     "serving/service.py",
-    "serving/store.py",
-    "serving/task_commands.py",
-    "serving/task_link.py",
-    "serving/tasks.py",
+    "serving/tasks/*.py",
     "serving/tensors.py",
-    "serving/threaded.py",
-    "serving/triton_errors.py",
-    "serving/triton_metrics.py",
-    "serving/triton_model.py",
-    "serving/triton_settings.py",
-    "serving/triton_tasks.py",
-    "serving/versions.py",
+    "serving/triton/*.py",
+    "serving/watching/__init__.py",
+    "serving/watching/counters.py",
+    "serving/watching/logs.py",
+    "serving/watching/series.py",
 )
-"""Everything that `triton_model.py` and `triton_tasks.py` import, as patterns below the package."""
+"""Everything that `serving/triton` imports, as patterns below the package."""
 
 MODEL = '''"""{text}"""
 
@@ -84,7 +73,7 @@ from pathlib import Path
 # First, so that no installed utune_deploy answers in place of the one that was carried here.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from utune_deploy.serving.{module} import TritonPythonModel  # noqa: E402, F401
+from utune_deploy.serving.triton.{module} import TritonPythonModel  # noqa: E402, F401
 '''
 
 NAMES_MODEL = '''"""Say a task's name once for each row: the first step of every alias."""
@@ -160,7 +149,7 @@ class Hot:
             shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
         _carry_package(version / PACKAGE)
         text = "Serve the bundle beside this file with the package beside this file."
-        (version / "model.py").write_text(MODEL.format(text=text, module="triton_model"))
+        (version / "model.py").write_text(MODEL.format(text=text, module="model"))
 
     def tasks_fields(
         self, registry: Registry, main: Mapping[str, Any], options: ModelOptions
@@ -187,7 +176,7 @@ class Hot:
         """Write the folder of a version of NAME.tasks."""
         _carry_package(version / PACKAGE)
         text = "Pass commands on to the model of the tasks."
-        (version / "model.py").write_text(MODEL.format(text=text, module="triton_tasks"))
+        (version / "model.py").write_text(MODEL.format(text=text, module="tasks"))
 
     def finish_names(self, fields: dict[str, Any]) -> None:
         """Add to the configuration of the aliases' first step."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...merge.errors import UsageError
-from ..queue import FairQueue
+from ..queueing.queue import FairQueue
 from ..registry import MAX_DELAY_MS
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ...export.engine import CPU
-from ..batcher import Batcher
 from ..bundle_models import BundleModel, BundleRepository
-from ..metrics import Model
+from ..queueing.batcher import Batcher
 from ..registry import MAX_DELAY_MS
 from ..service import Service
-from ..task_commands import TaskCommands
+from ..tasks.commands import TaskCommands
+from ..watching.metrics import Model
 from .fronts import fronts, stop_signals
 
 if TYPE_CHECKING:

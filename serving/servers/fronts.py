@@ -19,9 +19,9 @@ import uvicorn
 
 from ..protocol import SERVER
 from ..rejections import ServerFailed
-from ..resident import row_bytes
 from ..shared_memory import Regions
-from ..tasks import fixed
+from ..tasks.life import fixed
+from ..tasks.resident import row_bytes
 from .grpc import grpc_server
 from .http import http_app
 from .metrics import metrics_app
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from ..answering import Answerer
-    from ..metrics import Model
     from ..models import Repository
     from ..registry import Registry
+    from ..watching.metrics import Model
 
 MIN_BODY = 64 << 20  # bytes; a small model still hears its oversized request out and says why
 JSON_GROWTH = (

@@ -8,14 +8,14 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ..metrics import exposition
+from ..watching.metrics import exposition
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from starlette.requests import Request
 
-    from ..metrics import Model
+    from ..watching.metrics import Model
 
 
 def metrics_app(models: Sequence[Model]) -> Starlette:

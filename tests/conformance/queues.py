@@ -13,8 +13,8 @@ import numpy as np
 
 from utune_deploy.export.bundle import Bundle, Engine, Task
 from utune_deploy.export.engine import LOGITS, Tensor
-from utune_deploy.serving.batcher import Batcher
 from utune_deploy.serving.bundle_models import BundleModel
+from utune_deploy.serving.queueing.batcher import Batcher
 from utune_deploy.serving.service import Service
 
 from .behaviour import QUEUES

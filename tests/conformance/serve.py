@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
-from utune_deploy.serving.metrics import Model
 from utune_deploy.serving.models import Fixed
 from utune_deploy.serving.servers import embedded, fronts, triton
 from utune_deploy.serving.servers.metrics import metrics_app
+from utune_deploy.serving.watching.metrics import Model
 
 from .behaviour import SETS
 from .models import Models
@@ -24,8 +24,8 @@ from .servers import GRPC, HTTP, METRICS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from utune_deploy.serving.batcher import Batcher
     from utune_deploy.serving.models import Repository
+    from utune_deploy.serving.queueing.batcher import Batcher
 
 
 async def _carry(models: Repository, batchers: Sequence[Batcher] = ()) -> None:

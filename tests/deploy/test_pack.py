@@ -16,8 +16,8 @@ from utune_deploy.deploy.pack import PROBE_ROWS, Layout, pack
 from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
-from utune_deploy.serving.packed import read_packed, write_packed
 from utune_deploy.serving.service import Service
+from utune_deploy.serving.tasks.packed import read_packed, write_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from utune_deploy.export.bundle import Bundle
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta
-    from utune_deploy.serving.packed import Packed
+    from utune_deploy.serving.tasks.packed import Packed
 
 ONE = Device(threads=1)
 KINDS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from utune_deploy.serving.metrics import METRICS, SUFFIXES
+from utune_deploy.serving.watching.metrics import METRICS, SUFFIXES
 
 SERIES = {
     name + suffix: (family.kind, {*family.labels} | ({"le"} if suffix == "_bucket" else set()))

@@ -33,8 +33,8 @@ from utune_deploy.export.bundle import (
 )
 from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Device, Tensor
 from utune_deploy.merge.preprocessing import Preprocessing
-from utune_deploy.serving.packed import Packed, Probe, write_packed
 from utune_deploy.serving.service import Service
+from utune_deploy.serving.tasks.packed import Packed, Probe, write_packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

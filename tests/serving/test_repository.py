@@ -20,7 +20,7 @@ from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.serving.repository import config_text, write_repository
 from utune_deploy.serving.repository.options import ModelOptions
-from utune_deploy.serving.triton_settings import Settings
+from utune_deploy.serving.triton.settings import Settings
 
 
 def _names(folder: Path) -> list[str]:

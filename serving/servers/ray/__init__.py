@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from ....export.engine import CPU
 from ....merge.errors import IncompatibleArtefact, UsageError
-from ...batcher import QUEUED_BATCHES
 from ...bundle_models import BundleModel, BundleRepository
-from ...metrics import Model
+from ...queueing.batcher import QUEUED_BATCHES
 from ...registry import MAX_DELAY_MS
 from ...rejections import ServerFailed
 from ...service import require_fitting_rows
+from ...watching.metrics import Model
 from ..fronts import DRAIN_SECONDS, fronts, stop_signals
 from . import library
 from .front import Cluster, ClusterCommands, Front

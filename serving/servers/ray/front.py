@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 
 from ....export.bundle import task_from_json
 from ....merge.errors import UsageError
-from ...counters import Counters
-from ...packed import layout_json, read_packed
 from ...registry import Registry
 from ...rejections import EngineFailed, Expired, InvalidRequest, Overloaded, ServerFailed, Stopping
 from ...service import Answers
-from ...task_commands import TaskCommands
-from ...tasks import entry, fixed
-from ...versions import Version
+from ...tasks.commands import TaskCommands
+from ...tasks.life import entry, fixed
+from ...tasks.packed import layout_json, read_packed
+from ...tasks.versions import Version
+from ...watching.counters import Counters
 from .keeper import last_line
 from .library import ray as load_ray
 from .library import serve as load_serve
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ....export.bundle import Bundle
-    from ...batcher import Batcher
+    from ...queueing.batcher import Batcher
     from ...registry import Request
     from .messages import Table, TaskRow
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....export.bundle import open_bundle, task_json
-from ....merge.errors import IncompatibleArtefact, UtuneError
+from ....merge.errors import IncompatibleArtefact, UsageError, UtuneError
 from ...registry import Registry
 from ...rejections import EngineFailed, Stopping, UnknownModel
-from ...store import Store
-from ...tasks import Tasks, fixed
+from ...tasks.life import Tasks, fixed
+from ...tasks.store import Store
 from .library import ray as load_ray
 from .library import serve as load_serve
 from .messages import Key, Refusal, Table, TaskRow
@@ -26,7 +26,7 @@ from .messages import Key, Refusal, Table, TaskRow
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...versions import Version
+    from ...tasks.versions import Version
 
 POLL_SECONDS = 5.0
 """How long a front waits for another table before it asks again."""
@@ -299,7 +299,7 @@ class Keeper:
 
     def _require_tasks(self) -> Tasks:
         if self._tasks is None:
-            raise IncompatibleArtefact(
+            raise UsageError(
                 "the tasks of this bundle cannot change while it is served",
                 where=self._registry.bundle.path,
                 found=fixed(self._registry.bundle),

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ....export.bundle import open_bundle
 from ....merge.errors import IncompatibleArtefact, UtuneError
-from ...batcher import Batcher
-from ...counters import Counters
+from ...queueing.batcher import Batcher
 from ...registry import Request
 from ...rejections import ServerFailed
 from ...service import Service
+from ...watching.counters import Counters
 from .messages import Key, Refusal, Reply
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ....export.engine import Device
-    from ...tasks import Staged
-    from ...versions import Version
+    from ...tasks.life import Staged
+    from ...tasks.versions import Version
     from .messages import Ask
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,9 @@ from .placement import Placement
 class TaskRouter(RequestRouter):
     """Ray's own way of sending a request, along our order of the replicas."""
 
-    def initialize_state(self, *, by_task: bool, rows_per_home: float) -> None:
+    def initialize_state(  # pyright: ignore[reportIncompatibleMethodOverride]  its settings are named
+        self, *, by_task: bool, rows_per_home: float
+    ) -> None:
         """See `RequestRouter`.
 
         Args:

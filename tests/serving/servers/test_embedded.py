@@ -21,8 +21,8 @@ import tritonclient.http
 
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
-from utune_deploy.serving.batcher import Batcher
 from utune_deploy.serving.greeting import greeting
+from utune_deploy.serving.queueing.batcher import Batcher
 from utune_deploy.serving.servers.ports import Addresses, host_port, listen
 from utune_deploy.serving.service import Service
 

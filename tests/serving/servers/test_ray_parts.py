@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import CheckFailed, MissingDependency
-from utune_deploy.serving.packed import read_packed
 from utune_deploy.serving.rejections import (
     EngineFailed,
     InvalidRequest,
@@ -29,6 +28,7 @@ from utune_deploy.serving.servers.ray.keeper import Keeper
 from utune_deploy.serving.servers.ray.messages import Ask, Key, Refusal
 from utune_deploy.serving.servers.ray.placement import Load, Placement, rank
 from utune_deploy.serving.servers.ray.replica import Replica
+from utune_deploy.serving.tasks.packed import read_packed
 
 NAMES = st.text(min_size=1, max_size=8)
 REPLICAS = st.sets(NAMES, min_size=1, max_size=8).map(sorted)

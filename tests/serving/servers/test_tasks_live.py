@@ -16,7 +16,7 @@ import tritonclient.http
 
 from utune_deploy.export.engine import Device
 from utune_deploy.serving.service import Service
-from utune_deploy.serving.tasks import KEPT_VERSIONS
+from utune_deploy.serving.tasks.life import KEPT_VERSIONS
 
 IMAGES = np.random.default_rng(3).standard_normal((3, 3, 8, 8)).astype(np.float32)
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
@@ -336,7 +336,7 @@ def test_every_task_is_a_model_in_its_versions(client, live, make_task):
         assert [entry["name"] for entry in config["input"]] == ["images"]
         assert list(map(int, config["output"][0]["dims"])) == [len(made[number].labels)]
     for number in ("4", "0", "01", "x", "-1"):
-        with pytest.raises(Refused, match="unknown model or version"):
+        with pytest.raises(Refused, match="unknown model"):
             client.ask(IMAGES, model="cars", version=number)
         assert not client.client.is_model_ready("cars", number)
 
@@ -431,10 +431,11 @@ def test_a_bundle_of_constants_has_its_tasks_as_models_and_no_changes(embed, bun
 
 
 def test_a_packed_task_may_be_larger_than_any_request(embed, open_live, make_task, monkeypatch):
-    monkeypatch.setattr("utune_deploy.serving.servers.embedded.MIN_BODY", 8 << 10)
-    monkeypatch.setattr("utune_deploy.serving.servers.embedded.JSON_GROWTH", 1)
+    monkeypatch.setattr("utune_deploy.serving.servers.fronts.MIN_BODY", 8 << 10)
+    monkeypatch.setattr("utune_deploy.serving.servers.fronts.JSON_GROWTH", 1)
     service = open_live()
-    monkeypatch.setattr(service.resident, "row_bytes", 1 << 20)  # as if the bank were that large
+    # as if the bank were that large
+    monkeypatch.setattr("utune_deploy.serving.servers.fronts.row_bytes", lambda bundle: 1 << 20)
     birds = make_task("birds")
     padded = make_task("birds").changed(
         labels=("a", "b", "c"), tensors={**birds.packed.tensors, "other": np.zeros(1 << 17)}

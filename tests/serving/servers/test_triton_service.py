@@ -20,8 +20,8 @@ from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.client import Client
 from utune_deploy.serving.rejections import InvalidRequest
 from utune_deploy.serving.repository.options import ModelOptions
-from utune_deploy.serving.series import LATE, METRICS, SUFFIXES
 from utune_deploy.serving.servers import triton
+from utune_deploy.serving.watching.series import LATE, METRICS, SUFFIXES
 
 FRONTS = ("http", "grpc")
 SHIPPED = ("pets", "cars", "flowers")

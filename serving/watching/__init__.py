@@ -1,0 +1,1 @@
+"""What a server did, as counters, as Prometheus reads them, and as lines."""

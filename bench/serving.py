@@ -209,7 +209,7 @@ def changes(options) -> dict:
                 asyncio.run(
                     callers(
                         addresses, bundle.name, images, plan if mode == "changing" else steady,
-                        FRONTS, concurrency, options.seconds, seen,
+                        options.fronts, concurrency, options.seconds, seen,
                     )
                 )  # fmt: skip
                 stop.set()
@@ -583,6 +583,7 @@ def main() -> None:
     parser.add_argument("--deltas", type=Path, nargs="*", default=[])
     parser.add_argument("--delta", type=Path)
     parser.add_argument("--singles", type=Path, nargs="*", default=[])
+    parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=list(FRONTS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--rounds", type=int, default=5)

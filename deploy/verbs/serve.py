@@ -158,12 +158,21 @@ def command(
     from ...serving.servers.ports import is_local
     from ...serving.watching import logs
 
-    if engine == "embedded" and otlp is not None:
+    if engine != "triton" and otlp is not None:
         raise UsageError(
-            "the embedded server writes no traces",
+            f"--engine {engine} writes no traces",
             found=f"--otlp {otlp}",
             do="serve with --engine triton, or leave --otlp out",
         )
+    if engine == "ray" and shared_memory:
+        raise UsageError(
+            "tensors in shared memory do not reach replicas of other machines",
+            found="--shared-memory",
+            do="serve with --engine embedded or triton, or leave it out",
+        )
+    of_ray = (ray_address, replicas, max_replicas, target_requests, replica_cpus)
+    if engine != "ray" and any(setting is not None for setting in of_ray):
+        raise UsageError("replicas are of --engine ray", found=f"--engine {engine}")
     if engine == "triton" and log_requests:
         raise UsageError(
             "tritonserver writes no line of ours for every inference",
@@ -195,11 +204,10 @@ def command(
         "keep": keep,
         "rows": rows,
         "task_control": is_local(host) if task_control is None else task_control,
-        "shared_memory": shared_memory,
     }
     logs.configure(log_format, requests=log_requests)
     if engine == "embedded":
-        server("embedded").serve_embedded(opened, **options)
+        server("embedded").serve_embedded(opened, shared_memory=shared_memory, **options)
     elif engine == "ray":
         ray = server("ray")
         scale = ray.Scale(
@@ -209,5 +217,5 @@ def command(
             cpus=replica_cpus or 1,
         )
         ray.serve_ray(opened, address=ray_address, scale=scale, **options)
-    else:
+    else:  # which offers shared memory by itself
         server("triton").serve_triton(opened, environment=triton_env, otlp=otlp, **options)

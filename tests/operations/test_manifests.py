@@ -222,15 +222,15 @@ def test_ports_and_probes_are_the_server_s(overlay) -> None:
 
 
 def test_a_pod_has_time_to_answer_what_it_took(overlay, read) -> None:
-    embedded = pytest.importorskip("utune_deploy.serving.servers.embedded")
+    fronts = pytest.importorskip("utune_deploy.serving.servers.fronts")
     pod = pod_of(overlay)
     (server,) = pod["containers"]
     word, pause = server["lifecycle"]["preStop"]["exec"]["command"]
     assert word == "sleep"
-    assert pod["terminationGracePeriodSeconds"] >= int(pause) + embedded.DRAIN_SECONDS + 5
+    assert pod["terminationGracePeriodSeconds"] >= int(pause) + fronts.DRAIN_SECONDS + 5
     (compose,) = read(ROOT / "operations/compose.yaml")
     grace = compose["services"]["server"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) >= embedded.DRAIN_SECONDS + 5
+    assert int(grace.removesuffix("s")) >= fronts.DRAIN_SECONDS + 5
 
 
 def test_a_pod_may_do_little(overlay, chain) -> None:

@@ -172,10 +172,9 @@ class BundleRepository:
             models: NAME, and NAME.all where there is such an engine.
             commands: What changes the tasks of NAME.
         """
-        self._models = {model.name: model for model in models}
         self._bundle = models[0]
         self._commands = commands
-        self._own: dict[str, Model] = {**self._models, self._commands.name: self._commands}
+        self._own: dict[str, Model] = {model.name: model for model in (*models, commands)}
         if reads_pictures(self._bundle.registry):
             pictures = PictureModel(self._bundle)
             self._own[pictures.name] = pictures

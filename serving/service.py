@@ -18,8 +18,7 @@ from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
 from .registry import Registry
 from .rejections import EngineFailed, InvalidRequest
-from .tasks.life import Tasks, entry, fixed
-from .tasks.packed import layout_json
+from .tasks.life import Tasks, description, entry, fixed, refusal_to_change
 from .tasks.resident import Resident, default_rows, row_bytes
 from .tasks.store import Store
 from .watching.counters import Counters
@@ -222,11 +221,8 @@ class Service:
         return [entry(version, [version.number]) for version in shown]
 
     def description(self) -> dict[str, Any]:
-        """What a sender must know to lay a task out for this bank, as JSON values.
-
-        `fixed` says why the tasks cannot change, or is None; the others are those of `packed.layout_json`.
-        """
-        return {**layout_json(self.registry.bundle), "fixed": fixed(self.registry.bundle)}
+        """See `tasks.life.description`."""
+        return description(self.registry.bundle)
 
     def require_tasks(self) -> Tasks:
         """The life of the tasks.
@@ -235,12 +231,7 @@ class Service:
             UsageError: They cannot change.
         """
         if self.tasks is None:
-            raise UsageError(
-                "the tasks of this bundle cannot change while it is served",
-                where=self.registry.bundle.path,
-                found=fixed(self.registry.bundle) or "a service that was opened without a store",
-                do="export it with --bank inputs",
-            )
+            raise refusal_to_change(self.registry.bundle)
         return self.tasks
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .linear import initializer, shaped, vector_beside
+from .linear import addends, initializer, shaped, vector_beside
 
 
 def join_biases(model: ir.Model) -> int:
@@ -43,13 +43,7 @@ def join_biases(model: ir.Model) -> int:
 
 def _vector(value: ir.Value | None) -> tuple[ir.Value, np.ndarray] | None:
     """`(x, b)` of a value `x + b`, b a constant vector, that is read once."""
-    node = value.producer() if value is not None else None
-    if value is None or node is None or node.op_type != "Add":
-        return None
-    if len(value.uses()) != 1 or value.is_graph_output():
-        return None
-    for x, b in (node.inputs, node.inputs[::-1]):
-        vector = vector_beside(x, b) if x is not None else None
-        if vector is not None and x is not None:
+    for x, b in addends(value):
+        if (vector := vector_beside(x, b)) is not None:
             return x, vector
     return None

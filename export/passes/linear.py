@@ -56,6 +56,17 @@ def vector_beside(x: ir.Value, value: ir.Value | None) -> np.ndarray | None:
     return array.ravel() if array.shape[-1:] == (array.size,) == (shape[-1],) else None
 
 
+def addends(value: ir.Value | None) -> list[tuple[ir.Value, ir.Value]]:
+    """The two inputs of a sum that is read once, in both orders; none of any other value."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.op_type != "Add":
+        return []
+    if len(value.uses()) != 1 or value.is_graph_output():
+        return []
+    x, b = node.inputs
+    return [(x, b), (b, x)] if x is not None and b is not None else []
+
+
 def shape_of(x: ir.Value) -> list[object] | None:
     """The shape of a value; the exporter leaves it off the product inside a linear layer."""
     if x.shape is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from .linear import alike, constant, shape_of, vector_beside
+from .linear import addends, alike, constant, shape_of, vector_beside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,14 +55,7 @@ def row_biases(model: ir.Model) -> int:
 
 def _side(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     """`(x, b)` of a value `x + b` that is read once, b a constant vector or one vector a row."""
-    node = value.producer() if value is not None else None
-    if value is None or node is None or node.op_type != "Add":
-        return None
-    if len(value.uses()) != 1 or value.is_graph_output():
-        return None
-    for x, b in (node.inputs, node.inputs[::-1]):
-        if x is None or b is None:
-            continue
+    for x, b in addends(value):
         if vector_beside(x, b) is not None or _one_a_row(x, b):
             return x, b
     return None

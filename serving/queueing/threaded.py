@@ -161,8 +161,11 @@ class ThreadedBatcher:
 
 def _outcome(answer: asyncio.Future[Answers]) -> Answers | UtuneError:
     error = answer.exception()
-    if error is None:
-        return answer.result()
+    return answer.result() if error is None else as_ours(error)
+
+
+def as_ours(error: BaseException) -> UtuneError:
+    """An error as a caller is told it: a mistake of the server's own becomes `EngineFailed`, and is written down."""
     if isinstance(error, UtuneError):
         return error
     log.error("a request failed", exc_info=error)

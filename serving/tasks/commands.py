@@ -130,10 +130,7 @@ class TaskCommands:
             UtuneError: See `infer`.
         """
         tasks = self._require_control()
-        if name is not None and (own := read_packed(data).task.name) != name:
-            raise InvalidRequest(
-                "the packed task has another name than the model", wanted=name, found=own
-            )
+        require_called(data, name)
         async with self._change:
             staged = await asyncio.to_thread(tasks.stage, data, update=update)
             with self._unless_published(tasks, staged):
@@ -255,6 +252,19 @@ def commands_config(bundle: str) -> dict[str, Any]:
         ],
         "output": [{"name": REPLY, **tensor}],
     }
+
+
+def require_called(data: bytes, name: str | None) -> None:
+    """Hold a packed task to the name that it is sent under; None takes its own.
+
+    Raises:
+        InvalidRequest: It has another name.
+        IncompatibleArtefact: It is no packed task.
+    """
+    if name is not None and (own := read_packed(data).task.name) != name:
+        raise InvalidRequest(
+            "the packed task has another name than the model", wanted=name, found=own
+        )
 
 
 def read_command(inputs: Any) -> tuple[dict[str, Any], bytes | None]:

@@ -24,7 +24,7 @@ from ...export.bundle import task_json
 from ...export.engine import BANK_PREFIX
 from ...export.parity import compare
 from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError
-from .packed import Packed, read_packed
+from .packed import Packed, layout_json, read_packed
 from .store import Kept, Store
 from .versions import Version
 
@@ -486,6 +486,24 @@ def fixed(bundle: Bundle) -> str | None:
     if bundle.engine.target != "onnxruntime":
         return f"its target, {bundle.engine.target}, writes no single rows"
     return None
+
+
+def refusal_to_change(bundle: Bundle) -> UsageError:
+    """What somebody is told who would change tasks that stay."""
+    return UsageError(
+        "the tasks of this bundle cannot change while it is served",
+        where=bundle.path,
+        found=fixed(bundle) or "a service that was opened without a store",
+        do="export it with --bank inputs",
+    )
+
+
+def description(bundle: Bundle) -> dict[str, Any]:
+    """What a sender must know to lay a task out for a served bundle, as JSON values.
+
+    `fixed` says why its tasks cannot change, or is None; the others are those of `packed.layout_json`.
+    """
+    return {**layout_json(bundle), "fixed": fixed(bundle)}
 
 
 def _bank_of(store: Store, file: str) -> dict[str, NDArray[Any]]:

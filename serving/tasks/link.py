@@ -4,7 +4,7 @@ A socket of this machine in a folder that only its owner may enter, with a key b
 and a packed task's bytes, never pickled objects: whoever finds a way to the socket has found no way to run code.
 
     command   {"command": ..., "file": true or false}, then the file's bytes
-    reply     {"reply": ...} or {"code": one of `triton_errors`, "line": ...}
+    reply     {"reply": ...} or {"code": one of `triton.errors`, "line": ...}
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Refused(Exception):
     """What the other side says instead of a reply.
 
     Attributes:
-        code: One of `triton_errors`.
+        code: One of `triton.errors`.
     """
 
     def __init__(self, code: str, line: str) -> None:

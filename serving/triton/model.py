@@ -20,8 +20,8 @@ from ...export.bundle import open_bundle
 from ...export.engine import TASK, Device
 from ...merge.errors import UtuneError
 from ..protocol import ALL_TASKS, task_names, write_answers
-from ..queueing.threaded import ThreadedBatcher
-from ..rejections import EngineFailed, one_line
+from ..queueing.threaded import ThreadedBatcher, as_ours
+from ..rejections import one_line
 from ..service import Service
 from ..tasks import link as task_link
 from ..tasks.commands import TaskCommands
@@ -76,7 +76,7 @@ class TritonPythonModel:
                 priority = json.loads(request.parameters() or "{}").get(PRIORITY, 0)
             except Exception as refusal:
                 self._service.counters.failure(refusal)
-                self._send(sender, outputs, _as_ours(refusal))
+                self._send(sender, outputs, as_ours(refusal))
                 continue
             self._batcher.submit(
                 checked,
@@ -110,7 +110,7 @@ class TritonPythonModel:
         try:
             response = self._response(result, outputs)
         except Exception as mistake:
-            response = _refusal(_as_ours(mistake))
+            response = _refusal(as_ours(mistake))
         sender.send(response, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _response(self, result: Answers | UtuneError, outputs: list[OutputRequest]) -> Any:
@@ -127,15 +127,6 @@ class TritonPythonModel:
 def _refusal(error: UtuneError) -> Any:
     code = getattr(triton.TritonError, code_of(error))
     return triton.InferenceResponse(error=triton.TritonError(one_line(error), code))
-
-
-def _as_ours(error: Exception) -> UtuneError:
-    if isinstance(error, UtuneError):
-        return error
-    log.error("a request failed", exc_info=error)
-    mistake = EngineFailed("the server failed by a mistake of its own", found=repr(error))
-    mistake.__cause__ = error
-    return mistake
 
 
 def _is_first(args: dict[str, str]) -> bool:

@@ -1,6 +1,6 @@
 """What Triton's Python backend calls for NAME.tasks: a process without an engine that passes commands on.
 
-See `task_commands.py` for what they are, and `task_link.py` for the way they take.
+See `tasks/commands.py` for what they are, and `tasks/link.py` for the way they take.
 """
 
 from __future__ import annotations

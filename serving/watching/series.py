@@ -2,7 +2,7 @@
 
 Nothing is counted here and nothing is kept. Families that Triton has bear Triton's names, so that its dashboards
 and autoscaling rules find them; what is by task, and distributions, are ours. `metrics.py` writes
-them down for Prometheus; `triton_metrics.py` hands them to Triton, which does so itself.
+them down for Prometheus; `triton/metrics.py` hands them to Triton, which does so itself.
 """
 
 from __future__ import annotations

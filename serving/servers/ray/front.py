@@ -17,11 +17,10 @@ from weakref import WeakKeyDictionary
 from ....export.bundle import task_from_json
 from ....merge.errors import UsageError
 from ...registry import Registry
-from ...rejections import EngineFailed, Expired, InvalidRequest, Overloaded, ServerFailed, Stopping
+from ...rejections import EngineFailed, Expired, Overloaded, ServerFailed, Stopping
 from ...service import Answers
-from ...tasks.commands import TaskCommands
-from ...tasks.life import entry, fixed
-from ...tasks.packed import layout_json, read_packed
+from ...tasks.commands import TaskCommands, require_called
+from ...tasks.life import description, entry
 from ...tasks.versions import Version
 from ...watching.counters import Counters
 from .keeper import last_line
@@ -131,7 +130,7 @@ class Cluster:
 
     def description(self) -> dict[str, Any]:
         """See `Service.description`."""
-        return {**layout_json(self.registry.bundle), "fixed": fixed(self.registry.bundle)}
+        return description(self.registry.bundle)
 
 
 class Front:
@@ -326,10 +325,7 @@ class ClusterCommands(TaskCommands):
 
     async def add(self, data: bytes, *, update: bool, name: str | None = None) -> dict[str, Any]:
         """See `TaskCommands.add`."""
-        if name is not None and (own := read_packed(data).task.name) != name:
-            raise InvalidRequest(
-                "the packed task has another name than the model", wanted=name, found=own
-            )
+        require_called(data, name)
         added = await self._do("update" if update else "add", data=data)
         self._log("updated" if update else "added", added)
         return await self._entry(added)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....export.bundle import open_bundle, task_json
-from ....merge.errors import IncompatibleArtefact, UsageError, UtuneError
+from ....merge.errors import IncompatibleArtefact, UtuneError
 from ...registry import Registry
 from ...rejections import EngineFailed, Stopping, UnknownModel
-from ...tasks.life import Tasks, fixed
+from ...tasks.life import Tasks, fixed, refusal_to_change
 from ...tasks.store import Store
 from .library import ray as load_ray
 from .library import serve as load_serve
@@ -299,12 +299,7 @@ class Keeper:
 
     def _require_tasks(self) -> Tasks:
         if self._tasks is None:
-            raise UsageError(
-                "the tasks of this bundle cannot change while it is served",
-                where=self._registry.bundle.path,
-                found=fixed(self._registry.bundle),
-                do="export it with --bank inputs",
-            )
+            raise refusal_to_change(self._registry.bundle)
         return self._tasks
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("utune-deploy", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+PACKAGES = (
+    "utune-deploy", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "peft", "tensorrt", "torch",
+)  # fmt: skip
 """Distributions whose versions decide a latency; those not installed are left out."""
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")

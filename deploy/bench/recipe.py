@@ -3,9 +3,9 @@
     format: utune-bench-recipe
     version: 1
     bundles:                    # a name for the report: a folder, relative to this file
-      tasks8: runs/tasks8
       tasks64: runs/tasks64
       fused: runs/fused
+      tasks8: {folder: runs/tasks8, weights: runs/backbone, deltas: [runs/task*.safetensors]}
     batches: [1, 8]
     mixes: [one, uniform, zipf, hot]
     settings: {rounds: 50, warmup: 5, seconds: 3, settle: 1, seed: 0}
@@ -13,6 +13,7 @@
     comparisons:                # each is timed side by side, with the bare backbone of its first bundle
       - {name: size of the bank, bundle: tasks8, against: [tasks64]}
       - {name: one task, bundle: fused, batches: [8], mixes: [one]}
+      - {name: other ways, bundle: tasks8, beside: [in-turn, torch, torch-compiled, unfused]}
 
 Without `comparisons` there is one: the first bundle, against the others.
 """
@@ -21,17 +22,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from ...export.engine import Device
 from ...merge.errors import UsageError
+from .beside import KINDS, Beside
 from .case import MIXES, Case
 from .report import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 FORMAT = "utune-bench-recipe"
@@ -46,7 +48,8 @@ SETTINGS = {
 }
 """A setting of the recipe, and the field of `Settings` that it is."""
 DEVICE = ("provider", "threads", "kernels", "resident")
-COMPARISON = ("name", "bundle", "against", "batches", "mixes")
+BUNDLE = ("folder", "weights", "deltas")
+COMPARISON = ("name", "bundle", "against", "beside", "batches", "mixes")
 PROVIDERS = ("cpu", "cuda")
 PARTS = "parts"
 """The folder where single cases are kept."""
@@ -62,11 +65,13 @@ class Together:
         name: Its name in the report, and its folder.
         bundles: Names of the bundles; the backbone of the first is the baseline.
         cases: Batch sizes and mixes.
+        beside: What else answers the tasks of the first bundle.
     """
 
     name: str
     bundles: tuple[str, ...]
     cases: tuple[Case, ...]
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def read_recipe(path: Path) -> Recipe:
     for key, wanted in (("format", FORMAT), ("version", VERSION)):
         if keys[key] != wanted:
             raise top.at(key).wrong("the recipe is of another kind", wanted, keys[key])
-    bundles = _bundles(top.at("bundles"), keys["bundles"])
+    bundles, originals = _bundles(top.at("bundles"), keys["bundles"])
     batches = top.at("batches").list(keys["batches"], _batch)
     mixes = top.at("mixes").list(keys.get("mixes", ["uniform"]), _mix)
     device, resident = _device(top.at("device"), keys.get("device", {}))
@@ -119,7 +124,12 @@ def read_recipe(path: Path) -> Recipe:
         device=device,
         resident=resident,
         comparisons=_comparisons(
-            top.at("comparisons"), keys.get("comparisons"), list(bundles), batches, mixes
+            top.at("comparisons"),
+            keys.get("comparisons"),
+            list(bundles),
+            originals,
+            batches,
+            mixes,
         ),
     )
 
@@ -157,11 +167,15 @@ class _Place:
                 raise self.at(key).wrong("a key of the recipe is missing", key, ", ".join(value))
         return value
 
-    def list(self, value: Any, read: Any) -> tuple[Any, ...]:
-        """The value as a list that is not empty and names nothing twice."""
+    def each(self, value: Any) -> list[tuple[_Place, Any]]:
+        """The entries of a list that is not empty, with their places."""
         if not isinstance(value, list) or not value:
             raise self.wrong("a part of the recipe is no list", "a list that is not empty", value)
-        found = tuple(read(self.at(index), item) for index, item in enumerate(value))
+        return [(self.at(index), item) for index, item in enumerate(value)]
+
+    def list(self, value: Any, read: Any) -> tuple[Any, ...]:
+        """The value as a list that is not empty and names nothing twice."""
+        found = tuple(read(at, item) for at, item in self.each(value))
         if len(set(found)) < len(found):
             raise self.wrong("a list names something twice", "each once", value)
         return found
@@ -182,17 +196,46 @@ class _Place:
         return value
 
 
-def _bundles(place: _Place, value: Any) -> dict[str, Path]:
+class _Files(NamedTuple):
+    """The files that a bundle was exported from, where the recipe names them."""
+
+    weights: Path | None
+    deltas: tuple[Path, ...]
+
+
+def _bundles(place: _Place, value: Any) -> tuple[dict[str, Path], dict[str, _Files]]:
     named = place.mapping(value, None)
     if not named:
         raise place.wrong("the recipe names no bundle", "a name and a folder", value)
-    found = {
-        name: place.path.parent / place.at(name).text(folder) for name, folder in named.items()
-    }
-    for name, folder in found.items():
-        if not (folder / "manifest.json").is_file():
-            raise place.at(name).wrong("there is no such bundle", "a bundle's folder", folder)
-    return found
+    folders, originals = {}, {}
+    for name, entry in named.items():
+        at = place.at(name)
+        if isinstance(entry, dict):
+            given = at.mapping(entry, BUNDLE, required=("folder", "deltas"))
+            originals[name] = _files(at, given)
+            at, entry = at.at("folder"), given["folder"]
+        folders[name] = place.path.parent / at.text(entry)
+        if not (folders[name] / "manifest.json").is_file():
+            raise at.wrong("there is no such bundle", "a bundle's folder", folders[name])
+    return folders, originals
+
+
+def _files(place: _Place, given: Mapping[str, Any]) -> _Files:
+    beside = place.path.parent
+    weights = given.get("weights")
+    if weights is not None:
+        weights = beside / place.at("weights").text(weights)
+        if not weights.exists():
+            raise place.at("weights").wrong(
+                "there are no such weights", "a file or folder", weights
+            )
+    deltas: list[Path] = []
+    for at, pattern in place.at("deltas").each(given["deltas"]):
+        found = sorted(beside.glob(at.text(pattern)))
+        if not found:
+            raise at.wrong("no delta has such a name", "a file, or a pattern of files", pattern)
+        deltas += [path for path in found if path not in deltas]
+    return _Files(weights, tuple(deltas))
 
 
 def _batch(place: _Place, value: Any) -> int:
@@ -230,16 +273,14 @@ def _comparisons(
     place: _Place,
     value: Any,
     bundles: list[str],
+    originals: Mapping[str, _Files],
     batches: tuple[int, ...],
     mixes: tuple[str, ...],
 ) -> tuple[Together, ...]:
     if value is None:
         return (Together(_folder(place, bundles[0]), tuple(bundles), _cases(batches, mixes)),)
-    if not isinstance(value, list) or not value:
-        raise place.wrong("a part of the recipe is no list", "a list that is not empty", value)
     found = []
-    for index, item in enumerate(value):
-        at = place.at(index)
+    for at, item in place.each(value):
         given = at.mapping(item, COMPARISON, required=("bundle",))
         first = at.at("bundle").text(given["bundle"], bundles)
         against = given.get("against")
@@ -258,12 +299,23 @@ def _comparisons(
                     else batches,
                     at.at("mixes").list(given["mixes"], _mix) if "mixes" in given else mixes,
                 ),
+                _beside(at.at("beside"), given["beside"], first, originals)
+                if "beside" in given
+                else None,
             )
         )
     names = [together.name for together in found]
     if len({name.casefold() for name in names}) < len(names):  # folders may not tell case
         raise place.wrong("two comparisons have the same name", "a name each", ", ".join(names))
     return tuple(found)
+
+
+def _beside(place: _Place, value: Any, first: str, originals: Mapping[str, _Files]) -> Beside:
+    kinds = place.list(value, lambda at, text: at.text(text, KINDS))
+    if first not in originals:
+        wanted = f"{first}: {{folder: ..., weights: ..., deltas: [...]}}"
+        raise place.wrong("what stands beside a bundle is made from its deltas", wanted, value)
+    return Beside(kinds, *originals[first])
 
 
 def _cases(batches: Iterable[int], mixes: tuple[str, ...]) -> tuple[Case, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ...export.bundle import FAN_OUT
 from ...export.engine import row_inputs
 from ...export.targets.onnxruntime import OnnxRuntimeSession
-from ...merge.errors import IncompatibleArtefact
+from ...merge.errors import IncompatibleArtefact, UsageError
 from .case import Case
 from .measure import measure
 from .naming import subject_names
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ...export.bundle import Bundle
     from ...export.engine import Device
+    from .beside import Beside
     from .measure import Progress
     from .report import Report, Settings
     from .subject import Subject
@@ -37,6 +38,7 @@ def bench(
     mixes: Sequence[str],
     device: Device,
     resident: bool = False,
+    beside: Beside | None = None,
     settings: Settings,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
@@ -50,15 +52,22 @@ def bench(
         device: Where every engine runs.
         resident: Time engines whose inputs and answer stay on the device, their kernels replayed as one
             CUDA graph where it is one; otherwise from host memory to host memory.
+        beside: What else answers the tasks of `bundle`, timed in the same run.
         settings: Rounds and seconds.
         progress: Called between rounds.
 
     Raises:
         UsageError: A batch or a mix that the bundle does not have.
         IncompatibleArtefact: Another bundle reads something else.
+        CheckFailed: What stands beside the bundle answers otherwise.
     """
     subjects = open_subjects(
-        bundle, others, subject_names([bundle, *others]), device, resident=resident
+        bundle,
+        others,
+        subject_names([bundle, *others]),
+        device,
+        resident=resident,
+        beside=beside,
     )
     cases = [Case(batch, mix) for batch in batches for mix in mixes]
     return measure(
@@ -79,8 +88,9 @@ def open_subjects(
     device: Device,
     *,
     resident: bool = False,
+    beside: Beside | None = None,
 ) -> list[Subject]:
-    """Open the bare backbone, then the bundles, in this process.
+    """Open the bare backbone, then the bundles, then what else answers the first one's tasks, in this process.
 
     Args:
         bundle: Whose backbone is the baseline.
@@ -88,10 +98,19 @@ def open_subjects(
         names: What the report calls each bundle, `bundle` first.
         device: Where every engine runs.
         resident: See `bench`.
+        beside: See `bench`.
 
     Raises:
+        UsageError: Something else than an engine would be timed on the device.
         IncompatibleArtefact: Another bundle reads something else.
+        CheckFailed: What stands beside the bundle answers otherwise.
     """
+    if resident and beside is not None:
+        raise UsageError(
+            "only engines are timed with inputs that stay on the device",
+            found=", ".join(beside.kinds),
+            do="leave out --resident, or --beside",
+        )
     for other in others:
         if _reads(other) != _reads(bundle):
             raise IncompatibleArtefact(
@@ -143,6 +162,10 @@ def open_subjects(
                     task_count=len(opened.tasks),
                 )
             )
+    if beside is not None:
+        from .alternatives import open_alternatives
+
+        subjects += open_alternatives(beside, bundle, subjects[1].run, device)
     return subjects
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from ...export.engine import Bound, Rows, Session
 
+    Run = Callable[[Any, NDArray[np.int64]], NDArray[np.float32]]
+    """`(rows, task [B]) -> logits [B, ...]`; see `Subject.run`."""
+
 BARE = "backbone only"
 """The frozen model without any tuner."""
 
@@ -40,7 +43,7 @@ class Subject:
 
     name: str
     note: str
-    run: Callable[[Any, NDArray[np.int64]], NDArray[np.float32]]
+    run: Run
     provider: str = "unknown"
     opened_bytes: int | None = None
     engine: str | None = None

@@ -128,6 +128,7 @@ def plan(recipe: Recipe, bundles: Mapping[str, Bundle], folder: Path) -> list[Pa
                 "settings": asdict(recipe.settings),
                 "device": device,
                 "resident": recipe.resident,
+                **({"beside": together.beside.kinds} if together.beside else {}),
             }
             key = {
                 "recipe": hashlib.sha256(canonical_json(depends).encode()).hexdigest(),
@@ -141,7 +142,13 @@ def plan(recipe: Recipe, bundles: Mapping[str, Bundle], folder: Path) -> list[Pa
 
 def weights(parts: Sequence[Part]) -> list[float]:
     """How long each part takes beside the others, for the time left."""
-    return [weight(part.case, 1 + len(part.together.bundles)) for part in parts]
+    return [weight(part.case, _subjects(part.together)) for part in parts]
+
+
+def _subjects(together: Together) -> int:
+    """How many are timed, the bare backbone among them."""
+    beside = together.beside.kinds if together.beside else ()
+    return 1 + len(together.bundles) + len(beside)
 
 
 def write_sweep(reports: Mapping[str, Report], title: str, folder: Path) -> None:
@@ -193,7 +200,12 @@ def _run(
     together = parts[0].together
     first, *others = (bundles[name] for name in together.bundles)
     subjects = open_subjects(
-        first, others, together.bundles, recipe.device, resident=recipe.resident
+        first,
+        others,
+        together.bundles,
+        recipe.device,
+        resident=recipe.resident,
+        beside=together.beside,
     )
     found = {}
     for part in parts:

@@ -45,6 +45,17 @@ if TYPE_CHECKING:
     help="Another bundle to time in the same run; repeatable.",
 )
 @click.option(
+    "--beside",
+    "kinds",
+    multiple=True,
+    help="What else answers BUNDLE's tasks: unfused, in-turn, torch, torch-compiled, peft, peft-compiled; "
+    "repeatable.",
+)
+@click.option(
+    "--delta", "deltas", type=PATH, multiple=True, help="With --beside: a task's delta; repeatable."
+)
+@click.option("--weights", type=PATH, help="With --beside: the frozen weights.")
+@click.option(
     "--rounds",
     type=click.IntRange(2),
     default=50,
@@ -83,6 +94,9 @@ def command(
     batches: tuple[int, ...],
     mixes: tuple[str, ...],
     against: tuple[Path, ...],
+    kinds: tuple[str, ...],
+    deltas: tuple[Path, ...],
+    weights: Path | None,
     rounds: int,
     warmup: int,
     seconds: float,
@@ -114,6 +128,7 @@ def command(
         )
     from ...export.bundle import open_bundle
     from ...merge.files import refuse_existing
+    from ..bench.beside import Beside
     from ..bench.case import Case
     from ..bench.pace import Pace, weight
     from ..bench.page import write_html
@@ -124,18 +139,24 @@ def command(
     if output is not None:
         refuse_existing(output / "report.json", force=force)
         refuse_existing(output / "report.html", force=force)
+    beside = None
+    if kinds:
+        beside = Beside(kinds, weights, deltas)
+    elif deltas or weights:
+        raise UsageError("--delta and --weights belong to --beside", wanted="--beside KIND")
     opened = open_bundle(bundle)
     sizes = batches or tuple(sorted({1, min(8, opened.engine.max_batch)}))
-    kinds = mixes or ("uniform",)
-    cases = [Case(batch, mix) for batch in sizes for mix in kinds]
+    spread = mixes or ("uniform",)
+    cases = [Case(batch, mix) for batch in sizes for mix in spread]
     line = _Line(console, Pace([weight(case, 1) for case in cases]))
     report = bench(
         opened,
         [open_bundle(path) for path in against],
         batches=sizes,
-        mixes=kinds,
+        mixes=spread,
         device=device,
         resident=resident,
+        beside=beside,
         settings=Settings(warmup_rounds=warmup, min_rounds=rounds, min_seconds=seconds),
         progress=line,
     )

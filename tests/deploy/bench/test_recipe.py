@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from utune_deploy.deploy.bench.beside import Beside
 from utune_deploy.deploy.bench.case import MIXES, Case
 from utune_deploy.deploy.bench.recipe import Together, read_recipe
 from utune_deploy.deploy.bench.report import Settings
@@ -126,3 +127,32 @@ def test_the_recipe_of_the_documentation_is_one(write, tmp_path):
         (tmp_path / "sub" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "sub" / name / "manifest.json").write_text("{}")
     assert len(read_recipe(write(text)).comparisons) == 2
+
+
+def test_what_stands_beside_is_made_from_files_that_the_recipe_names(write, tmp_path):
+    folder = tmp_path / "sub" / "runs"
+    for name in ("t0", "t1"):
+        (folder / f"{name}.safetensors").write_text("")
+    bundle = {
+        "folder": "runs/a",
+        "weights": "runs/b",
+        "deltas": ["runs/t1.*", "runs/*.safetensors"],
+    }
+    comparison = {"bundle": "a", "beside": ["torch", "in-turn"]}
+    recipe = read_recipe(write({**LEAST, "bundles": {"a": bundle}, "comparisons": [comparison]}))
+    deltas = (folder / "t1.safetensors", folder / "t0.safetensors")
+    assert recipe.comparisons[0].beside == Beside(("torch", "in-turn"), folder / "b", deltas)
+    assert recipe.bundles == {"a": folder / "a"}
+
+    for change, told in [
+        ({"deltas": ["runs/none*"]}, r"bundles\.a\.deltas\[0\](.|\n)*runs/none"),
+        ({"weights": "runs/none"}, r"bundles\.a\.weights"),
+        ({"folder": "runs/none"}, r"bundles\.a\.folder"),
+    ]:
+        with pytest.raises(UsageError, match=told):
+            read_recipe(write({**LEAST, "bundles": {"a": {**bundle, **change}}}))
+    wrong = [{"bundle": "a", "beside": ["torch", "salad"]}]
+    with pytest.raises(UsageError, match=r"comparisons\[0\]\.beside\[1\](.|\n)*unfused"):
+        read_recipe(write({**LEAST, "bundles": {"a": bundle}, "comparisons": wrong}))
+    with pytest.raises(UsageError, match=r"beside(.|\n)*folder: "):
+        read_recipe(write({**LEAST, "comparisons": [comparison]}))

@@ -42,7 +42,7 @@ def ran(monkeypatch, about):
     def opened(path):
         return SimpleNamespace(path=path, name=path.name, engine=SimpleNamespace(max_batch=2))
 
-    def open_subjects(first, others, names, device, *, resident):
+    def open_subjects(first, others, names, device, *, resident, beside):
         log.append(("open", *names))
 
         def run(images, task):

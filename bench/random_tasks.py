@@ -35,6 +35,7 @@ METHODS = {
     "ssf": lambda _: m.ssf(),
     "oft": lambda _: m.oft(32),
     "lokr": lambda rank: m.lokr(rank, 8),
+    "unipt": lambda _: m.unipt(),
 }
 
 

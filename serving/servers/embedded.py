@@ -11,7 +11,9 @@ from ..bundle_models import BundleModel, BundleRepository
 from ..queueing.batcher import Batcher
 from ..registry import MAX_DELAY_MS
 from ..service import Service
+from ..tasks.claim import claim
 from ..tasks.commands import TaskCommands
+from ..tasks.life import fixed
 from ..watching.metrics import Model
 from .fronts import fronts, stop_signals
 
@@ -56,32 +58,35 @@ def serve_embedded(
         **queueing: Settings of `Batcher`.
 
     Raises:
-        UsageError: A port cannot be had.
+        UsageError: A port cannot be had, or another server has the folder of tasks.
         MissingDependency: The provider cannot be loaded.
         IncompatibleArtefact: The engine cannot be loaded or served.
     """
-    service = Service.open(bundle, device, rows=rows, keep=keep)
+    if fixed(bundle) is not None:
+        keep = None  # nothing comes that could be kept
+    with contextlib.nullcontext() if keep is None else claim(keep):
+        service = Service.open(bundle, device, rows=rows, keep=keep)
 
-    async def until_signalled() -> None:
-        with stop_signals() as stop:
-            async with running(
-                service,
-                host=host,
-                http_port=http_port,
-                grpc_port=grpc_port,
-                metrics_port=metrics_port,
-                task_control=task_control,
-                shared_memory=shared_memory,
-                **queueing,
-            ) as addresses:
-                if on_ready is not None:
-                    on_ready(addresses)
-                await stop.wait()
+        async def until_signalled() -> None:
+            with stop_signals() as stop:
+                async with running(
+                    service,
+                    host=host,
+                    http_port=http_port,
+                    grpc_port=grpc_port,
+                    metrics_port=metrics_port,
+                    task_control=task_control,
+                    shared_memory=shared_memory,
+                    **queueing,
+                ) as addresses:
+                    if on_ready is not None:
+                        on_ready(addresses)
+                    await stop.wait()
 
-    try:
-        asyncio.run(until_signalled())
-    finally:
-        service.close()
+        try:
+            asyncio.run(until_signalled())
+        finally:
+            service.close()
 
 
 @contextlib.asynccontextmanager

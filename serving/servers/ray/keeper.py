@@ -17,6 +17,7 @@ from ....export.bundle import open_bundle, task_json
 from ....merge.errors import IncompatibleArtefact, UtuneError
 from ...registry import Registry
 from ...rejections import EngineFailed, Stopping, UnknownModel
+from ...tasks.claim import claim
 from ...tasks.life import Tasks, fixed, refusal_to_change
 from ...tasks.store import Store
 from .library import ray as load_ray
@@ -78,7 +79,9 @@ class Keeper:
         self._handle: Any = None
         self._tasks: Tasks | None = None
         if fixed(bundle) is None and self._registry.takes_rows:
-            store = Store(None if keep is None else Path(keep), bundle.identity)
+            folder = None if keep is None else Path(keep)
+            self._claim = None if folder is None else claim(folder)  # gone with this process
+            store = Store(folder, bundle.identity)
             self._tasks = Tasks(self._registry, _NoRows(), store)
         self._epoch = time.time_ns() // 1_000_000  # a keeper that restarts counts on
         self._changed = asyncio.Condition()

@@ -239,6 +239,7 @@ def test_a_keeper_that_starts_again_has_what_the_folder_kept(banked, packed, tmp
     async def main() -> None:
         keeper, _, table = _keeper(banked, tmp_path / "kept")
         await keeper.change("front", "add", None, None, packed("birds"))
+        keeper._claim.release()  # as the end of its process does
         again, _, _ = _keeper(banked, tmp_path / "kept")
         table.read(await again.table("front", 0))
         assert table.numbers("birds") == [1]

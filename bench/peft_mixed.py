@@ -25,7 +25,7 @@ from utune_deploy.deploy.bench.page import write_html
 from utune_deploy.deploy.bench.report import About, Settings, TaskFacts, write_json
 from utune_deploy.deploy.bench.subject import Subject, open_subject
 from utune_deploy.deploy.bench.table import print_table
-from utune_deploy.deploy.build import backbone_engine, finish
+from utune_deploy.deploy.graphs import backbone_engine, finish
 from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, serialise, trace
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession

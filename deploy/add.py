@@ -17,8 +17,9 @@ from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
-from .build import bank_inputs, manifest_tasks, require_one_kind_of_answer
+from .begin import manifest_tasks, require_one_kind_of_answer
 from .check import Evidence, check_engine, require_runnable, require_same_backbone
+from .graphs import bank_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

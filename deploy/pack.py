@@ -23,8 +23,9 @@ from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
 from ..serving.tasks.packed import Packed, Probe, layout_json
-from .build import bank_inputs, manifest_tasks
+from .begin import manifest_tasks
 from .check import in_dtype, in_torch
+from .graphs import bank_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,8 +21,9 @@ from ..export.targets.tensorrt.session import TensorRTSession
 from ..export.targets.tensorrt.tuner_names import require_nothing_else, tuner_names
 from ..merge.errors import BuildFailed, CheckFailed, UsageError
 from ..merge.files import atomic_folder
-from .build import bank_inputs, begin, finish, graph_of, inputs_of
+from .begin import begin
 from .check import Evidence, check_engine
+from .graphs import bank_inputs, finish, graph_of, inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from ..export.parity import Verdict
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
-    from .build import Begun, Made, Task
+    from .begin import Begun
+    from .build import Task
+    from .graphs import Made
 
 MORE_TASKS = 2  # times the tasks there are: what a bank that is an input has room for, at least
 ROOM = 16

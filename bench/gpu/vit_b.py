@@ -30,7 +30,7 @@ from utune_deploy.deploy.bench.report import (
 )
 from utune_deploy.deploy.bench.subject import open_subject
 from utune_deploy.deploy.bench.table import print_table
-from utune_deploy.deploy.build import finish
+from utune_deploy.deploy.graphs import finish
 from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, serialise, trace
 from utune_deploy.export.macs import macs

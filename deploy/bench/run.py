@@ -185,7 +185,7 @@ def _reads(bundle: Bundle) -> list[str]:
 def bare_backbone(bundle: Bundle) -> bytes:
     """An engine of the bundle's backbone without tuners; without labels, its classifier left out."""
     from ...merge.backbone import create
-    from ..build import backbone_engine
+    from ..graphs import backbone_engine
 
     classes = max(len(task.labels) for task in bundle.tasks)
     arguments = {**bundle.backbone["arguments"], "num_classes": classes}

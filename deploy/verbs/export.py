@@ -134,7 +134,8 @@ def command(
     from ...merge.delta import load_delta, require_backbone
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
-    from ..build import Task, export_bundle, fan_out_groups, require_one_preprocessing
+    from ..begin import fan_out_groups, require_one_preprocessing
+    from ..build import Task, export_bundle
     from ..check import Evidence
     from ..pictures import read_folder
     from ..plan import make_plan

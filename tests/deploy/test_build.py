@@ -12,9 +12,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from utune_deploy.deploy import build
-from utune_deploy.deploy.build import Task, backbone_engine, export_bundle
+from utune_deploy.deploy import build, graphs
+from utune_deploy.deploy.build import Task, export_bundle
 from utune_deploy.deploy.check import Evidence
+from utune_deploy.deploy.graphs import backbone_engine
+from utune_deploy.deploy.plan import make_plan
 from utune_deploy.export.bundle import IDENTITY, MANIFEST, open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import OPSET
@@ -241,8 +243,8 @@ def test_a_task_without_room_in_the_bank_is_refused(
 @pytest.fixture(scope="module")
 def traced(vit: Backbone, deltas: dict[str, Delta], sites_of: Any) -> bytes:
     """The graph of the merged `lora` task, as it is traced."""
-    plan = build.make_plan([deltas["lora"]], vit)
-    model, _, _ = build.graph_of(plan, vit, [deltas["lora"]], sites_of(vit), (), "fp32")
+    plan = make_plan([deltas["lora"]], vit)
+    model, _, _ = graphs.graph_of(plan, vit, [deltas["lora"]], sites_of(vit), (), "fp32")
     return ir.to_proto(model).SerializeToString()
 
 
@@ -258,7 +260,7 @@ def export(
     """`export_bundle` of the `lora` task to `tmp_path/out`, traced once for all tests here."""
 
     def graph(*_: Any) -> Any:
-        return build.Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
+        return graphs.Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
 
     def export(**settings: Any) -> Bundle:
         return export_bundle(
@@ -322,7 +324,7 @@ def test_real_pictures_enter_the_check(export: Callable[..., Bundle], images: An
 def test_nothing_is_written_when_the_check_fails(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(build, "rewrite", wrong_rewrite)
+    monkeypatch.setattr(graphs, "rewrite", wrong_rewrite)
     told: list[str] = []
     with pytest.raises(CheckFailed, match="no bundle was written") as caught:
         export(progress=told.append)
@@ -336,7 +338,7 @@ def test_a_failed_check_leaves_what_was_there(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = standing(tmp_path)
-    monkeypatch.setattr(build, "rewrite", wrong_rewrite)
+    monkeypatch.setattr(graphs, "rewrite", wrong_rewrite)
     with pytest.raises(CheckFailed):
         export(force=True)
     assert content(tmp_path) == before

@@ -12,8 +12,9 @@ from onnx import TensorProto, numpy_helper
 from utune_deploy.deploy.add import add_tasks
 from utune_deploy.deploy.bench.report import TIMED, TIMED_ON_DEVICE
 from utune_deploy.deploy.bench.subject import Resident, open_subject
-from utune_deploy.deploy.build import bank_inputs, export_bundle
+from utune_deploy.deploy.build import export_bundle
 from utune_deploy.deploy.check import Evidence, check_engine
+from utune_deploy.deploy.graphs import bank_inputs
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, PASSES

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx_ir.passes import common
 
-from utune_deploy.deploy.build import finish
+from utune_deploy.deploy.graphs import finish
 from utune_deploy.export.engine import IMAGES, LOGITS, TASK
 from utune_deploy.export.graph import Inputs, serialise, trace
 from utune_deploy.export.parity import budget, relative_error

@@ -1,0 +1,181 @@
+"""A plan's graph: traced from torch, rewritten, typed. Everything between a plan and a file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from onnx_ir.passes import common
+
+from ..export.bundle import FAN_OUT
+from ..export.graph import Inputs, clean, merge_equal, serialise, specs, trace
+from ..export.macs import macs
+from ..export.passes import CPU_PASSES, CUDA_PASSES, rewrite
+from ..export.passes.gathered import RANKS
+from ..export.precision import HALF, ON_CUDA, retype, to_half
+from ..merge.backbone import create
+from ..merge.bank import NO_ROOM, Bank, Room, stack
+from ..merge.fan_out import FanOut
+from ..merge.fold import fold
+from ..merge.lower import in_double, lower
+from ..merge.mixed import Alone, Mixed, Single
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from ..export.engine import Tensor
+    from ..export.precision import Typing
+    from ..merge.backbone import Backbone
+    from ..merge.delta import Delta
+    from ..merge.fan_out import Group
+    from ..merge.sites import Sites
+    from ..merge.tuner import Branch
+    from .plan import Plan
+
+
+class Made(NamedTuple):
+    """A traced model, its bank, and the tasks whose prompts became prefixes."""
+
+    model: ir.Model
+    bank: Bank | None
+    lowered: list[str]
+
+
+def graph_of(
+    plan: Plan,
+    backbone: Backbone,
+    deltas: Sequence[Delta],
+    sites: Sites,
+    groups: Sequence[Group],
+    precision: str,
+    room: Room = NO_ROOM,
+) -> Made:
+    """The traced model of a plan's engine.
+
+    Args:
+        plan: Of the tasks.
+        backbone: The frozen backbone.
+        deltas: The tasks in row order.
+        sites: Of the backbone.
+        groups: What tasks share, in mode `fan-out`.
+        precision: In half, the bank is laid out for fused kernels; `fp32` for standard operators.
+        room: Sizes that the bank's slots have at least.
+    """
+    if plan.mode == FAN_OUT:
+        return fan_out_graph(backbone, groups)
+    rows = _rows(backbone)
+    if plan.mode == "merged":
+        merged = fold(deltas[0], backbone, sites=sites)
+        arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
+        plain = create(backbone.identity.architecture, arguments).model
+        plain.load_state_dict(dict(merged.tensors))
+        return Made(trace(plain, Inputs(rows)), None, [])
+    double = in_double(backbone)
+    constant = [lower(backbone, delta, sites, double) for delta in deltas]
+    lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
+    stacked = stack(constant, torch.float32, ranks=RANKS if precision in HALF else (), room=room)
+    mixes = not any(b.tuner.no_bank for b in deltas[0].branches.values())
+    if plan.mode == "parallel" and precision in HALF and mixes:
+        rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
+        module = Alone(backbone, stacked).eval()
+        return Made(trace(module, Inputs(rows), rename=rename), stacked, lowered)
+    if plan.mode == "parallel":
+        return Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
+    module = Mixed(backbone, stacked).eval()
+    task = torch.tensor([0, min(1, len(deltas) - 1)])
+    if plan.bank == "inputs":
+        bank = {f"bank/{key}": tensor for key, tensor in stacked.tensors.items()}
+        return Made(trace(module, Inputs(rows, task, bank)), stacked, lowered)
+    rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
+    return Made(trace(module, Inputs(rows, task), rename=rename), stacked, lowered)
+
+
+def fan_out_graph(backbone: Backbone, groups: Sequence[Group]) -> Made:
+    """The engine for every task; each group runs the trunk, and what they share of it becomes one."""
+    return Made(merge_equal(_traced(FanOut(backbone, groups), backbone)), None, [])
+
+
+def counted(
+    model: ir.Model, backbone: Backbone, deltas: Sequence[Delta], sites: Sites
+) -> dict[str, dict[str, int]]:
+    """Multiply-accumulates for one example: of the engine for all tasks, and of the tasks one by one."""
+    double = in_double(backbone)
+    known: dict[tuple[frozenset[Branch], int], int] = {}
+    alone = 0
+    for delta in deltas:
+        kind = frozenset(delta.branches.values()), delta.parameters
+        if kind not in known:
+            bank = stack([lower(backbone, delta, sites, double)], torch.float32)
+            single = _traced(Single(backbone, bank), backbone)
+            rewrite(single)
+            known[kind] = macs(single).total
+        alone += known[kind]
+    return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
+
+
+def _traced(module: torch.nn.Module, backbone: Backbone) -> ir.Model:
+    """A module that takes the backbone's inputs alone."""
+    return trace(module.eval(), Inputs(_rows(backbone)))
+
+
+def _rows(backbone: Backbone) -> dict[str, torch.Tensor]:
+    names = [entry.name for entry in backbone.inputs]
+    return dict(zip(names, backbone.draw(batch=2), strict=True))
+
+
+def inputs_of(backbone: Backbone, model: ir.Model) -> tuple[Tensor, ...]:
+    """The graph's inputs, with what their integers are below."""
+    below = {
+        entry.name: 2 if entry.values == "mask" else entry.high
+        for entry in backbone.inputs
+        if entry.values != "normal"
+    }
+    return tuple(replace(t, high=below.get(t.name)) for t in specs(model.graph.inputs))
+
+
+class Finished(NamedTuple):
+    """What was done to a traced graph: how often each pass rewrote something, and its types."""
+
+    rewritten: dict[str, int]
+    typing: Typing
+
+
+def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finished:
+    """Run every pass on a traced graph, in place, and give it the types of a precision.
+
+    Folds are float32 or wider; weights are cast once, behind them.
+
+    Args:
+        model: The graph.
+        precision: A key of `export.precision.PRECISIONS`.
+        standard: Keep to ONNX's own operators, for runtimes that are not ONNX Runtime.
+    """
+    rewritten = rewrite(model)
+    clean(model)
+    typing = retype(model, precision)
+    if not standard:
+        rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
+        common.TopologicalSortPass()(model)
+    return Finished(rewritten, typing)
+
+
+def bank_inputs(
+    tensors: Mapping[str, torch.Tensor], precision: str
+) -> dict[str, NDArray[np.generic]]:
+    """The bank by input name, in the type in which the engine reads it."""
+    arrays = {f"bank/{key}": tensor.float().numpy() for key, tensor in tensors.items()}
+    if precision not in HALF:
+        return arrays
+    return {name: to_half(array, precision)[0] for name, array in arrays.items()}
+
+
+def backbone_engine(backbone: Backbone, precision: str = "fp32") -> bytes:
+    """The backbone alone, through the same passes: the baseline of every benchmark."""
+    model = _traced(backbone.model, backbone)
+    finish(model, precision)
+    return serialise(model, {})

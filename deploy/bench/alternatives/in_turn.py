@@ -8,7 +8,7 @@ import numpy as np
 
 from ....export.graph import serialise
 from ....export.targets.onnxruntime import OnnxRuntimeSession
-from ...build import finish, graph_of
+from ...graphs import finish, graph_of
 from ...plan import make_plan
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ....export.graph import serialise
 from ....export.precision import retype
 from ....export.targets.onnxruntime import OnnxRuntimeSession
-from ...build import graph_of
+from ...graphs import graph_of
 from ...plan import make_plan
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .case import Case
+    from .ceilings import Ceilings
     from .report import About
     from .subject import Subject
 
@@ -82,6 +83,7 @@ def measure(
     threads: int | None = None,
     timed: str = TIMED,
     command: str | None = None,
+    ceilings: Ceilings | None = None,
     progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Report:
@@ -95,6 +97,7 @@ def measure(
         threads: Threads that the engines were opened with, for the report.
         timed: What one call does, for the report.
         command: The command line, for the report; that of this process unless given.
+        ceilings: What the machine does at best, for the report.
         progress: Told between rounds, every `PROGRESS_EVERY_S` at most.
         clock: Nanoseconds that only go up.
 
@@ -132,6 +135,7 @@ def measure(
         date=began.isoformat(timespec="seconds"),
         command=_command_line() if command is None else command,
         warnings=find_cautions(results, facts, machine, load),
+        ceilings=ceilings,
     )
 
 
@@ -209,6 +213,7 @@ def _time_case(
                 samples_ms=tuple(samples[index]),
                 summary=summarise(samples[index], case.batch),
                 ratio=paired_ratio(samples[index], samples[0], settings.seed) if index else None,
+                work=subject.work(case.batch, rows.tolist()) if subject.work else None,
             )
             for index, subject in enumerate(subjects)
         ),

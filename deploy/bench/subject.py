@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...export.engine import Bound, Rows, Session
     from .footprint import Footprint
     from .nodes import NodeTimes
+    from .source import Source
     from .work import GraphFacts, Work
 
 BARE = "backbone only"
@@ -38,6 +39,7 @@ class Subject:
         identity: Identity of its bundle, if it is one.
         task_count: How many tasks it holds; 0 for a bare backbone, None where that is not known.
         rank: Largest rank of its bank, if it has one.
+        source: How its engine is opened again, if it is one engine; graph, work, footprint and nodes follow from it.
         work: `(batch, task rows) -> Work` of one call; None if its products cannot be counted.
         graph: What its engine's graph holds, if it has one.
         footprint: Its memory and size, if measured.
@@ -53,6 +55,7 @@ class Subject:
     identity: str | None = None
     task_count: int | None = None
     rank: int | None = None
+    source: Source | None = None
     work: Callable[[int, Sequence[int]], Work | None] | None = None
     graph: GraphFacts | None = None
     footprint: Footprint | None = None
@@ -92,6 +95,8 @@ def open_subject(
     engine: str | None = None,
     identity: str | None = None,
     task_count: int | None = None,
+    rank: int | None = None,
+    source: Source | None = None,
 ) -> Subject:
     """Open a session as a subject.
 
@@ -104,6 +109,8 @@ def open_subject(
         engine: See `Subject`.
         identity: See `Subject`.
         task_count: See `Subject`.
+        rank: See `Subject`.
+        source: See `Subject`.
     """
     session = open_session()
 
@@ -119,4 +126,6 @@ def open_subject(
         engine=engine,
         identity=identity,
         task_count=task_count,
+        rank=rank,
+        source=source,
     )

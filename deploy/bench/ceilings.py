@@ -111,7 +111,7 @@ def measure_ceilings(device: Device, precision: str = "fp32") -> Ceilings:
         provider=provider,
         dtype=str(DTYPES[precision][1]),
         flops_per_second=best,
-        product=(side_of_best,) * 3,
+        product=(side_of_best, side_of_best, side_of_best),
         bytes_per_second=3 * size / seconds,
         moved_bytes=3 * size,
     )

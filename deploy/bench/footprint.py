@@ -88,7 +88,7 @@ def measure_footprint(source: Source, rows: Rows, task: NDArray[np.int64]) -> Fo
             path = Path(folder, "model.onnx")
             path.write_bytes(source.model)
         else:
-            path = source.model.path
+            path = source.model if isinstance(source.model, Path) else source.model.path
         command = [sys.executable, "-m", __spec__.name, path, "--rows", Path(folder, "rows.npz")]
         command += _options(source)
         done = subprocess.run(

@@ -88,7 +88,10 @@ class Source:
             tensor = value.const_value
             if tensor is not None and tensor.size > LARGE:
                 value.const_value = ir.LazyTensor(
-                    _no_values, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name
+                    _no_values,
+                    dtype=tensor.dtype,
+                    shape=ir.Shape(list(tensor.shape.numpy())),
+                    name=tensor.name,
                 )
         return model
 

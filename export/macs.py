@@ -92,9 +92,13 @@ def macs(model: ir.Model, batch: int = 1, **axes: int) -> Count:
     Raises:
         UsageError: A free axis has no size, a shape cannot be inferred, or an operator has no rule.
     """
-    sized = _sized(model, {**axes, BATCH: batch})
+    return count(sized(model, batch, **axes), batch)
+
+
+def count(model: ir.Model, batch: int) -> Count:
+    """Count a graph whose shapes are numbers already; see `macs`."""
     counted = []
-    for node in sized.graph:
+    for node in model.graph:
         name = node.name or f"{node.op_type} of {node.outputs[0].name}"
         where = f"{name} ({node.domain or 'ai.onnx'}.{node.op_type})"
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _own(node)):
@@ -108,12 +112,16 @@ def macs(model: ir.Model, batch: int = 1, **axes: int) -> Count:
     return Count(batch, tuple(counted))
 
 
-def _sized(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
+def sized(model: ir.Model, batch: int, **axes: int) -> ir.Model:
     """A copy that shares the weights, in which every shape that can be inferred is a number.
 
     Plain shape inference loses what a graph computes from `Shape(images)`. With sizes at the inputs
     these are constants, so that folding the small ones leads on.
+
+    Raises:
+        UsageError: A free axis has no size.
     """
+    sizes = {**axes, BATCH: batch}
     copy = model.clone()
     for value in copy.graph.inputs:
         if value.shape is not None:
@@ -158,7 +166,12 @@ def _own(node: ir.Node) -> list[ir.Attr]:
     return [a for a in node.attributes.values() if isinstance(a, ir.Attr)]
 
 
-def _shape(value: ir.Value | None, where: str, role: str) -> Axes:
+def shape_of(value: ir.Value | None, where: str, role: str) -> Axes:
+    """The shape of a value in a graph that is sized.
+
+    Raises:
+        UsageError: It could not be inferred.
+    """
     shape = None if value is None else value.shape
     if shape is None or not all(isinstance(axis, int) for axis in shape):
         raise UsageError(
@@ -172,14 +185,14 @@ def _shape(value: ir.Value | None, where: str, role: str) -> Axes:
 
 def _matmul(node: ir.Node, where: str) -> int:
     """`[..., M, K] x [..., K, N]`: K for each number of the broadcast product."""
-    a, b = (_shape(value, where, "its inputs") for value in node.inputs)
+    a, b = (shape_of(value, where, "its inputs") for value in node.inputs)
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     return math.prod((*np.broadcast_shapes(a[:-2], b[:-2]), *rows, *columns, a[-1]))
 
 
 def _gemm(node: ir.Node, where: str) -> int:
     """`[M, K] x [K, N]`, either of them perhaps transposed."""
-    a, b = (_shape(value, where, "its inputs") for value in node.inputs[:2])
+    a, b = (shape_of(value, where, "its inputs") for value in node.inputs[:2])
     rows, inner = a[::-1] if node.attributes.get_int("transA", 0) else a
     columns = b[0] if node.attributes.get_int("transB", 0) else b[1]
     return rows * inner * columns
@@ -187,8 +200,8 @@ def _gemm(node: ir.Node, where: str) -> int:
 
 def _conv(node: ir.Node, where: str) -> int:
     """`[M, C / groups, *kernel]` for each number of the output `[B, M, *places]`."""
-    weight = _shape(node.inputs[1], where, "its weight")
-    return math.prod(_shape(node.outputs[0], where, "its output")) * math.prod(weight[1:])
+    weight = shape_of(node.inputs[1], where, "its weight")
+    return math.prod(shape_of(node.outputs[0], where, "its output")) * math.prod(weight[1:])
 
 
 def _attention(node: ir.Node, where: str) -> int:
@@ -197,9 +210,9 @@ def _attention(node: ir.Node, where: str) -> int:
     Inputs are `[B, H, L, d]`, or `[B, L, H d]` with the number of heads as attributes. Keys and values
     may have fewer heads than queries (shared among them), and a past of P tokens.
     """
-    q, k, v = (_shape(value, where, "its inputs") for value in node.inputs[:3])
+    q, k, v = (shape_of(value, where, "its inputs") for value in node.inputs[:3])
     past = node.inputs[4] if len(node.inputs) > 4 else None
-    before = 0 if past is None else _shape(past, where, "its past keys")[2]
+    before = 0 if past is None else shape_of(past, where, "its past keys")[2]
     if len(q) == 4:
         batch, heads, queries, dk = q
         return batch * heads * queries * (k[2] + before) * (dk + v[3])
@@ -228,7 +241,7 @@ def _einsum(node: ir.Node, where: str) -> int:
     sizes: dict[str, int] = {}
     spread: list[Axes] = []
     for term, value in zip(terms, node.inputs, strict=True):
-        shape = _shape(value, where, "its inputs")
+        shape = shape_of(value, where, "its inputs")
         first, dots, last = term.partition("...")
         if dots:
             spread.append(shape[len(first) : len(shape) - len(last)])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .cautions import find_cautions
 from .machine import Load, Memory
+from .state import States
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,9 @@ def combine(reports: Sequence[Report], sittings: Sequence[str]) -> Report:
     cases = tuple(case for report in reports for case in report.cases)
     load = Load(max(r.load.before for r in reports), max(r.load.after for r in reports))
     begun = sorted(set(sittings))
-    warnings = find_cautions(cases, first.subjects, first.machine, load)
+    measured = [report.ceilings for report in reports if report.ceilings is not None]
+    ceilings = max(measured, key=lambda found: found.flops_per_second, default=None)
+    warnings = find_cautions(cases, first.subjects, first.machine, load, ceilings)
     if len(begun) > 1:
         warnings += (
             f"The cases come from {len(begun)} sittings, begun {', '.join(begun)}: compare subjects inside a case; "
@@ -41,4 +44,8 @@ def combine(reports: Sequence[Report], sittings: Sequence[str]) -> Report:
         date=min(report.date for report in reports),
         command=last.command,
         warnings=warnings,
+        ceilings=ceilings,
+        states=States(first.states.before, last.states.after)
+        if first.states and last.states
+        else None,
     )

@@ -16,6 +16,7 @@ import numpy as np
 from ...merge.errors import UsageError
 from .case import MIXES, Case
 from .subject import BARE
+from .taken import is_measured, per_task, taken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,24 +181,24 @@ def price(
             f"{engine.name} holds {held} tasks; that one of {tasks} is as fast is assumed."
         )
     if single_bytes is None:
-        if not _measured(model):
+        if not is_measured(model):
             raise _unmeasured(model, "--single-memory")
-        assert model.opened_bytes is not None  # so `_measured` has it
-        single_bytes = model.opened_bytes
-        if model is report.subjects[0]:
+        single_bytes = taken(model)
+        assert single_bytes is not None  # so `_measured` has it
+        if model is report.subjects[0] and model.footprint is None:
             notes.append(f"{model.name} was opened first: its memory includes loading the runtime.")
     if model.name == BARE:
         notes.append(
             f"A task's own model is taken to be as fast as {BARE}: true of tasks that fold."
         )
-    if mixed_bytes < single_bytes and model is not report.subjects[0]:
+    if mixed_bytes < single_bytes and (model.footprint or model is not report.subjects[0]):
         raise UsageError(
             "the mixed engine cannot be smaller than one task's model: both hold the backbone",
             where=report.about.name,
             wanted=f"{engine.name} above {single_bytes:.0f} bytes, the memory of {model.name}",
             found=f"{mixed_bytes:.0f}",
-            do="say both with --mixed-memory and --single-memory: an engine that is opened where memory had just been "
-            "freed grows the process by less than it takes (its model.onnx is the least that it takes)",
+            do="say both with --mixed-memory and --single-memory; in reports before version 3 an engine that was opened where "
+            "memory had just been freed grew the process by less than it takes (its model.onnx is the least)",
         )
     machine_bytes = machine_bytes or report.machine.memory_bytes
     for name, size in ((engine.name, mixed_bytes), (model.name, single_bytes)):
@@ -342,13 +343,13 @@ def _single(report: Report) -> SubjectFacts:
 
 def _memory(report: Report, engine: SubjectFacts, held: int | None, tasks: int) -> float:
     """Memory of a mixed engine of `tasks` tasks, measured or by the line through two that were."""
-    if not _measured(engine) or engine.opened_bytes is None or held is None:
+    size = taken(engine)
+    if not is_measured(engine) or size is None or held is None:
         raise _unmeasured(engine, "--mixed-memory")
     if held >= tasks:
-        return engine.opened_bytes
-    measured = [(n, s.opened_bytes) for n, s in _multi(report) if s.opened_bytes is not None]
-    (few, small), (many, large) = measured[0], measured[-1]
-    if few == many:
+        return size
+    each = per_task([(n, taken(subject)) for n, subject in _multi(report)])
+    if each is None:
         raise UsageError(
             "the report has no engine of that many tasks, and no second one to tell what a task adds",
             where=engine.name,
@@ -356,12 +357,7 @@ def _memory(report: Report, engine: SubjectFacts, held: int | None, tasks: int) 
             found=held,
             do="say its memory with --mixed-memory, or bench engines of two sizes",
         )
-    return engine.opened_bytes + (tasks - held) * max(0.0, (large - small) / (many - few))
-
-
-def _measured(subject: SubjectFacts) -> bool:
-    """Whether its memory is known; none at all was memory that the process had already."""
-    return subject.opened_bytes is not None and subject.opened_bytes > 0
+    return size + (tasks - held) * max(0.0, each)
 
 
 def _unmeasured(subject: SubjectFacts, option: str) -> UsageError:

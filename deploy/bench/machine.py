@@ -21,6 +21,7 @@ PACKAGES = (
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 CPU_FACTS = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Machine:
         system: Operating system and kernel.
         python: Version of the interpreter.
         versions: Version of each distribution of `PACKAGES` that is installed.
+        cache_bytes: The processor's last cache; None where the system does not tell, and in older reports.
     """
 
     cpu: str
@@ -50,6 +52,7 @@ class Machine:
     system: str
     python: str
     versions: dict[str, str]
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def read_machine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         versions=_versions(),
+        cache_bytes=last_level_cache(),
     )
 
 
@@ -144,3 +148,12 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def last_level_cache() -> int | None:
+    """Size of the largest cache that the first core reads through, in bytes."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [file.read_text().strip() for file in CACHES.glob("index*/size")]
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None
+    )

@@ -26,6 +26,7 @@ from ...merge.errors import CheckFailed, UsageError
 from .cautions import find_cautions
 from .machine import Load, Memory, load_now, read_machine, resident_now, resident_peak
 from .report import TIMED, CaseResult, Report, Result, Settings, SubjectFacts
+from .state import States, read_state
 from .summary import paired_ratio, summarise
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .case import Case
+    from .ceilings import Ceilings
     from .report import About
     from .subject import Subject
 
@@ -42,6 +44,9 @@ NS_PER_S = 1_000_000_000
 
 BALANCED = 4
 """Most subjects whose permutations (24) all fit into a benchmark."""
+
+ON_DEVICE = frozenset({"CUDAExecutionProvider", "TensorRT"})
+"""Providers whose device has a clock and a temperature of its own."""
 
 PROGRESS_EVERY_S = 0.25
 """Progress is told between rounds and no more often, so that telling does not disturb."""
@@ -82,6 +87,7 @@ def measure(
     threads: int | None = None,
     timed: str = TIMED,
     command: str | None = None,
+    ceilings: Ceilings | None = None,
     progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Report:
@@ -95,6 +101,7 @@ def measure(
         threads: Threads that the engines were opened with, for the report.
         timed: What one call does, for the report.
         command: The command line, for the report; that of this process unless given.
+        ceilings: What the machine does at best, for the report.
         progress: Told between rounds, every `PROGRESS_EVERY_S` at most.
         clock: Nanoseconds that only go up.
 
@@ -104,15 +111,18 @@ def measure(
         CheckFailed: A subject returns another number of rows than it was given, or logits that
             are not finite.
     """
-    _refuse(subjects, cases, about)
+    require_measurable(subjects, cases, about)
     settings = settings or Settings()
     began = datetime.now().astimezone()
     load_before, memory_before = load_now(), resident_now()
+    on_device = any(subject.provider in ON_DEVICE for subject in subjects)
+    state_before = read_state(devices=on_device)
     tell = _Teller(progress, len(cases), clock)
     results = tuple(
         _time_case(subjects, case, number, about, settings, tell, clock)
         for number, case in enumerate(cases, 1)
     )
+    states = States(state_before, read_state(devices=on_device))
     load, memory_after = Load(load_before, load_now()), resident_now()
     machine = read_machine()
     facts = tuple(
@@ -131,7 +141,9 @@ def measure(
         memory=Memory(memory_before, memory_after, resident_peak()),
         date=began.isoformat(timespec="seconds"),
         command=_command_line() if command is None else command,
-        warnings=find_cautions(results, facts, machine, load),
+        warnings=find_cautions(results, facts, machine, load, ceilings),
+        ceilings=ceilings,
+        states=states,
     )
 
 
@@ -150,7 +162,8 @@ def orders(count: int, seed: int) -> Iterator[tuple[int, ...]]:
             yield tuple(generator.permutation(count).tolist())
 
 
-def _refuse(subjects: Sequence[Subject], cases: Sequence[Case], about: About) -> None:
+def require_measurable(subjects: Sequence[Subject], cases: Sequence[Case], about: About) -> None:
+    """Find before anything is run what cannot be timed; see `measure`."""
     if not subjects or not cases or not about.tasks:
         raise UsageError("a benchmark needs a subject, a case and a task")
     names = [subject.name for subject in subjects]
@@ -209,6 +222,7 @@ def _time_case(
                 samples_ms=tuple(samples[index]),
                 summary=summarise(samples[index], case.batch),
                 ratio=paired_ratio(samples[index], samples[0], settings.seed) if index else None,
+                work=subject.work(case.batch, rows.tolist()) if subject.work else None,
             )
             for index, subject in enumerate(subjects)
         ),

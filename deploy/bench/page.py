@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...merge.files import atomic_file
 from . import wording
 from .case import MIXES
-from .charts import SERIES, latency_chart, ratio_chart, samples_chart
+from .charts import latency_chart, ratio_chart, samples_chart
+from .drawing import SERIES
+from .node_view import node_views
+from .roofline import work_view
+from .size_view import size_view
+from .trends import overhead_views, throughput_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .report import Report
+    from .views import View
 
 TEMPLATE = Path(__file__).with_name("page.html")
+"""Which includes `style.html` beside it."""
 
 NUMBER = re.compile(r"[^\w\s]?\s?\d[\d.,]*(e[+-]?\d+)?\s?(\W|[A-Za-z]{1,3})?")
 """A cell that reads as a number; a column of such cells is set flush right."""
@@ -82,21 +89,31 @@ def write_sweep_html(reports: Mapping[str, Report], title: str, path: Path) -> N
         path: The file.
     """
     pages = [_page(name, report, ()) for name, report in reports.items()]
-    overview = _table(_overview(reports)) if len(pages) > 1 else None
+    several = len(pages) > 1
+    overview = _table(_overview(reports)) if several else None
+    trends = list(overhead_views(reports)) if several else ()
     with atomic_file(path) as temporary:
-        temporary.write_text(_render(pages, title, overview), encoding="utf-8")
+        temporary.write_text(_render(pages, title, overview, trends), encoding="utf-8")
 
 
-def _render(pages: Sequence[dict[str, Any]], title: str, overview: Table | None = None) -> str:
+def _render(
+    pages: Sequence[dict[str, Any]],
+    title: str,
+    overview: Table | None = None,
+    trends: Sequence[View] = (),
+) -> str:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATE.parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return environment.get_template(TEMPLATE.name).render(
         pages=pages,
         title=title,
         overview=overview,
-        memory=wording.memory,
+        trends=[(view, _table(view.rows)) for view in trends],
         ms=wording.milliseconds,
         rate=wording.rate,
         series=SERIES,
@@ -117,6 +134,15 @@ def _page(
         "latency": latency_chart(report),
         "ratio": ratio_chart(report),
         "samples": samples_chart(report),
+        "trends": _tables([throughput_view(report)]),
+        "views": _tables(
+            [
+                *overhead_views({"": report}),
+                work_view(report),
+                size_view(report),
+                *node_views(report),
+            ]
+        ),
         "tasks": _table(
             (
                 ("task", "row of the bank", "classes"),
@@ -128,6 +154,11 @@ def _page(
             for section in (Section(*given) for given in sections)  # type: ignore[arg-type]
         ],
     }
+
+
+def _tables(views: Sequence[View | None]) -> list[tuple[View, Table]]:
+    """Those that have something to show."""
+    return [(view, _table(view.rows)) for view in views if view is not None]
 
 
 def _overview(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:

@@ -10,7 +10,10 @@ import numpy as np
 from ...export.engine import Tensor
 from ...merge.errors import IncompatibleArtefact, UsageError
 from .case import Case
+from .ceilings import Ceilings
+from .footprint import Footprint
 from .machine import Load, Machine, Memory
+from .nodes import NodeTime, NodeTimes
 from .report import (
     FORMAT,
     SWEEP_FORMAT,
@@ -23,7 +26,9 @@ from .report import (
     SubjectFacts,
     TaskFacts,
 )
+from .state import DeviceState, State, States
 from .summary import Ratio, Summary
+from .work import GraphFacts, Work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +84,8 @@ def read_reports(path: Path) -> dict[str, Report]:
 
 def report_from(value: dict[str, Any]) -> Report:
     """The record of a JSON value that keeps to the schema; the inverse of `Report.to_json`."""
-    subjects = tuple(SubjectFacts(**subject) for subject in value["subjects"])
+    subjects = tuple(_subject(subject) for subject in value["subjects"])
+    ceilings = value.get("ceilings")
     return Report(
         about=_about(value["about"]),
         timed=value["timed"],
@@ -93,7 +99,45 @@ def report_from(value: dict[str, Any]) -> Report:
         date=value["date"],
         command=value["command"],
         warnings=tuple(value["warnings"]),
+        ceilings=Ceilings(**{**ceilings, "product": tuple(ceilings["product"])})
+        if ceilings
+        else None,
+        states=_states(value.get("states")),
     )
+
+
+def _subject(value: dict[str, Any]) -> SubjectFacts:
+    """Of any version: what came later is None."""
+    graph, footprint, nodes = (value.get(name) for name in ("graph", "footprint", "nodes"))
+    later = {
+        "graph": GraphFacts(**graph) if graph else None,
+        "footprint": Footprint(**footprint) if footprint else None,
+        "nodes": _nodes(nodes) if nodes else None,
+    }
+    return SubjectFacts(**{**value, **later})
+
+
+def _nodes(value: dict[str, Any]) -> NodeTimes:
+    times = {
+        name: tuple(NodeTime(**time) for time in value[name]) for name in ("groups", "operators")
+    }
+    return NodeTimes(**{**value, **times, "case": Case(**value["case"])})
+
+
+def _states(value: dict[str, Any] | None) -> States | None:
+    if value is None:
+        return None
+    before, after = (
+        State(
+            value[when]["cpu_mhz"],
+            tuple(
+                DeviceState(**{**device, "limits": tuple(device["limits"])})
+                for device in value[when]["devices"]
+            ),
+        )
+        for when in ("before", "after")
+    )
+    return States(before, after)
 
 
 def _about(value: dict[str, Any]) -> About:
@@ -118,6 +162,7 @@ def _case(value: dict[str, Any], subjects: tuple[SubjectFacts, ...]) -> CaseResu
             samples_ms=tuple(map(float, result["samples_ms"])),
             summary=Summary(**result["summary"]),
             ratio=None if result["ratio"] is None else Ratio(**result["ratio"]),
+            work=Work(**result["work"]) if result.get("work") else None,
         )
         for result in value["results"]
     )

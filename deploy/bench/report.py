@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
     from ...export.bundle import Bundle, Engine
     from .case import Case
+    from .ceilings import Ceilings
+    from .footprint import Footprint
     from .machine import Load, Machine, Memory
+    from .nodes import NodeTimes
+    from .state import States
     from .summary import Ratio, Summary
+    from .work import GraphFacts, Work
 
 FORMAT = "utune-bench"
 SWEEP_FORMAT = "utune-bench-sweep"
 """Several reports of one recipe in one file, by the name of their comparison."""
-VERSION = 2
+VERSION = 3
 
 TIMED = (
     "One engine call end to end in process: host arrays in, host logits out. "
@@ -124,10 +129,14 @@ class SubjectFacts:
     name: str
     note: str
     provider: str
-    opened_bytes: int | None
+    opened_bytes: int | None = None
     engine: str | None = None
     identity: str | None = None
     task_count: int | None = None
+    rank: int | None = None
+    graph: GraphFacts | None = None
+    footprint: Footprint | None = None
+    nodes: NodeTimes | None = None
 
 
 @dataclass(frozen=True)
@@ -139,12 +148,14 @@ class Result:
         samples_ms: Raw latency of every counted round in order, in ms.
         summary: Their statistics.
         ratio: Cost beside the baseline of the same rounds; None for the baseline itself.
+        work: What a call has to do; None where that cannot be counted.
     """
 
     subject: str
     samples_ms: tuple[float, ...]
     summary: Summary
     ratio: Ratio | None
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,13 @@ class CaseResult:
     case: Case
     task_rows: tuple[int, ...]
     results: tuple[Result, ...]
+
+    def bound(self, result: Result) -> float | None:
+        """Arithmetic bound of a ratio: the result's multiply-accumulates over the baseline's; None if not counted."""
+        base = self.results[0].work
+        if base is None or result.work is None or not base.macs:
+            return None
+        return result.work.macs / base.macs
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,8 @@ class Report:
         date: When it began, ISO 8601 with its offset.
         command: The command line.
         warnings: What a reader should doubt, one sentence each.
+        ceilings: What the machine does at best; None if that was not measured.
+        states: Clocks and heat before and after; None in older reports.
     """
 
     about: About
@@ -193,6 +213,8 @@ class Report:
     date: str
     command: str
     warnings: tuple[str, ...] = field(default=())
+    ceilings: Ceilings | None = None
+    states: States | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON value that `schema.json` specifies."""

@@ -13,9 +13,12 @@ from ...export.engine import row_inputs
 from ...export.targets.onnxruntime import OnnxRuntimeSession
 from ...merge.errors import IncompatibleArtefact, UsageError
 from .case import Case
-from .measure import measure
+from .ceilings import measure_ceilings
+from .furnish import furnish
+from .measure import measure, require_measurable
 from .naming import subject_names
 from .report import TIMED, TIMED_ON_DEVICE, about_bundle, engine_words
+from .source import Source
 from .subject import BARE, EVERY_TASK, open_subject
 from .wording import plural
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from .report import Report, Settings
     from .subject import Subject
 
+LENGTHS = frozenset({"prefix", "prompt"})
+"""Kinds of slots whose free size is no rank."""
+
 
 def bench(
     bundle: Bundle,
@@ -40,6 +46,9 @@ def bench(
     resident: bool = False,
     beside: Beside | None = None,
     settings: Settings,
+    ceiling: bool = True,
+    footprint: bool = True,
+    nodes: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Time a bundle.
@@ -54,10 +63,14 @@ def bench(
             CUDA graph where it is one; otherwise from host memory to host memory.
         beside: What else answers the tasks of `bundle`, timed in the same run.
         settings: Rounds and seconds.
+        ceiling: Measure what the machine does at best.
+        footprint: Measure the memory of each subject in a process of its own.
+        nodes: Profile each subject in a session of its own.
         progress: Called between rounds.
 
     Raises:
-        UsageError: A batch or a mix that the bundle does not have.
+        UsageError: A batch or a mix that the bundle does not have, or nodes that cannot be profiled.
+        CheckFailed: The memory of a subject could not be measured.
         IncompatibleArtefact: Another bundle reads something else.
         CheckFailed: What stands beside the bundle answers otherwise.
     """
@@ -69,14 +82,17 @@ def bench(
         resident=resident,
         beside=beside,
     )
+    about = about_bundle(bundle)
     cases = [Case(batch, mix) for batch in batches for mix in mixes]
+    require_measurable(subjects, cases, about)
     return measure(
-        subjects,
+        furnish(subjects, cases, about, settings.seed, footprint=footprint, nodes=nodes),
         cases,
-        about=about_bundle(bundle),
+        about=about,
         settings=settings,
         threads=device.threads,
         timed=TIMED_ON_DEVICE if resident else TIMED,
+        ceilings=measure_ceilings(device, bundle.engine.precision) if ceiling else None,
         progress=progress,
     )
 
@@ -132,6 +148,7 @@ def open_subjects(
             resident=resident,
             engine=engine_words(bundle.engine),
             task_count=0,
+            source=Source(bare, device, takes_task=False, tf32=bundle.engine.precision == "tf32"),
         )
     ]
     for opened, name in zip((bundle, *others), names, strict=True):
@@ -147,6 +164,8 @@ def open_subjects(
                     engine=engine_words(opened.engine),
                     identity=opened.identity,
                     task_count=len(opened.tasks),
+                    rank=_rank(opened),
+                    source=Source(opened, device, takes_task=opened.mode == "multi"),
                 )
             )
         if opened.engine_of_all is not None:
@@ -160,6 +179,8 @@ def open_subjects(
                     engine=engine_words(opened.engine_of_all),
                     identity=opened.identity,
                     task_count=len(opened.tasks),
+                    rank=_rank(opened),
+                    source=Source(opened, device, takes_task=False, fan_out=True),
                 )
             )
     if beside is not None:
@@ -167,6 +188,16 @@ def open_subjects(
 
         subjects += open_alternatives(beside, bundle, subjects[1].run, device)
     return subjects
+
+
+def _rank(bundle: Bundle) -> int | None:
+    """The largest rank of its bank; `r` of prefixes and prompts is a length."""
+    ranks = [
+        slot["sizes"].get("r", 0)
+        for slot in bundle.plan.get("slots", ())
+        if slot["kind"] not in LENGTHS
+    ]
+    return max(ranks, default=0) or None
 
 
 def _bank(bundle: Bundle) -> list[str]:

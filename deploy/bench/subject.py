@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from ...export.engine import Bound, Rows, Session
+    from .footprint import Footprint
+    from .nodes import NodeTimes
+    from .source import Source
+    from .work import GraphFacts, Work
 
     Run = Callable[[Any, NDArray[np.int64]], NDArray[np.float32]]
     """`(rows, task [B]) -> logits [B, ...]`; see `Subject.run`."""
@@ -35,10 +37,16 @@ class Subject:
         run: `(rows, task [B] int64) -> logits [B, ...] float32`; the call that is timed, from host
             memory to host memory. The rows are the array `[B, ...]` of the one input, or arrays by name.
         provider: The execution provider that really runs it, in the runtime's own name.
-        opened_bytes: How much the process grew when it was opened (resident set), if measured.
+        opened_bytes: Of reports before version 3; nothing measures it now, see `footprint`.
         engine: Target, precision and opset of its engine, if it has one.
         identity: Identity of its bundle, if it is one.
         task_count: How many tasks it holds; 0 for a bare backbone, None where that is not known.
+        rank: Largest rank of its bank, if it has one.
+        source: How its engine is opened again, if it is one engine; graph, work, footprint and nodes follow from it.
+        work: `(batch, task rows) -> Work` of one call; None if its products cannot be counted.
+        graph: What its engine's graph holds, if it has one.
+        footprint: Its memory and size, if measured.
+        nodes: Where its time goes, if it was profiled.
     """
 
     name: str
@@ -49,6 +57,12 @@ class Subject:
     engine: str | None = None
     identity: str | None = None
     task_count: int | None = None
+    rank: int | None = None
+    source: Source | None = None
+    work: Callable[[int, Sequence[int]], Work | None] | None = None
+    graph: GraphFacts | None = None
+    footprint: Footprint | None = None
+    nodes: NodeTimes | None = None
 
 
 class Resident:
@@ -84,11 +98,10 @@ def open_subject(
     engine: str | None = None,
     identity: str | None = None,
     task_count: int | None = None,
+    rank: int | None = None,
+    source: Source | None = None,
 ) -> Subject:
-    """Open a session as a subject and measure the memory that it takes.
-
-    The growth of the process is that of the host's memory only, and the first session of a process
-    also pays for loading the runtime.
+    """Open a session as a subject.
 
     Args:
         name: Short, unique in the benchmark.
@@ -99,11 +112,10 @@ def open_subject(
         engine: See `Subject`.
         identity: See `Subject`.
         task_count: See `Subject`.
+        rank: See `Subject`.
+        source: See `Subject`.
     """
-    process = psutil.Process()
-    before = process.memory_info().rss
     session = open_session()
-    grown = process.memory_info().rss - before
 
     def run_single(rows: Rows, task: NDArray[np.int64]) -> NDArray[np.float32]:
         return session.run(rows)
@@ -114,8 +126,9 @@ def open_subject(
         note=note,
         run=Resident(session, takes_task=takes_task) if resident else run,
         provider=session.provider,
-        opened_bytes=grown,
         engine=engine,
         identity=identity,
         task_count=task_count,
+        rank=rank,
+        source=source,
     )

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from ...export.bundle import open_bundle
 from ...merge.errors import UsageError
 from ...merge.files import atomic_file, canonical_json, digest
+from .ceilings import measure_ceilings
 from .combine import combine
+from .furnish import furnish
 from .machine import read_machine
 from .measure import measure
 from .pace import weight
@@ -207,6 +209,10 @@ def _run(
         resident=recipe.resident,
         beside=together.beside,
     )
+    about = about_bundle(first)
+    cases = [part.case for part in parts]
+    subjects = furnish(subjects, cases, about, recipe.settings.seed, footprint=True, nodes=False)
+    ceilings = measure_ceilings(recipe.device, first.engine.precision)
     found = {}
     for part in parts:
         number = todo.index(part) + 1
@@ -218,10 +224,11 @@ def _run(
         report = measure(
             subjects,
             [part.case],
-            about=about_bundle(first),
+            about=about,
             settings=recipe.settings,
             threads=recipe.device.threads,
             timed=TIMED_ON_DEVICE if recipe.resident else TIMED,
+            ceilings=ceilings,
             progress=tell,
         )
         found[part.file] = Measured(report, sitting)

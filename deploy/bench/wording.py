@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from .subject import EVERY_TASK
 
 if TYPE_CHECKING:
+    from .ceilings import Ceilings
     from .report import CaseResult, Report
+    from .state import DeviceState, States
 
 GIB = 1 << 30
 MIB = 1 << 20
+GIGA = 1e9
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -104,7 +107,9 @@ def environment(report: Report) -> tuple[tuple[str, str], ...]:
             f"{machine.usable_cores} usable by this process",
         ),
         ("frequency governor", machine.governor or "not readable"),
+        *([("last cache", memory(machine.cache_bytes))] if machine.cache_bytes else []),
         ("main memory", memory(machine.memory_bytes)),
+        *(_states(report.states) if report.states else []),
         ("load average", f"{report.load.before:.2f} before, {report.load.after:.2f} after"),
         (
             "resident memory",
@@ -126,6 +131,26 @@ def environment(report: Report) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _states(states: States) -> list[tuple[str, str]]:
+    """Clocks and heat before and after."""
+    before, after = states.before, states.after
+    rows = []
+    if before.cpu_mhz and after.cpu_mhz:
+        rows.append(("clock", f"{before.cpu_mhz:,.0f} MHz before, {after.cpu_mhz:,.0f} MHz after"))
+    for first, last in zip(before.devices, after.devices, strict=False):
+        rows.append((first.name, f"{_device(first)} before; {_device(last)} after"))
+    return rows
+
+
+def _device(device: DeviceState) -> str:
+    known = (
+        (device.clock_mhz, "MHz"), (device.memory_clock_mhz, "MHz memory"),
+        (device.temperature_c, "\N{DEGREE SIGN}C"), (device.power_w, "W"),
+    )  # fmt: skip
+    said = [f"{value:,.0f} {unit}" for value, unit in known if value is not None]
+    return ", ".join([*said, *(f"held by {limit}" for limit in device.limits)]) or "not told"
+
+
 def _batch(case: CaseResult) -> str:
     if len(set(case.task_rows)) > 1:
         return f"A mixed batch of {case.case.batch}"
@@ -134,3 +159,11 @@ def _batch(case: CaseResult) -> str:
 
 def _plain_batch(case: CaseResult) -> str:
     return f"A batch of {case.case.batch}"
+
+
+def product_words(ceilings: Ceilings) -> tuple[str, str]:
+    """Both ceilings with what they were measured on."""
+    sides = f" {TIMES} ".join(f"{side:,}" for side in ceilings.product)
+    product = f"{ceilings.flops_per_second / GIGA:,.0f} GFLOP/s in a product of {sides} in {ceilings.dtype}"
+    moved = f"{ceilings.bytes_per_second / GIGA:,.1f} GB/s in a sum that moves {ceilings.moved_bytes / 1e6:,.0f} MB"
+    return product, moved

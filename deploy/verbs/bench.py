@@ -78,6 +78,23 @@ if TYPE_CHECKING:
     help="Time engines whose inputs and answers stay on the device (IO binding, one CUDA graph).",
 )
 @click.option(
+    "--ceiling/--no-ceiling",
+    default=True,
+    show_default=True,
+    help="Measure what the machine does at best: a large product and a large sum.",
+)
+@click.option(
+    "--footprint/--no-footprint",
+    default=True,
+    show_default=True,
+    help="Measure memory, size and time to open of each subject alone in a process of its own.",
+)
+@click.option(
+    "--nodes",
+    is_flag=True,
+    help="Profile each engine once, apart from the timed session: time by operator and by part of the model.",
+)
+@click.option(
     "--recipe",
     type=PATH,
     help="A YAML file that names bundles, cases and comparisons, instead of BUNDLE and the options of one run.",
@@ -101,6 +118,9 @@ def command(
     warmup: int,
     seconds: float,
     resident: bool,
+    ceiling: bool,
+    footprint: bool,
+    nodes: bool,
     recipe: Path | None,
     fresh: bool,
     output: Path | None,
@@ -158,6 +178,9 @@ def command(
         resident=resident,
         beside=beside,
         settings=Settings(warmup_rounds=warmup, min_rounds=rounds, min_seconds=seconds),
+        ceiling=ceiling,
+        footprint=footprint,
+        nodes=nodes,
         progress=line,
     )
     line.clear()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -23,7 +24,6 @@ from .private import ort
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 GRAPHS = itertools.count(
     1
 )  # numbers of recorded CUDA graphs; a graph belongs to the memory of one batch
+OPTIMISED = "optimised.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -46,6 +47,7 @@ class OnnxRuntimeSession:
         bank: Mapping[str, NDArray[Any]] | None = None,
         tf32: bool = False,
         cuda_graph: bool = False,
+        profile: Path | None = None,
     ) -> None:
         """Open a model.
 
@@ -56,6 +58,7 @@ class OnnxRuntimeSession:
             tf32: Let the device round float32 products to TF32.
             cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
                 runs through `bind` alone.
+            profile: A folder for `OPTIMISED`, the graph that really runs, and for what `end_profile` gives.
 
         Raises:
             UsageError: Unknown provider name, or an option that the provider does not have.
@@ -87,6 +90,10 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
         if threads:
             options.intra_op_num_threads = threads
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "profile")
+            options.optimized_model_filepath = str(profile / OPTIMISED)
         settings: list[Any] = [self.provider]
         if provider == "cuda":
             settings = [
@@ -134,6 +141,10 @@ class OnnxRuntimeSession:
         self._rows = 0
         if bank is not None or not self._bank_names:
             self.replace_bank(bank or {})
+
+    def end_profile(self) -> Path:
+        """The file of kernel times, where a `profile` was asked for: JSON events of Chrome's tracing format."""
+        return Path(self._session.end_profiling())
 
     @property
     def metadata(self) -> Mapping[str, str]:

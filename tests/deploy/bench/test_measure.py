@@ -218,4 +218,4 @@ def test_a_session_becomes_a_subject(takes_task, wanted):
     logits = subject.run(np.zeros((2, 3, 4, 4), np.float32), np.array([1, 2]))
     assert logits.tolist() == [[wanted], [wanted]]
     assert subject.provider == "CPUExecutionProvider"
-    assert subject.opened_bytes is not None
+    assert subject.opened_bytes is None  # only reports before version 3 have it

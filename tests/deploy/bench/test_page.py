@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from utune_deploy.deploy.bench import wording
-from utune_deploy.deploy.bench.charts import Axis
+from utune_deploy.deploy.bench.drawing import Axis
 from utune_deploy.deploy.bench.page import Section, render_html, write_html
 
 VOID = {"meta", "br"}

@@ -33,7 +33,9 @@ def test_reports_of_the_first_version_are_read(path):
     (report,) = read_reports(path).values()
     assert report.subjects[0].engine is None or value["version"] > 1
     again = report.to_json()
-    assert again["cases"] == value["cases"]
+    for case, wanted in zip(again["cases"], value["cases"], strict=True):
+        for result, old in zip(case["results"], wanted["results"], strict=True):
+            assert result == {"work": None, **old}
     assert report_from(again) == report
 
 

@@ -49,7 +49,7 @@ SETTINGS = {
 """A setting of the recipe, and the field of `Settings` that it is."""
 DEVICE = ("provider", "threads", "kernels", "resident")
 BUNDLE = ("folder", "weights", "deltas")
-COMPARISON = ("name", "bundle", "against", "beside", "batches", "mixes")
+COMPARISON = ("name", "bundle", "against", "beside", "batches", "mixes", "nodes")
 PROVIDERS = ("cpu", "cuda")
 PARTS = "parts"
 """The folder where single cases are kept."""
@@ -66,12 +66,14 @@ class Together:
         bundles: Names of the bundles; the backbone of the first is the baseline.
         cases: Batch sizes and mixes.
         beside: What else answers the tasks of the first bundle.
+        nodes: Profile each engine once, apart from the timed session.
     """
 
     name: str
     bundles: tuple[str, ...]
     cases: tuple[Case, ...]
     beside: Beside | None = None
+    nodes: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,12 @@ class _Place:
             raise self.wrong("a number of the recipe is out of range", wanted, value)
         return value
 
+    def switch(self, value: Any) -> bool:
+        """True or false."""
+        if not isinstance(value, bool):
+            raise self.wrong("a switch is not known", "true or false", value)
+        return value
+
     def text(self, value: Any, known: Iterable[str] | None = None) -> str:
         """A text that is not empty; one of `known` if that is given."""
         if not isinstance(value, str) or not value or (known is not None and value not in known):
@@ -263,9 +271,7 @@ def _device(place: _Place, value: Any) -> tuple[Device, bool]:
         threads = place.at("threads").number(threads, whole=True, least=1)
     if kernels is not None:
         kernels = place.path.parent / place.at("kernels").text(kernels)
-    resident = given.get("resident", False)
-    if not isinstance(resident, bool):
-        raise place.at("resident").wrong("a switch is not known", "true or false", resident)
+    resident = place.at("resident").switch(given.get("resident", False))
     return Device(provider, threads, kernels), resident
 
 
@@ -302,6 +308,7 @@ def _comparisons(
                 _beside(at.at("beside"), given["beside"], first, originals)
                 if "beside" in given
                 else None,
+                at.at("nodes").switch(given.get("nodes", False)),
             )
         )
     names = [together.name for together in found]

@@ -131,6 +131,7 @@ def plan(recipe: Recipe, bundles: Mapping[str, Bundle], folder: Path) -> list[Pa
                 "device": device,
                 "resident": recipe.resident,
                 **({"beside": together.beside.kinds} if together.beside else {}),
+                **({"nodes": True} if together.nodes else {}),
             }
             key = {
                 "recipe": hashlib.sha256(canonical_json(depends).encode()).hexdigest(),
@@ -211,7 +212,9 @@ def _run(
     )
     about = about_bundle(first)
     cases = [part.case for part in parts]
-    subjects = furnish(subjects, cases, about, recipe.settings.seed, footprint=True, nodes=False)
+    subjects = furnish(
+        subjects, cases, about, recipe.settings.seed, footprint=True, nodes=together.nodes
+    )
     ceilings = measure_ceilings(recipe.device, first.engine.precision)
     found = {}
     for part in parts:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ....export.engine import Device
     from ..beside import Beside
     from ..subject import Run
+    from .opened import Opened
     from .originals import Originals
 
 
@@ -34,12 +35,12 @@ class Alternative(NamedTuple):
     Attributes:
         name: Of its subject.
         says: A sentence for the report.
-        opens: `(originals, precision, device)` to what is timed and the provider that runs it.
+        opens: `(originals, precision, device)` to what is timed.
     """
 
     name: str
     says: str
-    opens: Callable[[Originals, str, Device], tuple[Run, str]]
+    opens: Callable[[Originals, str, Device], Opened]
 
 
 ALTERNATIVES = {
@@ -99,7 +100,8 @@ def open_alternatives(
     subjects = []
     for kind in beside.kinds:
         name, says, opens = ALTERNATIVES[kind]
-        run, provider = opens(originals, bundle.engine.precision, device)
+        run, provider, source = opens(originals, bundle.engine.precision, device)
         require_same_answers(name, run, bundle, bundle_runs)
-        subjects.append(Subject(name, says, run, provider, task_count=len(bundle.tasks)))
+        count = len(bundle.tasks)
+        subjects.append(Subject(name, says, run, provider, task_count=count, source=source))
     return subjects

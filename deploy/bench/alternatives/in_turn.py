@@ -10,19 +10,19 @@ from ....export.graph import serialise
 from ....export.targets.onnxruntime import OnnxRuntimeSession
 from ...graphs import finish, graph_of
 from ...plan import make_plan
+from .opened import Opened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ....export.engine import Device, Rows
-    from ..subject import Run
     from .originals import Originals
 
 
-def in_turn(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def in_turn(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     engines = _Engines(originals, precision, device)
-    return engines.run, engines.open(0).provider
+    return Opened(engines.run, engines.open(0).provider)
 
 
 class _Engines:

@@ -12,7 +12,8 @@ import torch
 from ....merge.backbone import create
 from ....merge.errors import MissingDependency, UsageError
 from ....merge.to_peft import to_peft, write_peft
-from .torch_mixed import dtype_of, prepared, runner
+from .opened import Opened
+from .torch_mixed import dtype_of, prepared, runner, torch_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,16 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ....export.engine import Device
-    from ..subject import Run
     from .originals import Originals
 
 
-def peft_mixed(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def peft_mixed(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     return _open(originals, precision, device, lambda model: model)
 
 
-def peft_mixed_compiled(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def peft_mixed_compiled(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     return _open(originals, precision, device, lambda model: torch.compile(model, dynamic=False))
 
@@ -39,7 +39,7 @@ def _open(
     precision: str,
     device: Device,
     compiled: Callable[[nn.Module], Callable[..., Tensor]],
-) -> tuple[Run, str]:
+) -> Opened:
     dtype = dtype_of(precision)
     names = [f"task{number}" for number in range(len(originals.deltas))]
     model = compiled(prepared(_tuned(originals, names), dtype, device))
@@ -49,7 +49,7 @@ def _open(
         return model(*inputs, adapter_names=[names[row] for row in task.tolist()])
 
     run = runner(mixed, originals, dtype, device, takes_task=True)
-    return run, f"torch, {device.provider}"
+    return Opened(run, torch_on(device))
 
 
 def _tuned(originals: Originals, names: list[str]) -> nn.Module:

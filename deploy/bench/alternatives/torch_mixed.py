@@ -12,6 +12,7 @@ from ....merge.bank import stack
 from ....merge.errors import UsageError
 from ....merge.lower import in_double, lower
 from ....merge.mixed import Mixed, Single
+from .opened import Opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,24 +27,25 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def torch_eager(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def torch_eager(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     module, dtype = _module(originals, precision), dtype_of(precision)
     takes_task = isinstance(module, Mixed)
     call = prepared(module, dtype, device)
-    return runner(
-        call, originals, dtype, device, takes_task=takes_task
-    ), f"torch, {device.provider}"
+    return Opened(runner(call, originals, dtype, device, takes_task=takes_task), torch_on(device))
 
 
-def torch_compiled(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def torch_compiled(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     module, dtype = _module(originals, precision), dtype_of(precision)
     takes_task = isinstance(module, Mixed)
     call = torch.compile(prepared(module, dtype, device), dynamic=False)
-    return runner(
-        call, originals, dtype, device, takes_task=takes_task
-    ), f"torch, {device.provider}"
+    return Opened(runner(call, originals, dtype, device, takes_task=takes_task), torch_on(device))
+
+
+def torch_on(device: Device) -> str:
+    """The provider's name in a report."""
+    return f"torch, {device.provider}"
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -9,21 +9,23 @@ from ....export.precision import retype
 from ....export.targets.onnxruntime import OnnxRuntimeSession
 from ...graphs import graph_of
 from ...plan import make_plan
+from ..source import Source
+from .opened import Opened
 
 if TYPE_CHECKING:
     from ....export.engine import Device
-    from ..subject import Run
     from .originals import Originals
 
 
-def unfused(originals: Originals, precision: str, device: Device) -> tuple[Run, str]:
+def unfused(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
     backbone, deltas, sites = originals.backbone, originals.deltas, originals.sites
     mode = "multi" if len(deltas) > 1 else "parallel"
     plan = make_plan(deltas, backbone, sites, mode=mode)
     model = graph_of(plan, backbone, deltas, sites, (), "fp32").model
     retype(model, precision)
-    session = OnnxRuntimeSession(serialise(model, {}), device, tf32=precision == "tf32")
-    if session.mixes_tasks:
-        return session.run, session.provider
-    return lambda rows, task: session.run(rows), session.provider
+    file, tf32 = serialise(model, {}), precision == "tf32"
+    session = OnnxRuntimeSession(file, device, tf32=tf32)
+    source = Source(file, device, takes_task=session.mixes_tasks, tf32=tf32)
+    run = session.run if session.mixes_tasks else lambda rows, task: session.run(rows)
+    return Opened(run, session.provider, source)

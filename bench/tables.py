@@ -4,106 +4,122 @@
     python bench/tables.py --check    leave with 1 where they are not those of the reports
     python bench/tables.py --pages    draw the reports' pages again
 
-A block is `<!-- NAME: python bench/tables.py -->`, the text, `<!-- end of NAME -->`. The arithmetic bounds are counts of the
-same graphs (`export.macs`), which the reports do not hold.
+A block is `<!-- NAME: python bench/tables.py -->`, the text, `<!-- end of NAME -->`.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from utune_deploy.deploy.bench.page import write_html
+from utune_deploy.deploy.bench.page import write_html, write_sweep_html
 from utune_deploy.deploy.bench.reading import read_reports
+from utune_deploy.deploy.bench.report import FORMAT, SWEEP_FORMAT
+from utune_deploy.deploy.bench.summary import paired_ratio
 
 if TYPE_CHECKING:
-    from utune_deploy.deploy.bench.report import Report, Result
+    from utune_deploy.deploy.bench.report import CaseResult, Result
+    from utune_deploy.deploy.bench.summary import Ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+SEED = 0  # of the bootstrap
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a table: what the README calls a subject, and the bound of its ratio."""
+BATCH = 8  # of the README's tables
+
+
+class Line(NamedTuple):
+    """One row of a table: what the README calls a subject of a comparison."""
 
     says: str
+    comparison: str
     subject: str
-    bound: str
 
 
-VIT_B = (
-    Line("one task, rank-64 dual adapters, fused", "fused", "1.028"),
-    Line("eight such tasks, a different one in every row", "tasks8", "1.028"),
-    Line("sixty-four such tasks in one engine, eight of them in the batch", "tasks64", "1.028"),
-    Line("one LoRA task, folded", "folded", "1"),
+TASKS = "tasks in one engine"
+ENGINES = (
+    Line("one task, rank-64 dual adapters, fused", TASKS, "one task"),
+    Line("eight such tasks, a different one in every row", TASKS, "8 tasks"),
+    Line("sixty-four such tasks in one engine, eight of them in the batch", TASKS, "64 tasks"),
+    Line("one LoRA task, folded", TASKS, "one LoRA task, folded"),
+    Line("Swin-B, eight tasks of BAPAT of rank 16", "Swin-BAPAT", "8 Swin-BAPAT tasks"),
+    Line("ViT-B, sixteen tasks of UniPT beside it", "UniPT", "16 UniPT tasks"),
+    Line("the same, every row answered for all sixteen", "UniPT", "16 UniPT tasks, every task"),
 )
-FAN_OUT = (
-    (
-        "every_task",
+WAYS = "other ways to serve eight tasks"
+OTHERS = (
+    Line("an engine per task, each called with its rows", WAYS, "an engine per task, in turn"),
+    Line("the same graph without our passes, in ONNX Runtime", WAYS, "unfused"),
+    Line("the same mixed batch in torch, eager", WAYS, "torch, eager"),
+    Line("through `torch.compile`", WAYS, "torch, compiled"),
+)
+PEFT = (
+    Line("PEFT's `adapter_names`, eager", "beside PEFT", "PEFT, mixed batch"),
+    Line("through `torch.compile`", "beside PEFT", "PEFT, mixed batch, compiled"),
+    Line("an engine per task, folded, each called with its row", "beside PEFT", "an engine per task, in turn"),
+)  # fmt: skip
+FAN_OUT = {
+    "every_task": (
+        "one picture answered for 16 UniPT tasks beside ViT-B/16, one engine",
         "16 single-task runs",
-        Line(
-            "one picture answered for 16 UniPT tasks beside ViT-B/16, one engine",
-            "every task at once",
-            "0.101",
-        ),
+        "every task at once",
     ),
-    (
-        "mixed_rows",
+    "mixed_rows": (
+        "16 pictures, each of another of these tasks, one engine",
         "a single-task engine per row",
-        Line(
-            "16 pictures, each of another of these tasks, one engine",
-            "one engine, mixed rows",
-            "1.000",
-        ),
+        "one engine, mixed rows",
     ),
-    (
-        "clip4clip",
+    "clip4clip": (
+        "UniPT on CLIP4Clip's frames, contracted",
         "the formula in its own order",
-        Line("UniPT on CLIP4Clip's frames, contracted", "contracted", "0.068"),
+        "contracted",
     ),
-)
+}
 
 
-def vit_b() -> str:
-    """The engines beside their backbone."""
-    report = _report("vit_b_dual64")
-    base = report.cases[0].results[0]
-    rows = [f"| backbone only | {base.summary.p50_ms:.0f} ms | 1 | |"]
-    for line in VIT_B:
-        found = _result(report, line.subject)
-        p50 = f"{found.summary.p50_ms:.0f} ms"
-        rows.append(f"| {line.says} | {p50} | {_ratio(found, '95 % CI ')} | {line.bound} |")
-    head = "| engine | p50 | against the bare backbone | arithmetic bound |\n|---|---|---|---|"
+def engines() -> str:
+    """Engines beside their own backbone."""
+    rows = []
+    for line in ENGINES:
+        case = _case(line.comparison)
+        found = _result(case, line.subject)
+        rows.append(
+            f"| {line.says} | {case.results[0].summary.p50_ms:.0f} ms | {found.summary.p50_ms:.0f} ms "
+            f"| {_ratio(found.ratio, '95 % CI ')} | {case.bound(found):.3f} |"
+        )
+    head = "| engine, batch of 8 | backbone only | engine | ratio | arithmetic bound |\n|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
-def peft() -> str:
-    """PEFT's mixed batch beside one engine of the same tasks."""
-    report = _report("peft_mixed")
-    eager, compiled = (
-        _result(report, f"PEFT, mixed batch{suffix}") for suffix in ("", ", compiled")
-    )
-    return (
-        f"PEFT takes {_ratio(eager, '95 % CI ')} times as long eager, and {_ratio(compiled)} through "
-        "`torch.compile`."
-    )
+def others() -> str:
+    """What else serves the same tasks, beside our engine of the same run."""
+    rows = []
+    for lines, what in ((OTHERS, "8 tasks"), (PEFT, "8 LoRA tasks")):
+        for line in lines:
+            case = _case(line.comparison)
+            found, ours = _result(case, line.subject), _result(case, what)
+            ratio = paired_ratio(found.samples_ms, ours.samples_ms, SEED)
+            rows.append(f"| {what} | {line.says} | {_ratio(ratio, '95 % CI ')} |")
+    return "\n".join(["| tasks | served by | time beside ours |\n|---|---|---|", *rows])
 
 
 def fan_out() -> str:
     """One trunk pass for many side networks."""
-    rows = [
-        f"| {line.says} | {against} | {_ratio(_result(_report(f'fan_out/{folder}'), line.subject), '95 % CI ')} "
-        f"| {line.bound} |"
-        for folder, against, line in FAN_OUT
-    ]
+    bounds = json.loads((RESULTS / "fan_out" / "bounds.json").read_text(encoding="utf-8"))
+    rows = []
+    for folder, (says, against, subject) in FAN_OUT.items():
+        (report,) = read_reports(RESULTS / "fan_out" / folder).values()
+        (case,) = report.cases
+        ratio = _ratio(_result(case, subject).ratio, "95 % CI ")
+        rows.append(f"| {says} | {against} | {ratio} | {bounds[folder]:.3f} |")
     return "\n".join(["| | time against | ratio | arithmetic bound |\n|---|---|---|---|", *rows])
 
 
-BLOCKS = {"vit_b": vit_b, "peft": peft, "fan_out": fan_out}
+BLOCKS = {"engines": engines, "others": others, "fan_out": fan_out}
 
 
 def filled(text: str) -> str:
@@ -121,6 +137,18 @@ def filled(text: str) -> str:
     return text
 
 
+def draw_pages() -> None:
+    """Every page of a report anew, as the code now draws it."""
+    for path in sorted(RESULTS.rglob("report.json")):
+        kind = json.loads(path.read_text(encoding="utf-8"))["format"]
+        page = path.with_name("report.html")
+        if kind == FORMAT:
+            (report,) = read_reports(path).values()
+            write_html(report, page)
+        elif kind == SWEEP_FORMAT:
+            write_sweep_html(read_reports(path), path.parent.name, page)
+
+
 def main() -> None:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -128,9 +156,7 @@ def main() -> None:
     parser.add_argument("--pages", action="store_true")
     options = parser.parse_args()
     if options.pages:
-        for path in sorted(RESULTS.rglob("report.json")):
-            (report,) = read_reports(path).values()
-            write_html(report, path.with_name("report.html"))
+        draw_pages()
     text = README.read_text(encoding="utf-8")
     made = filled(text)
     if options.check and made != text:
@@ -140,18 +166,16 @@ def main() -> None:
     README.write_text(made, encoding="utf-8")
 
 
-def _report(folder: str) -> Report:
-    (report,) = read_reports(RESULTS / folder).values()
-    return report
+def _case(comparison: str) -> CaseResult:
+    report = read_reports(RESULTS / "report")[comparison]
+    return next(case for case in report.cases if case.case.batch == BATCH)
 
 
-def _result(report: Report, subject: str) -> Result:
-    (case,) = report.cases
+def _result(case: CaseResult, subject: str) -> Result:
     return next(result for result in case.results if result.subject == subject)
 
 
-def _ratio(result: Result, of: str = "") -> str:
-    ratio = result.ratio
+def _ratio(ratio: Ratio | None, of: str = "") -> str:
     assert ratio is not None  # a baseline has none, and no line names one
     return f"**{ratio.median:.3f}** ({of}{ratio.low:.3f} to {ratio.high:.3f})"
 

@@ -19,7 +19,7 @@ test: $(VENV)/.ready $(TRITON)/.ready
 	UTUNE_TRITON_ENV=$(TRITON) $(VENV)/bin/python -m pytest
 
 bench: $(VENV)/.ready
-	PATH=$(CURDIR)/$(VENV)/bin:$$PATH bench/vit_b.sh
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH bench/report.sh
 
 clean:
 	rm -rf $(VENV) $(TRITON) runs

@@ -11,7 +11,8 @@ tasks() { # NAME BACKBONE TASKS RANK KIND: random tasks
   [ -e "$runs/$1/backbone" ] || python bench/random_tasks.py "$runs/$1" --backbone "$2" --tasks "$3" --rank "$4" --kinds "$5"
 }
 bundle() { # NAME FOLDER OF TASKS, DELTAS, OPTIONS: one engine
-  [ -e "$runs/$1/manifest.json" ] || utune-deploy export "${@:3}" --weights "$runs/$2/backbone" -o "$runs/$1" --max-batch 8 --force
+  [ -e "$runs/$1/manifest.json" ] || utune-deploy export "${@:3}" --weights "$runs/$2/backbone" -o "$runs/$1" \
+    --name "$(tr -c "[:alnum:]\n" - <<< "$1")" --max-batch 8 --force
 }
 
 tasks dual64 $vit 64 64 dual

@@ -6,9 +6,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from utune_deploy.deploy.bench.work import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +40,18 @@ def test_every_number_of_a_block_is_in_a_report(tables):
             assert (
                 f"{result['ratio']['low']:.3f} to {result['ratio']['high']:.3f}" in tables.vit_b()
             )
+
+
+def test_a_bound_is_the_reports_own_where_it_has_one(tables):
+    report = tables._report("vit_b_dual64")
+    line = tables.Line("", "fused", "old")
+    (case,) = report.cases
+    old = [replace(result, work=None) for result in case.results]
+    counted = [replace(result, work=Work(1000 + 31 * n, 1, 1)) for n, result in enumerate(old)]
+    for results, wanted in ((old, "old"), (counted, None)):
+        changed = replace(report, cases=(replace(case, results=tuple(results)),))
+        number = [result.subject for result in results].index("fused")
+        assert tables._bound(changed, line) == (wanted or f"{1 + 0.031 * number:.3f}")
 
 
 @pytest.mark.parametrize(

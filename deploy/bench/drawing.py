@@ -190,15 +190,15 @@ class Labels:
         self.boxes.append((left, top, right, bottom))
 
     def put(self, x: float, y: float, text: str, kind: str = "label small") -> bool:
-        """Write a text right of, left of, above or below a point; whether there was room."""
+        """Write a text above, below, right of or left of a point; whether there was room."""
         wide, high = CHARACTER * len(text), self.HEIGHT
         for left, base in (
-            (x + 8, y + 4),
-            (x - 8 - wide, y + 4),
             (x - wide / 2, y - 9),
             (x - wide / 2, y + 18),
+            (x + 8, y + 4),
+            (x - 8 - wide, y + 4),
         ):
-            box = (left, base - high + 3, left + wide, base + 3)
+            box = (left - 4, base - high + 3, left + wide + 4, base + 3)
             if left < 0 or left + wide > WIDTH or any(_meet(box, other) for other in self.boxes):
                 continue
             self.keep_free(*box)

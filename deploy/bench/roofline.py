@@ -108,8 +108,8 @@ def roofline_chart(report: Report, ceilings: Ceilings) -> Markup:
     says = f"{top:.0f} GFLOP/s, the largest product"
     labels.keep_free(WIDTH - RIGHT - 260, y(top) - 24, WIDTH, y(top) - 2)
     draw_text(svg, WIDTH - RIGHT, y(top) - 8, says, "label muted end")
-    beside = f"{ceilings.bytes_per_second / GIGA:.1f} GB/s, the largest sum"
-    labels.keep_free(x.start, TOP - 8, x.start + 220, TOP + 14)
+    beside = f"slope: {ceilings.bytes_per_second / GIGA:.1f} GB/s, the largest sum"
+    labels.keep_free(x.start, TOP - 8, x.start + 270, TOP + 14)
     draw_text(svg, x.start + 8, TOP + 8, beside, "label muted")
     points = sorted(counted, key=lambda row: -row[0].batch)
     for _, index, result, work in points:

@@ -87,7 +87,7 @@ def memory_chart(report: Report) -> Markup | None:
     heights = [one / MB, one * most / MB, *(size for _, _, _, size in points)]
     y = axis_of([h for h in heights if h > 0], HEIGHT - BOTTOM, TOP, log=True)
     svg = new_canvas(HEIGHT, "Memory against the number of tasks")
-    draw_frame(svg, x, y, ("tasks", "MB after a call"))
+    draw_frame(svg, x, y, ("tasks", "MB after a call"), [1, *(tasks for _, _, tasks, _ in points)])
     labels = Labels(svg)
     draw_polyline(svg, [(x(1), y(one / MB)), (x(most), y(one * most / MB))], "unity", "6 4")
     middle = x(most**0.5), y(one * most**0.5 / MB)

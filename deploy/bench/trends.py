@@ -160,7 +160,7 @@ def overhead_chart(lines: list[list[tuple[int, Point]]], what: str) -> Markup:
     x = axis_of(across, LEFT, WIDTH - RIGHT, log=True)
     y = Axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
     svg = new_canvas(HEIGHT, f"Overhead against the {what}")
-    draw_frame(svg, x, y, (what, f"{TIMES} baseline"))
+    draw_frame(svg, x, y, (what, f"{TIMES} baseline"), across)
     draw_line(svg, x.start, y(1.0), x.end, y(1.0), "unity")
     for index, line in enumerate(lines):
         group = series(svg, index)

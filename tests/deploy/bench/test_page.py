@@ -120,7 +120,7 @@ def test_one_batch_size_has_no_chart_against_batch_size(report):
 def test_a_baseline_alone_has_no_ratios(report):
     cases = tuple(replace(case, results=case.results[:1]) for case in report.cases)
     html = render_html(replace(report, subjects=report.subjects[:1], cases=cases))
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert "Cost beside" not in html
 
 

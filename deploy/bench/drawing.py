@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from xml.etree.ElementTree import Element
 
 WIDTH = 960
@@ -190,15 +190,15 @@ class Labels:
         self.boxes.append((left, top, right, bottom))
 
     def put(self, x: float, y: float, text: str, kind: str = "label small") -> bool:
-        """Write a text right of, left of, above or below a point; whether there was room."""
+        """Write a text above, below, right of or left of a point; whether there was room."""
         wide, high = CHARACTER * len(text), self.HEIGHT
         for left, base in (
-            (x + 8, y + 4),
-            (x - 8 - wide, y + 4),
             (x - wide / 2, y - 9),
             (x - wide / 2, y + 18),
+            (x + 8, y + 4),
+            (x - 8 - wide, y + 4),
         ):
-            box = (left, base - high + 3, left + wide, base + 3)
+            box = (left - 4, base - high + 3, left + wide + 4, base + 3)
             if left < 0 or left + wide > WIDTH or any(_meet(box, other) for other in self.boxes):
                 continue
             self.keep_free(*box)
@@ -211,13 +211,23 @@ def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, fl
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
 
 
-def draw_frame(svg: Element, x: Axis, y: Axis, says: tuple[str, str]) -> None:
-    """Grid, ticks and what the axes are: `says` is below the one across and above the one upright."""
+def draw_frame(
+    svg: Element, x: Axis, y: Axis, says: tuple[str, str], at: Iterable[float] = ()
+) -> None:
+    """Grid, ticks and what the axes are.
+
+    Args:
+        svg: The chart.
+        x: The axis across.
+        y: The axis upright.
+        says: What stands below the one across and above the one upright.
+        at: Where the axis across has its ticks, if not at round values.
+    """
     for value in y.ticks(5):
         draw_line(svg, x.start, y(value), x.end, y(value), "grid")
         draw_text(svg, x.start - 10, y(value) + 4, tick_label(value), "label end")
     draw_line(svg, x.start, y.start, x.end, y.start, "axis")
-    shown = x.ticks(6)
+    shown = sorted(set(at)) or x.ticks(6)
     for value in shown:
         draw_line(svg, x(value), y.start, x(value), y.start + 5, "axis")
     for value in spaced(shown, x):

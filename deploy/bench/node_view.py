@@ -62,11 +62,11 @@ def node_views(report: Report) -> Iterator[View]:
     )  # fmt: skip
     yield View(
         title="Nodes before and after the runtime's fusions",
-        note="Products of matrices and attentions in the engine's file and in the graph that ran. Between kernels is what "
-        "a profiled call takes beyond the sum of its kernels, the profiler's own work among it.",
+        note="Products of matrices and attentions in the engine's file, and in the graph that ran. Kernels is the sum of all "
+        "nodes, between is what a profiled call took beyond it, the profiler's own work among it; p50 is the timed median.",
         rows=[
-            ("subject", "products, file", "products, ran", "attentions, file", "attentions, ran", "nodes that ran",
-             "kernels ms", "between kernels ms", "timed p50 ms"),
+            ("subject", "products", "products that ran", "attentions", "that ran", "nodes that ran", "kernels ms",
+             "between ms", "p50 ms"),
             *(
                 (
                     name, *_counts(report, name, nodes), sum(time.nodes for time in nodes.operators),

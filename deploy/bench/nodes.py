@@ -7,6 +7,7 @@ it measures. Its shares are read, its sum is held to the timed median, and its m
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -46,7 +47,7 @@ class NodeTime:
     Attributes:
         name: An operator, or a part of the model.
         nodes: How many ran.
-        ms: The sum of their kernels, in ms.
+        ms: The sum of their kernels' medians, in ms.
     """
 
     name: str
@@ -60,8 +61,8 @@ class NodeTimes:
 
     Attributes:
         case: What was run.
-        calls: Profiled calls; times are means over them.
-        call_ms: One profiled call from outside, in ms.
+        calls: Profiled calls; a node's time is its median over them.
+        call_ms: One profiled call from outside, the median, in ms.
         kernels_ms: The sum of its kernels, in ms; less than `call_ms` by what lies between kernels.
         gemms: Products of matrices in the optimised graph.
         attentions: Attention nodes in the optimised graph.
@@ -116,7 +117,7 @@ def profile_nodes(source: Source, case: Case, rows: Rows, task: NDArray[np.int64
 def summarise_events(
     events: Iterable[Mapping[str, object]], graph: ir.Model, case: Case, took: list[float]
 ) -> NodeTimes:
-    """Kernel times of all calls but the first, as means over these.
+    """Kernel times of all calls but the first, which also makes room for what it computes: each node's median.
 
     Args:
         events: Of the profile, in order of time.
@@ -125,38 +126,31 @@ def summarise_events(
         took: Each call from outside in ms, the first one included.
     """
     places = parts(graph)
-    seen: dict[str, int] = defaultdict(int)
-    groups: dict[str, list[float]] = defaultdict(list)
-    operators: dict[str, list[float]] = defaultdict(list)
+    runs: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         name, arguments = str(event["name"]), event.get("args")
-        if (
-            event.get("cat") != "Node"
-            or not name.endswith(KERNEL)
-            or not isinstance(arguments, dict)
-        ):
-            continue
-        node = name.removesuffix(KERNEL)
-        seen[node] += 1
-        if seen[node] == 1:
-            continue  # the first call, which also makes room for what it computes
-        ms = float(str(event["dur"])) / US_PER_MS
-        groups[places.get(node, OTHER)].append(ms)
-        operators[str(arguments["op_name"])].append(ms)
-    calls = len(took) - 1
+        if event.get("cat") == "Node" and name.endswith(KERNEL) and isinstance(arguments, dict):
+            node = name.removesuffix(KERNEL), str(arguments["op_name"])
+            runs[node].append(float(str(event["dur"])) / US_PER_MS)
+    groups: dict[str, list[float]] = defaultdict(list)
+    operators: dict[str, list[float]] = defaultdict(list)
+    for (name, operator), every in runs.items():
+        ms = statistics.median(every[1:] or every)
+        groups[places.get(name, OTHER)].append(ms)
+        operators[operator].append(ms)
     kinds = [node.op_type for node in graph.graph]
     return NodeTimes(
         case=case,
-        calls=calls,
-        call_ms=sum(took[1:]) / calls,
-        kernels_ms=sum(map(sum, operators.values())) / calls,
+        calls=len(took) - 1,
+        call_ms=statistics.median(took[1:]),
+        kernels_ms=sum(map(sum, operators.values())),
         gemms=sum(map(is_gemm, kinds)),
         attentions=sum(map(is_attention, kinds)),
-        groups=_times(groups, calls),
-        operators=_times(operators, calls),
+        groups=_times(groups),
+        operators=_times(operators),
     )
 
 
-def _times(found: Mapping[str, list[float]], calls: int) -> tuple[NodeTime, ...]:
-    times = [NodeTime(name, round(len(ms) / calls), sum(ms) / calls) for name, ms in found.items()]
+def _times(found: Mapping[str, list[float]]) -> tuple[NodeTime, ...]:
+    times = (NodeTime(name, len(ms), sum(ms)) for name, ms in found.items())
     return tuple(sorted(times, key=lambda time: -time.ms))

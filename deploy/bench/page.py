@@ -113,7 +113,7 @@ def _render(
         pages=pages,
         title=title,
         overview=overview,
-        trends=[(view, _table(view.rows)) for view in trends],
+        trends=_tables(trends),
         ms=wording.milliseconds,
         rate=wording.rate,
         series=SERIES,
@@ -156,9 +156,9 @@ def _page(
     }
 
 
-def _tables(views: Sequence[View | None]) -> list[tuple[View, Table]]:
+def _tables(views: Sequence[View | None]) -> list[tuple[View, Table | None]]:
     """Those that have something to show."""
-    return [(view, _table(view.rows)) for view in views if view is not None]
+    return [(view, _table(view.rows) if view.rows else None) for view in views if view is not None]
 
 
 def _overview(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:

@@ -23,7 +23,7 @@ from .drawing import (
     to_markup,
 )
 from .views import View
-from .wording import GIGA, milliseconds, percent, product_words
+from .wording import GIGA, milliseconds, percent, product_words, three_digits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 380, 40, 56, 70, 20
 NOTE = (
     "Work is counted from the graph: two FLOP for each multiply-accumulate of a product, and the bytes that the products "
-    "read and write, each weight once. Norms, sums and activations are not in it. The ceilings are the best of several "
+    "read and write, each weight once. Norms, sums and activation functions are not in it. The ceilings are the best of several "
     "calls in this run, through the same runtime and threads: {product}, and {sum}. The bound is the longer of the two "
     "times that the ceilings give; what stays in a cache is not held to the memory's, so small models can pass the slope."
 )
 UNMEASURED = (
     "Work is counted from the graph: two FLOP for each multiply-accumulate of a product, and the bytes that the products "
-    "read and write, each weight once. Norms, sums and activations are not in it. No ceiling was measured."
+    "read and write, each weight once. Norms, sums and activation functions are not in it. No ceiling was measured."
 )
 
 
@@ -57,13 +57,13 @@ def work_view(report: Report) -> View | None:
     heads = ["case", "subject", "GFLOP", "weights MB", "activations MB", "FLOP/byte", "GFLOP/s"]
     rows: list[tuple[object, ...]] = [tuple(heads)]
     if ceilings is not None:
-        rows = [(*heads, "of the ceiling", "bound ms", "p50 ms")]
+        rows = [(*heads, "of ceiling", "bound ms", "p50 ms")]
     for case, _, result, work in counted:
         p50 = result.summary.p50_ms
         cells = (
             case.label,
             result.subject,
-            f"{work.flops / GIGA:.3g}",
+            three_digits(work.flops / GIGA),
             f"{work.weight_bytes / 1e6:,.1f}",
             f"{work.activation_bytes / 1e6:,.1f}",
             f"{work.flops / work.bytes:.1f}",
@@ -108,8 +108,8 @@ def roofline_chart(report: Report, ceilings: Ceilings) -> Markup:
     says = f"{top:.0f} GFLOP/s, the largest product"
     labels.keep_free(WIDTH - RIGHT - 260, y(top) - 24, WIDTH, y(top) - 2)
     draw_text(svg, WIDTH - RIGHT, y(top) - 8, says, "label muted end")
-    beside = f"{ceilings.bytes_per_second / GIGA:.1f} GB/s, the largest sum"
-    labels.keep_free(x.start, TOP - 8, x.start + 220, TOP + 14)
+    beside = f"slope: {ceilings.bytes_per_second / GIGA:.1f} GB/s, the largest sum"
+    labels.keep_free(x.start, TOP - 8, x.start + 270, TOP + 14)
     draw_text(svg, x.start + 8, TOP + 8, beside, "label muted")
     points = sorted(counted, key=lambda row: -row[0].batch)
     for _, index, result, work in points:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .report import Report, Settings
     from .subject import Subject
 
-LENGTHS = frozenset({"prefix", "prompt"})
-"""Kinds of slots whose free size is no rank."""
+RANKED = frozenset({"bottleneck", "bypass", "kronecker"})
+"""Kinds of slots whose free size `r` is a rank; that of a prefix is a length, that of a head its classes."""
 
 
 def bench(
@@ -191,11 +191,9 @@ def open_subjects(
 
 
 def _rank(bundle: Bundle) -> int | None:
-    """The largest rank of its bank; `r` of prefixes and prompts is a length."""
+    """The largest rank of its bank."""
     ranks = [
-        slot["sizes"].get("r", 0)
-        for slot in bundle.plan.get("slots", ())
-        if slot["kind"] not in LENGTHS
+        slot["sizes"].get("r", 0) for slot in bundle.plan.get("slots", ()) if slot["kind"] in RANKED
     ]
     return max(ranks, default=0) or None
 

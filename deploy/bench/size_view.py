@@ -11,6 +11,7 @@ from .drawing import (
     draw_dot,
     draw_frame,
     draw_polyline,
+    draw_text,
     new_canvas,
     series,
     short_name,
@@ -41,7 +42,7 @@ def size_view(report: Report) -> View | None:
     if not measured:
         return None
     rows: list[tuple[object, ...]] = [
-        ("subject", "tasks", "on disk MB", "weights and bank MB", "open MB", "after a call MB", "peak MB",
+        ("subject", "tasks", "on disk MB", "weights MB", "open MB", "after a call MB", "peak MB",
          "open ms", "first call ms")
     ]  # fmt: skip
     for subject, found in measured:
@@ -86,10 +87,11 @@ def memory_chart(report: Report) -> Markup | None:
     heights = [one / MB, one * most / MB, *(size for _, _, _, size in points)]
     y = axis_of([h for h in heights if h > 0], HEIGHT - BOTTOM, TOP, log=True)
     svg = new_canvas(HEIGHT, "Memory against the number of tasks")
-    draw_frame(svg, x, y, ("tasks", "MB after a call"))
+    draw_frame(svg, x, y, ("tasks", "MB after a call"), [1, *(tasks for _, _, tasks, _ in points)])
     labels = Labels(svg)
     draw_polyline(svg, [(x(1), y(one / MB)), (x(most), y(one * most / MB))], "unity", "6 4")
-    labels.put(x(most) - 150, y(one * most / MB), "a merged model per task", "label muted")
+    middle = x(most**0.5), y(one * most**0.5 / MB)
+    draw_text(svg, middle[0] - 12, middle[1] - 6, "a merged model per task", "label muted end")
     if len(several) > 1:
         line = [(x(tasks), y(found.called_bytes / MB)) for tasks, _, found in several]
         draw_polyline(svg, line, "axis")

@@ -18,13 +18,13 @@ class View:
     Attributes:
         title: Its heading.
         note: What is shown, and how it is to be read.
-        rows: The table; the first row names the columns.
+        rows: The table; the first row names the columns. Empty where another table of the page has the numbers.
         chart: Its picture; None where there is nothing to draw.
         legend: Names of the series, in the order of their colours; empty without one.
     """
 
     title: str
     note: str
-    rows: Sequence[Sequence[object]]
+    rows: Sequence[Sequence[object]] = ()
     chart: Markup | None = None
     legend: tuple[str, ...] = ()

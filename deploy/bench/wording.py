@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from .subject import EVERY_TASK
@@ -28,6 +29,13 @@ def milliseconds(value: float) -> str:
 def rate(value: float) -> str:
     """Images per second: `9.4`, `1,204`."""
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def three_digits(value: float) -> str:
+    """`0.0100`, `2.43`, `19.4`, `271`, `1,204`."""
+    if not 0 < value < 100:
+        return f"{value:,.0f}"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}"
 
 
 def percent(share: float) -> str:

@@ -528,7 +528,11 @@ def test_bench_times_a_bundle_and_writes_a_report(cli: Any, bundle: Path, tmp_pa
     assert (again.code, again.out) == (2, "")
 
 
-def test_bench_runs_a_recipe_and_goes_on(cli: Any, bundle: Path, tmp_path: Path) -> None:
+def test_bench_runs_a_recipe_and_goes_on(
+    cli: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utune_deploy.deploy.bench.ceilings.SIDES", (64,))
+    monkeypatch.setattr("utune_deploy.deploy.bench.ceilings.LEAST_S", 0.0)
     recipe = tmp_path / "nightly.yaml"
     recipe.write_text(
         f"format: utune-bench-recipe\nversion: 1\nbundles: {{pets: '{bundle}'}}\nbatches: [1, 2]\nmixes: [hot]\n"

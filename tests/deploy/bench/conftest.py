@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from utune_deploy.deploy.bench.case import Case
+from utune_deploy.deploy.bench.ceilings import Ceilings
+from utune_deploy.deploy.bench.footprint import Footprint
 from utune_deploy.deploy.bench.machine import Load, Machine, Memory
 from utune_deploy.deploy.bench.measure import measure
+from utune_deploy.deploy.bench.nodes import NodeTime, NodeTimes
 from utune_deploy.deploy.bench.report import (
     TIMED,
     About,
@@ -20,8 +23,10 @@ from utune_deploy.deploy.bench.report import (
     SubjectFacts,
     TaskFacts,
 )
+from utune_deploy.deploy.bench.state import DeviceState, State, States
 from utune_deploy.deploy.bench.subject import Subject
 from utune_deploy.deploy.bench.summary import paired_ratio, summarise
+from utune_deploy.deploy.bench.work import GraphFacts, Work
 
 
 @dataclass
@@ -84,6 +89,59 @@ def report(clock, about):
         threads=2,
         command="utune-deploy bench pets --batch 1",
         clock=clock,
+    )
+
+
+@pytest.fixture
+def full(report):
+    """The report with everything that version 3 may hold, every number chosen."""
+    counts = {"backbone": (0, None), "mixed": (8, 4), "separate": (64, 4)}
+    counts |= {"wide": (64, 8)}
+    parts = ("attention", "tuner branches", "FFN", "norms")
+    subjects, macs = [], {}
+    for index, (name, (tasks, rank)) in enumerate(counts.items()):
+        macs[name] = 1_000_000 * (4 + index)
+        case = report.cases[3].case
+        subjects.append(
+            replace(
+                report.subjects[min(index, 2)],
+                name=name,
+                opened_bytes=None,
+                task_count=tasks,
+                rank=rank,
+                graph=GraphFacts(1_000_000 * (1 + tasks), 10 + index, 2),
+                footprint=Footprint(
+                    1_100_000, 2_000_000, 3_000_000 + 50_000 * tasks, None if index else 9_000_000, 12.5, 4.25, 4
+                ),
+                nodes=NodeTimes(
+                    case, 5, 12.0, 10.0, 9, 2,
+                    tuple(NodeTime(part, 3, ms) for part, ms in zip(parts, (5.0, 2.0, 2.0, 1.0), strict=True)),
+                    (NodeTime("MatMul", 9, 9.99), NodeTime("Shape", 1, 0.01)),
+                ),
+            )
+        )  # fmt: skip
+    cases = tuple(
+        replace(
+            case,
+            results=tuple(
+                replace(
+                    case.results[min(index, 2)],
+                    subject=name,
+                    work=Work(case.case.batch * macs[name], 4_000_000, 100_000 * case.case.batch),
+                )
+                for index, name in enumerate(counts)
+            ),
+        )
+        for case in report.cases
+    )
+    device = DeviceState("A Device", 1400, None, 70, 250.5, ("SwPowerCap",))
+    return replace(
+        report,
+        subjects=tuple(subjects),
+        cases=cases,
+        ceilings=Ceilings("CPU", "float32", 5e10, (1024, 1024, 1024), 8e9, 192_000_000),
+        states=States(State(2000.0, (device,)), State(1500.0, (device,))),
+        machine=replace(report.machine, cache_bytes=32 << 20),
     )
 
 

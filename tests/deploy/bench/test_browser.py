@@ -208,13 +208,17 @@ def keep(name, look, png):
 
 
 @pytest.mark.parametrize("name", LOOKS)
-@pytest.mark.parametrize("page", ["stored", "crowded", "sweep"])
-def test_the_page_is_readable_and_the_console_silent(look, report, crowded, tmp_path, page, name):
+@pytest.mark.parametrize("page", ["stored", "crowded", "sweep", "full"])
+def test_the_page_is_readable_and_the_console_silent(
+    look, report, full, crowded, tmp_path, page, name
+):
     file = tmp_path / "report.html"
     if page == "stored":
         file = RESULTS / "vit_b_dual64" / "report.html"
     elif page == "crowded":
         file.write_text(render_html(crowded(report)), encoding="utf-8")
+    elif page == "full":
+        file.write_text(render_html(full), encoding="utf-8")
     else:
         write_sweep_html({"size of the bank": report, "one task": report}, "nightly", file)
     console, problems, png = look(file, name)

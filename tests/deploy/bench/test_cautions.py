@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from utune_deploy.deploy.bench.case import Case
@@ -46,3 +47,30 @@ def test_each_doubt_is_one_sentence(machine, samples, providers, load, governor,
     (sentence,) = find_cautions([case(samples)], facts(*providers), machine, load)
     assert wanted in sentence
     assert sentence.endswith(".")
+
+
+def test_a_run_that_became_slower_is_unstable(machine):
+    samples = list(np.linspace(10, 10.9, P99_SAMPLES))
+    (sentence,) = find_cautions([case(samples)], facts("CPU"), machine, Load(0, 0))
+    assert "Unstable" in sentence
+    assert "1.06 times" in sentence
+
+
+def test_few_samples_are_not_called_unstable(machine):
+    said = find_cautions([case([10.0, 10.0, 11.0] * 2)], facts("CPU"), machine, Load(0, 0))
+    assert not any("Unstable" in sentence for sentence in said)
+
+
+def test_a_ceiling_below_a_subject_is_none(machine, full):
+    low = replace(full.ceilings, flops_per_second=1e6)
+    said = find_cautions(full.cases, full.subjects, machine, Load(0, 0), low)
+    assert any("of the product's ceiling" in sentence for sentence in said)
+    said = find_cautions(full.cases, full.subjects, machine, Load(0, 0), full.ceilings)
+    assert not any("ceiling" in sentence for sentence in said)
+
+
+def test_work_that_is_not_counted_is_named(machine, full):
+    results = tuple(replace(result, work=None) for result in full.cases[0].results)
+    cases = [replace(full.cases[0], results=results)]
+    said = find_cautions(cases, full.subjects[:1], machine, Load(0, 0))
+    assert any("The work of backbone is not counted" in sentence for sentence in said)

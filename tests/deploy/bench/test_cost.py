@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from utune_deploy.deploy.bench.cost import FORMULAS, price
+from utune_deploy.deploy.bench.footprint import Footprint
 from utune_deploy.merge.errors import UsageError
 
 MIB = 1 << 20
@@ -130,6 +131,20 @@ def test_memory_that_cannot_be_is_not_priced(report, name, mib):
     with pytest.raises(UsageError, match="memory"):
         price(report, **ASK)
     assert price(report, **ASK, mixed_bytes=960 * MIB, single_bytes=300 * MIB).ways[0].machines == 4
+
+
+def test_a_footprint_is_the_memory_where_there_is_one(report):
+    sizes = {"backbone only": 500, "eight": 400, "many": 960, "folded": 300}
+    subjects = tuple(
+        replace(
+            s,
+            opened_bytes=None,
+            footprint=Footprint(1, 2, 2 * sizes[s.name] * MIB, None, 1.0, 1.0, 8),
+        )
+        for s in report.subjects
+    )
+    cost = price(replace(report, subjects=subjects), **ASK)
+    assert (cost.mixed_bytes, cost.single_bytes) == (1920 * MIB, 600 * MIB)
 
 
 def test_memory_of_a_device_must_be_said(report):

@@ -8,7 +8,7 @@ import pytest
 
 from utune_deploy.deploy.bench import wording
 from utune_deploy.deploy.bench.drawing import Axis
-from utune_deploy.deploy.bench.page import Section, render_html, write_html
+from utune_deploy.deploy.bench.page import Section, render_html, write_html, write_sweep_html
 
 VOID = {"meta", "br"}
 SVG_EMPTY = {"line", "circle", "rect", "path", "polygon", "polyline"}
@@ -101,9 +101,9 @@ def test_the_page_fetches_nothing_and_runs_nothing(report):
     assert not [name for name in names if name.startswith("on")]
 
 
-def test_there_are_three_charts_without_a_number_that_is_none(report):
+def test_there_are_four_charts_without_a_number_that_is_none(report):
     html = render_html(report)
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert not re.search(r'="[^"]*\b(nan|inf)\b', html)
 
 
@@ -120,7 +120,7 @@ def test_one_batch_size_has_no_chart_against_batch_size(report):
 def test_a_baseline_alone_has_no_ratios(report):
     cases = tuple(replace(case, results=case.results[:1]) for case in report.cases)
     html = render_html(replace(report, subjects=report.subjects[:1], cases=cases))
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert "Cost beside" not in html
 
 
@@ -171,7 +171,7 @@ def test_every_text_is_escaped(report, hostile):
     reader = read(html)
     assert not {"script", "img"} & set(reader.tags)
     assert "<script" not in html
-    assert html.count("<title>") == 4  # the page's and one per chart
+    assert html.count("<title>") == 5  # the page's and one per chart
     assert hostile in reader.cells
 
 
@@ -192,3 +192,34 @@ def test_axes_map_ends_and_choose_round_ticks():
     log = Axis(1, 100, 0, 200, log=True)
     assert log(10) == pytest.approx(100)
     assert log.ticks(5) == [1, 2, 5, 10, 20, 50, 100]
+
+
+def test_work_memory_and_nodes_have_their_charts_and_tables(full):
+    html = render_html(full)
+    titles = set(re.findall("<title>(.*?)</title>", html))
+    assert {
+        "Roofline",
+        "Memory against the number of tasks",
+        "Time by part of the model",
+        "Overhead against the number of tasks",
+        "Overhead against the rank",
+        "Throughput against latency",
+    } <= titles
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', html)
+    cells = [cell.strip() for cell in read(html).cells]
+    for wanted in (
+        "1.250",
+        "tuner branches",
+        "50 %",
+        "MatMul",
+        "2,000 MHz before, 1,500 MHz after",
+    ):
+        assert wanted in cells
+
+
+def test_a_sweep_draws_the_overhead_over_all_its_reports(full, tmp_path):
+    few = replace(full, subjects=(full.subjects[0], *full.subjects[1:]))
+    write_sweep_html({"a": few, "b": full}, "nightly", tmp_path / "x.html")
+    first = (tmp_path / "x.html").read_text().partition("</main>")[0]
+    assert "Overhead against the number of tasks" in first
+    assert "Roofline" not in first

@@ -17,6 +17,11 @@ def test_a_report_comes_back_as_it_was(report, tmp_path):
     assert read_reports(tmp_path) == read_reports(tmp_path / "report.json") == {"": report}
 
 
+def test_everything_that_version_3_may_hold_comes_back(full, tmp_path):
+    write_json(full, tmp_path / "report.json")
+    assert read_reports(tmp_path) == {"": full}
+
+
 def test_a_sweep_comes_back_by_comparison(report, tmp_path):
     value = {
         "format": SWEEP_FORMAT, "version": VERSION, "reports": {"x": report.to_json(), "y": report.to_json()}

@@ -41,6 +41,17 @@ def test_a_report_keeps_to_the_schema(report, schema):
     jsonschema.validate(report.to_json(), schema)
 
 
+def test_a_report_that_holds_everything_keeps_to_the_schema(full, schema):
+    jsonschema.validate(full.to_json(), schema)
+
+
+def test_the_bound_is_the_ratio_of_the_products(full):
+    case = full.cases[0]
+    assert [case.bound(result) for result in case.results] == [1.0, 1.25, 1.5, 1.75]
+    uncounted = replace(case.results[1], work=None)
+    assert case.bound(uncounted) is None
+
+
 def test_a_report_of_named_inputs_keeps_to_the_schema(report, schema):
     inputs = (Tensor("ids", "int64", ("batch", 8), 30), Tensor("mask", "int64", ("batch", 8)))
     about = replace(report.about, image_shape=None, inputs=inputs)

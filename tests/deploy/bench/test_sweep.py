@@ -40,7 +40,9 @@ def ran(monkeypatch, about):
     log = []
 
     def opened(path):
-        return SimpleNamespace(path=path, name=path.name, engine=SimpleNamespace(max_batch=2))
+        return SimpleNamespace(
+            path=path, name=path.name, engine=SimpleNamespace(max_batch=2, precision="fp32")
+        )
 
     def open_subjects(first, others, names, device, *, resident, beside):
         log.append(("open", *names))
@@ -61,6 +63,8 @@ def ran(monkeypatch, about):
     monkeypatch.setattr(module, "open_subjects", open_subjects)
     monkeypatch.setattr(module, "about_bundle", lambda bundle: replace(about, max_batch=2))
     monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "furnish", lambda subjects, *_, **__: subjects)
+    monkeypatch.setattr(module, "measure_ceilings", lambda *_: None)
     ran = SimpleNamespace(log=log, stops=[])
     return ran
 

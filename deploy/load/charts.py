@@ -62,7 +62,7 @@ def throughput_chart(report: Report) -> Markup | None:
     """Latency against the answers that there were; None of fewer than two steps with answers."""
     steps = sorted(_answered(report), key=lambda step: step.level)
     rates = [step.answered_per_second for step in steps]
-    if len(steps) < 2 or max(rates) == min(rates):
+    if len(steps) < 2 or max(rates) == 0:
         return None
     x = Axis(0.0, max(rates) * 1.06, LEFT + 10, WIDTH - RIGHT - 60)
     svg = _canvas(HEIGHT, "Latency against throughput")
@@ -124,7 +124,10 @@ def _name(
         text, height = label(report, step), y(_of(step, 99)) - 10
         half = CHARACTER * len(text) / 2
         left, right = x - half, x + half
-        if any(left < end and right > start and abs(height - other) < NEAR for start, end, other in placed):
+        if any(
+            left < end and right > start and abs(height - other) < NEAR
+            for start, end, other in placed
+        ):
             continue
         placed.append((left, right, height))
         _text(svg, x, height, text, "label small middle")

@@ -75,7 +75,7 @@ def read_rows(target: Target, path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as cause:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as cause:  # an npy holds one array
         raise IncompatibleArtefact(
             "the file of rows cannot be read",
             where=path,
@@ -99,7 +99,7 @@ def _fitted(
     array: NDArray[Any], datatype: str, sizes: tuple[int, ...], *, where: str
 ) -> NDArray[Any]:
     """An input's rows in its own datatype; of BYTES as objects."""
-    right = len(array) > 0 and array.ndim == len(sizes) + 1
+    right = array.ndim == len(sizes) + 1 and len(array) > 0
     right = right and all(s in (-1, n) for s, n in zip(sizes, array.shape[1:], strict=False))
     if datatype == "BYTES":
         right = right and array.dtype.kind in "SU"

@@ -1,0 +1,318 @@
+r"""`utune-deploy load` beside NVIDIA's perf_analyzer on one running server, and what the client itself takes.
+
+    python bench/load_agreement.py agree BUNDLE --perf-analyzer FILE --libraries DIR -o bench/results/load/agreement.json
+    python bench/load_agreement.py floor -o bench/results/load/floor.json
+
+`agree` serves the bundle and lets both measure it in turn, the first of each pair being the other one every time, with the
+same rows and tasks, binary tensors, over gRPC and HTTP, with callers that wait and with requests at a rate. It prints the
+median of the pairs' ratios, ours over perf_analyzer's, with its bootstrap interval. docs/protocol.md says where
+perf_analyzer comes from and which libraries it wants.
+
+`floor` loads stand-ins that answer at once with a reply that was written before: their latency is the client's own and
+that of a server that does nothing. They run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from utune_deploy.deploy.bench.machine import load_now, read_machine
+from utune_deploy.deploy.bench.summary import paired_ratio
+from utune_deploy.deploy.load.rows import draw_rows
+from utune_deploy.deploy.load.run import load
+from utune_deploy.deploy.load.step import CLOSED, Settings, Step
+from utune_deploy.deploy.load.target import Target
+from utune_deploy.deploy.load.traffic import write_traffic
+from utune_deploy.export.bundle import open_bundle
+from utune_deploy.serving import perf_analyzer
+from utune_deploy.serving.client.address import parse
+from utune_deploy.serving.client.calls import ModelFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from utune_deploy.export.bundle import Bundle
+
+CODE = "from utune_deploy.deploy.cli import main; main()"
+QUANTITIES = ("p50", "p90", "p99", "answers")
+
+
+@contextmanager
+def served(bundle: Path, threads: int) -> Iterator[dict[str, str]]:
+    """The embedded server in a process of its own: `host:port` by front."""
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "serve", str(bundle), *ports, "--threads", str(threads)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        addresses = {}
+        for line in process.stdout:
+            name, _, rest = line.partition(" ")
+            if name in ("http", "grpc"):
+                addresses[name] = rest.strip().removeprefix("http://")
+            if line.startswith("Ctrl-C"):
+                break
+        if len(addresses) != 2:
+            raise SystemExit("the server did not start")
+        yield addresses
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def theirs(options: Any, bundle: Bundle, front: str, address: str, case: str, folder: Path) -> dict:
+    """perf_analyzer's numbers, in ms and answers per second: three windows, whatever their spread."""
+    level = case.split()[-1]
+    driven = (
+        ["--concurrency-range", level]
+        if case.startswith("callers")
+        else ["--request-rate-range", level, "--request-distribution", "poisson"]
+    )
+    command = [
+        str(options.perf_analyzer), "-m", bundle.name, "-u", address, "-i", front, *driven,
+        "--input-data", str(folder / "rows.json"), "-p", str(int(options.seconds * 1000 / 3)),
+        "-r", "3", "-s", "999", "-f", str(folder / "out.csv"),
+    ]  # fmt: skip
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(options.libraries)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"perf_analyzer failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    with (folder / "out.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    found = {f"p{q}": float(row[f"p{q} latency"]) / 1000 for q in (50, 90, 99)}
+    return {**found, "answers": float(row["Inferences/Second"])}
+
+
+def ours(options: Any, front: str, address: str, case: str, folder: Path) -> dict:
+    """The same of `utune-deploy load`, from its JSON."""
+    level = case.split()[-1]
+    driven = "--concurrency" if case.startswith("callers") else "--rate"
+    command = [
+        sys.executable, "-c", CODE, "-q", "load", f"{front}://{address}", driven, level,
+        "--input", str(folder / "rows.npz"), "--seconds", str(options.seconds), "--warmup", "0.5", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"load failed:\n{done.stderr}")
+    (step,) = json.loads(done.stdout)["steps"]
+    found = {f"p{q}": step["latency"][f"p{q}_ms"] for q in (50, 90, 99)}
+    lag = step["lag"]["p99_ms"]
+    return {**found, "answers": step["answered_per_second"], "lag p99": lag, "errors": len(step["errors"])}  # fmt: skip
+
+
+def agree(options: Any) -> dict[str, Any]:
+    """Pairs of measurements, and the ratio of their medians."""
+    bundle = open_bundle(options.bundle)
+    cases = [f"callers {n}" for n in options.concurrency] + [f"rate {r:g}" for r in options.rate]
+    measured: dict[str, dict[str, list[dict]]] = {}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        served(options.bundle, options.threads) as addresses,
+    ):
+        folder = Path(name)
+        write_rows(bundle, folder)
+        for pair in range(options.pairs):
+            for front in ("grpc", "http"):
+                for case in cases:
+                    both = measured.setdefault(f"{front}, {case}", {"ours": [], "theirs": []})
+                    turns = ("ours", "theirs") if pair % 2 else ("theirs", "ours")
+                    for who in turns:
+                        if who == "ours":
+                            found = ours(options, front, addresses[front], case, folder)
+                        else:
+                            found = theirs(options, bundle, front, addresses[front], case, folder)
+                        both[who].append(found)
+            print(f"pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
+    ratios = {
+        name: {
+            quantity: asdict(
+                paired_ratio(
+                    [run[quantity] for run in both["ours"]],
+                    [run[quantity] for run in both["theirs"]],
+                    seed=0,
+                )
+            )
+            for quantity in QUANTITIES
+        }
+        for name, both in measured.items()
+    }
+    table = Table("ours / perf_analyzer", *QUANTITIES, "p50 ms, theirs", "lag p99 ms, ours")
+    for name, both in measured.items():
+        cells = [
+            f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ratios[name].values()
+        ]
+        median = np.median([run["p50"] for run in both["theirs"]])
+        lag = np.median([run["lag p99"] for run in both["ours"]])
+        table.add_row(name, *cells, f"{median:.3f}", f"{lag:.3f}")
+    Console().print(table)
+    return {"ratios": ratios, "measured": measured, "tasks": len(bundle.tasks)}
+
+
+def write_rows(bundle: Bundle, folder: Path) -> None:
+    """The same rows for both: `rows.json` of perf_analyzer, `rows.npz` of `load`."""
+    requests = perf_analyzer.requests(bundle)
+    (folder / "rows.json").write_text(json.dumps(requests, separators=(",", ":")))
+    names = [name for name in requests["data"][0] if name != "task"]
+    dtypes = {tensor.name: tensor.dtype for tensor in bundle.engine.inputs}
+    rows = {
+        name: np.stack(
+            [
+                np.reshape(entry[name]["content"], entry[name]["shape"]).astype(dtypes[name])
+                for entry in requests["data"]
+            ]
+        )
+        for name in names
+    }
+    np.savez(folder / "rows.npz", **rows)
+
+
+# the floor
+
+REPLY = json.dumps(
+    {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}]}
+).encode()  # fmt: skip
+
+
+class Instant(asyncio.Protocol):
+    """Writes the same reply whenever a whole request was read."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Keep the way back."""
+        self.transport, self.buffer = transport, b""
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(REPLY) + 8}\r\n"
+        head += f"Inference-Header-Content-Length: {len(REPLY)}\r\n\r\n"
+        self.reply = head.encode() + REPLY + bytes(8)
+
+    def data_received(self, data: bytes) -> None:
+        """Answer every request that is complete."""
+        self.buffer += data
+        head, found, body = self.buffer.partition(b"\r\n\r\n")
+        length = int(head.partition(b"Content-Length: ")[2].split(b"\r\n")[0]) if found else 0
+        if found and len(body) >= length:
+            self.buffer = body[length:]
+            self.transport.write(self.reply)
+
+
+def _stand_in(front: str, ports: Any) -> None:
+    """Run a stand-in and say its port."""
+
+    async def http() -> None:
+        server = await asyncio.get_running_loop().create_server(Instant, "127.0.0.1", 0)
+        ports.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    async def grpc() -> None:
+        import grpc
+        from tritonclient.grpc import service_pb2
+
+        message = service_pb2.ModelInferResponse(raw_output_contents=[bytes(8)])
+        message.outputs.add(name="logits", datatype="FP32", shape=[1, 2])
+        reply = message.SerializeToString()
+
+        async def infer(request: bytes, context: Any) -> bytes:
+            return reply
+
+        handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(infer)}
+        server = grpc.aio.server()
+        service = "inference.GRPCInferenceService"
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        ports.put(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(http() if front == "http" else grpc())
+
+
+def floor(options: Any) -> dict[str, Any]:
+    """Latency and throughput against servers that do nothing, and the client's processor time per request."""
+    found = {}
+    table = Table("stand-in", "p50 ms", "p99 ms", "answers/s", "client's processor, us per request")
+    spawn = multiprocessing.get_context("spawn")
+    for front in ("http", "grpc"):
+        ports = spawn.Queue()
+        process = spawn.Process(target=_stand_in, args=(front, ports))
+        process.start()
+        try:
+            address = parse(f"{front}://127.0.0.1:{ports.get(timeout=60)}")
+            target = Target(
+                address, "stand-in", ModelFacts(8, {"images": ("FP32", (3, 32, 32))}), ()
+            )
+            traffic = write_traffic(
+                target, draw_rows(target, 0), batch=1, mix="uniform", encoding="binary", seed=0, source="drawn"
+            )  # fmt: skip
+            for callers in (1, 8):
+                settings = Settings(warmup_s=0.5, seconds=options.seconds)
+                began = time.process_time()
+                (step,) = load(target, traffic, [Step(CLOSED, callers)], settings).steps
+                spent = time.process_time() - began
+                assert step.latency is not None
+                # The warm-up's requests are not counted, and its time is not either.
+                share = settings.seconds / (settings.seconds + settings.warmup_s)
+                own_us = 1e6 * spent * share / step.latency.samples
+                name = f"{front}, callers {callers}"
+                found[name] = {
+                    "p50 ms": step.latency.p50_ms, "p99 ms": step.latency.p99_ms,
+                    "answers per second": step.answered_per_second, "client us per request": own_us,
+                }  # fmt: skip
+                table.add_row(name, *(f"{value:.3f}" for value in found[name].values()))
+        finally:
+            process.terminate()
+            process.join()
+    Console().print(table)
+    return {"floor": found}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(required=True)
+    pairs = verbs.add_parser("agree")
+    pairs.add_argument("bundle", type=Path)
+    pairs.add_argument("--perf-analyzer", type=Path, required=True)
+    pairs.add_argument("--libraries", type=Path, default=Path())
+    pairs.add_argument("--pairs", type=int, default=6)
+    pairs.add_argument("--concurrency", type=int, nargs="*", default=[1, 4])
+    pairs.add_argument("--rate", type=float, nargs="*", default=[100.0])
+    pairs.add_argument("--threads", type=int, default=1)
+    pairs.set_defaults(work=agree)
+    alone = verbs.add_parser("floor")
+    alone.set_defaults(work=floor)
+    for verb in (pairs, alone):
+        verb.add_argument("--seconds", type=float, default=6.0)
+        verb.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    facts = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": asdict(read_machine()),
+        "seconds": options.seconds,
+        "load before": load_now(),
+    }
+    result = {**options.work(options), **facts, "load after": load_now()}
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 from ..bench.charts import (
     CHARACTER,
     DASHES,
+    LOG_SPAN,
     WIDTH,
     Axis,
     _canvas,
@@ -46,8 +47,8 @@ def latency_chart(report: Report) -> Markup | None:
     if len(set(levels)) < 2:
         return None
     closed = report.loop == CLOSED
-    room = 0 if closed else 0.04 * (levels[-1] - levels[0])
-    x = Axis(levels[0] - room, levels[-1] + room, LEFT + 22, WIDTH - RIGHT, log=closed)
+    log = closed or levels[-1] / levels[0] > LOG_SPAN
+    x = Axis(levels[0], levels[-1], LEFT + 22, WIDTH - RIGHT, log=log)
     svg = _canvas(HEIGHT, "Latency against load")
     y = _frame(svg, steps, "callers" if closed else "requests per second")
     for level in _apart(levels, x):

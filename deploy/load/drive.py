@@ -83,7 +83,11 @@ def run_precisely(work: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(work)
     finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        left = asyncio.all_tasks(loop)  # none, unless a person interrupted
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
         loop.close()
 
 

@@ -103,6 +103,25 @@ def driven(url, step, **settings):
     return numbers(run_precisely(work()), step, 1)
 
 
+def test_a_loop_that_is_interrupted_leaves_nothing_behind():
+    ended = []
+
+    async def other():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def work():
+        task = asyncio.ensure_future(other())
+        await asyncio.sleep(0)
+        raise KeyboardInterrupt(task)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_precisely(work())
+    assert ended == [True]
+
+
 # coordinated omission
 
 

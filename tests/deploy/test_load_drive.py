@@ -11,16 +11,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from utune_deploy.deploy.load.answers import NUMBERS, ROWS, UNREADABLE, fault
+from utune_deploy.deploy.load.answers import UNREADABLE
 from utune_deploy.deploy.load.drive import drive, run_precisely
 from utune_deploy.deploy.load.numbers import numbers
-from utune_deploy.deploy.load.rows import draw_rows, read_rows
+from utune_deploy.deploy.load.rows import draw_rows
 from utune_deploy.deploy.load.run import load
 from utune_deploy.deploy.load.step import CLOSED, CONSTANT, POISSON, Settings, Step
 from utune_deploy.deploy.load.target import Target
 from utune_deploy.deploy.load.traffic import write_traffic
-from utune_deploy.deploy.load.wire import OK, Reply, open_wire
-from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
+from utune_deploy.deploy.load.wire import open_wire
+from utune_deploy.merge.errors import CheckFailed
 from utune_deploy.serving.client.address import parse
 from utune_deploy.serving.client.calls import ModelFacts
 from utune_deploy.serving.rejections import Overloaded, Unreachable
@@ -209,122 +209,3 @@ def test_a_server_that_is_not_there_ends_the_load():
     target = target_at("http://127.0.0.1:9")
     with pytest.raises(Unreachable):
         load(target, traffic_of(target), [Step(CLOSED, 1)], Settings())
-
-
-# answers
-
-
-def reply_of(value, tail=b"", head=None):
-    body = (value if isinstance(value, bytes) else json.dumps(value).encode()) + tail
-    return Reply(0, 0, 0, 0, OK, body, head)
-
-
-def output(**changes):
-    return {"outputs": [{**GOOD["outputs"][0], **changes}]}
-
-
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        (GOOD, None),
-        (output(shape=[2, 1]), ROWS),
-        (output(data=[0.5, None]), NUMBERS),
-        (output(data=[0.5]), UNREADABLE),
-        (output(datatype="BYTES", data=["pets"], shape=[1, 1]), None),
-        ({"outputs": []}, UNREADABLE),
-        ({}, UNREADABLE),
-        (b"", UNREADABLE),
-    ],
-)
-def test_an_answer_has_all_rows_and_finite_numbers(value, wanted):
-    assert fault(reply_of(value), 1, over_grpc=False) == wanted
-
-
-@pytest.mark.parametrize(
-    ("numbers_", "wanted"), [([1, 2], None), ([1, np.inf], NUMBERS), ([1], UNREADABLE)]
-)
-def test_binary_answers_are_read_too(numbers_, wanted):
-    from tritonclient.grpc import service_pb2
-
-    tail = np.array(numbers_, "<f4").tobytes()
-    value = {"outputs": [
-        {"name": "label", "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": 5}},
-        {"name": "x", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": len(tail)}},
-    ]}  # fmt: skip
-    label = b"\1\0\0\0a"
-    reply = reply_of(value, label + tail, len(json.dumps(value)))
-    assert fault(reply, 1, over_grpc=False) == wanted
-    message = service_pb2.ModelInferResponse(raw_output_contents=[label, tail])
-    message.outputs.add(name="label", datatype="BYTES", shape=[1, 1])
-    message.outputs.add(name="x", datatype="FP32", shape=[1, 2])
-    assert fault(reply_of(message.SerializeToString()), 1, over_grpc=True) == wanted
-    assert fault(reply_of(b"\xff"), 1, over_grpc=True) == UNREADABLE
-
-
-# what is sent
-
-
-@pytest.mark.parametrize(
-    ("mix", "shares"),
-    [
-        ("one", (1, 0, 0)), ("uniform", (1 / 3, 1 / 3, 1 / 3)),
-        ("zipf", (6 / 11, 3 / 11, 2 / 11)), ("hot", (3 / 4, 1 / 8, 1 / 8)),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_mix_holds_over_all_requests(mix, shares, batch):
-    inputs = {"images": ("FP32", (3,)), "task": ("BYTES", (1,))}
-    target = target_at("grpc://127.0.0.1:1", ("a", "b", "c"), **inputs)
-    traffic = traffic_of(target, mix=mix, batch=batch)
-    found = np.array([traffic.task_rows[name] for name in "abc"]) / (len(traffic.messages) * batch)
-    assert np.abs(found - shares).max() < 0.05
-    if mix == "uniform":
-        assert len(set(traffic.task_rows.values())) == 1
-
-
-def test_every_kind_of_input_is_drawn_or_read(tmp_path):
-    target = target_at(
-        "http://127.0.0.1:1",
-        pixels=("UINT8", (4, 4)), ids=("INT64", (6,)), noise=("FP16", (2,)), seen=("BOOL", (2,)),
-    )  # fmt: skip
-    drawn = draw_rows(target, 0)
-    assert {name: (rows.dtype.name, rows.shape[1:]) for name, rows in drawn.items()} == {
-        "pixels": ("uint8", (4, 4)), "ids": ("int64", (6,)), "noise": ("float16", (2,)), "seen": ("bool", (2,))
-    }  # fmt: skip
-    assert drawn["pixels"].max() > 100
-    np.savez(tmp_path / "rows.npz", **drawn)
-    read = read_rows(target, tmp_path / "rows.npz")
-    assert all((read[name] == rows).all() for name, rows in drawn.items())
-    odd = target_at("http://127.0.0.1:1", photo=("BYTES", (1,)))
-    with pytest.raises(UsageError, match="cannot be drawn"):
-        draw_rows(odd, 0)
-    np.savez(tmp_path / "files.npz", photo=np.array([["a"], ["bc"]]))
-    assert read_rows(odd, tmp_path / "files.npz")["photo"].tolist() == [[b"a"], [b"bc"]]
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"other": np.zeros((2, 3), np.float32)},
-        {"images": np.zeros((2, 4), np.float32)},
-        {"images": np.zeros((2, 3), np.float64)},
-        {"images": np.zeros((0, 3), np.float32)},
-        {"images": np.float32(1)},
-    ],
-)
-def test_rows_that_do_not_fit_are_refused(tmp_path, arrays):
-    np.savez(tmp_path / "rows.npz", **arrays)
-    with pytest.raises(IncompatibleArtefact):
-        read_rows(target_at("http://127.0.0.1:1"), tmp_path / "rows.npz")
-
-
-def test_a_file_that_is_no_npz_is_refused(tmp_path):
-    target = target_at("http://127.0.0.1:1")
-    with pytest.raises(UsageError, match="no such file"):
-        read_rows(target, tmp_path / "rows.npz")
-    (tmp_path / "rows.npz").write_bytes(b"no")
-    with pytest.raises(IncompatibleArtefact, match="cannot be read"):
-        read_rows(target, tmp_path / "rows.npz")
-    np.save(tmp_path / "rows.npy", np.zeros(3))
-    with pytest.raises(IncompatibleArtefact, match="cannot be read"):
-        read_rows(target, tmp_path / "rows.npy")

@@ -3,9 +3,9 @@ r"""`utune-deploy load` beside NVIDIA's perf_analyzer on one running server.
     python bench/load_agreement.py BUNDLE --perf-analyzer FILE --libraries DIR -o bench/results/load/agreement.json
 
 Serves the bundle and lets both measure it in turn, the first of each pair being the other one every time, with the same
-rows and tasks, binary tensors, over gRPC and HTTP, with callers that wait and with requests at a rate. Prints the median of
-the pairs' ratios, ours over perf_analyzer's, with its bootstrap interval. docs/protocol.md says where perf_analyzer comes
-from and which libraries it wants.
+rows and tasks, binary tensors, over gRPC and HTTP, with callers that wait and with requests at an even rate. Latencies count
+from sending in both. Prints the median of the pairs' ratios, ours over perf_analyzer's, with its bootstrap interval.
+docs/protocol.md says where perf_analyzer comes from and which libraries it wants.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def theirs(options: Any, bundle: Bundle, front: str, address: str, case: str, fo
     driven = (
         ["--concurrency-range", level]
         if case.startswith("callers")
-        else ["--request-rate-range", level, "--request-distribution", "poisson"]
+        else ["--request-rate-range", level, "--request-distribution", "constant"]
     )
     command = [
         str(options.perf_analyzer), "-m", bundle.name, "-u", address, "-i", front, *driven,
@@ -93,16 +93,19 @@ def theirs(options: Any, bundle: Bundle, front: str, address: str, case: str, fo
 def ours(options: Any, front: str, address: str, case: str, folder: Path) -> dict:
     """The same of `utune-deploy load`, from its JSON."""
     level = case.split()[-1]
-    driven = "--concurrency" if case.startswith("callers") else "--rate"
+    driven = ["--concurrency"] if case.startswith("callers") else ["--constant", "--rate"]
     command = [
-        sys.executable, "-c", CODE, "-q", "load", f"{front}://{address}", driven, level,
+        sys.executable, "-c", CODE, "-q", "load", f"{front}://{address}", *driven, level,
         "--input", str(folder / "rows.npz"), "--seconds", str(options.seconds), "--warmup", "0.5", "--json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"load failed:\n{done.stderr}")
     (step,) = json.loads(done.stdout)["steps"]
-    found = {f"p{q}": step["latency"][f"p{q}_ms"] for q in (50, 90, 99)}
+    samples = np.array(step["samples_ms"])
+    if not case.startswith("callers"):  # perf_analyzer counts from sending
+        samples -= np.array(step["lags_ms"])
+    found = {f"p{q}": float(np.percentile(samples, q)) for q in (50, 90, 99)}
     lag = step["lag"]["p99_ms"]
     return {**found, "answers": step["answered_per_second"], "lag p99": lag, "errors": len(step["errors"])}  # fmt: skip
 

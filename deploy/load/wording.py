@@ -11,6 +11,7 @@ from .step import CLOSED, LOOPS, Step
 if TYPE_CHECKING:
     from .numbers import StepResult
     from .report import Report
+    from .saturation import Saturation
 
 COUNTS = {
     CLOSED: "A latency is from sending a request to all of its answer; the requests that ended in the measured time count.",
@@ -32,20 +33,35 @@ def label(report: Report, step: StepResult) -> str:
 
 
 def verdict(report: Report) -> str:
-    """The finding in a sentence."""
-    if report.saturation is None:
-        valid = [step for step in report.steps if step.latency and not step.client_bound]
-        if not valid:
-            return "No step says anything of the server"
-        best = max(valid, key=lambda step: step.answered_per_second)
-        assert best.latency is not None
-        return (
-            f"{rate(best.answered_per_second)} requests/s at most, with {label(report, best)}: "
-            f"p50 {milliseconds(best.latency.p50_ms)} ms, p99 {milliseconds(best.latency.p99_ms)} ms"
-        )
-    holds, fails = report.saturation.holds, report.saturation.fails
+    """The finding in a sentence; of steps that say something of the server."""
+    if all(step.latency is None for step in report.steps):
+        return "No request had a good answer"
+    if all(step.client_bound for step in report.steps if step.latency):
+        return "The client set the pace in every step: nothing is known of the server"
+    return _most(report) if report.saturation is None else _held(report, report.saturation)
+
+
+def _most(report: Report) -> str:
+    """The largest throughput of callers that wait."""
+    answered = [step for step in report.steps if step.latency]
+    best = max(
+        (step for step in answered if not step.client_bound),
+        key=lambda step: step.answered_per_second,
+    )
+    assert best.latency is not None
+    more = any(step.answered_per_second > best.answered_per_second for step in answered)
+    return (
+        f"{rate(best.answered_per_second)} requests/s {'at least' if more else 'at most'}, with "
+        f"{label(report, best)}: p50 {milliseconds(best.latency.p50_ms)} ms, "
+        f"p99 {milliseconds(best.latency.p99_ms)} ms"
+    )
+
+
+def _held(report: Report, found: Saturation) -> str:
+    """The rate up to which the server holds."""
+    holds, fails = found.holds, found.fails
     if holds is None:
-        return "No rate was held" if fails is not None else "No step says anything of the server"
+        return f"Already {fails:g} requests/s are too much"
     step = next(step for step in report.steps if step.level == holds)
     p99 = "" if step.latency is None else f" with p99 {milliseconds(step.latency.p99_ms)} ms"
     beyond = "beyond is not known" if fails is None else f"{fails:g} is too much"

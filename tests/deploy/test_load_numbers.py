@@ -17,6 +17,7 @@ from utune_deploy.deploy.load.perf_csv import to_csv
 from utune_deploy.deploy.load.saturation import Saturation, saturation
 from utune_deploy.deploy.load.statistics import difference
 from utune_deploy.deploy.load.step import CLOSED, CONSTANT, POISSON, Settings, Step, steps_of
+from utune_deploy.deploy.load.wording import verdict
 from utune_deploy.merge.errors import UsageError
 
 MS, S = 10**6, 10**9
@@ -281,3 +282,24 @@ def test_the_csv_of_rates_without_statistics(load_report):
     wanted = "Request Rate,Inferences/Second,Client Send,Client Recv,p50 latency,p90 latency,p95 latency,p99 latency\n"
     assert text.startswith(wanted)
     assert text.count("\n") == 3
+
+
+# the verdict
+
+
+def test_the_verdict_says_what_is_known(load_report):
+    closed, rates = load_report(CLOSED, (1, 2)), load_report(POISSON, (10, 60))
+    assert verdict(closed).startswith("100 requests/s at most, with ")
+    assert verdict(rates).startswith("Holds 10 requests/s with p99 ")
+    assert verdict(rates).endswith("; 60 is too much")
+    assert verdict(load_report(POISSON, (60,))) == "Already 60 requests/s are too much"
+    assert verdict(load_report(POISSON, (10,))).endswith("; beyond is not known")
+    fast = replace(closed.steps[1], client_bound=True, answered_per_second=500.0)
+    assert verdict(replace(closed, steps=(closed.steps[0], fast))).startswith(
+        "100 requests/s at least"
+    )
+    assert verdict(replace(closed, steps=(fast,))).startswith(
+        "The client set the pace in every step"
+    )
+    none = replace(fast, latency=None)
+    assert verdict(replace(closed, steps=(none,))) == "No request had a good answer"

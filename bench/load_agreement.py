@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from utune_deploy.deploy.bench.machine import load_now, read_machine
 from utune_deploy.deploy.bench.summary import paired_ratio
@@ -146,16 +144,24 @@ def agree(options: Any) -> dict[str, Any]:
         }
         for name, both in measured.items()
     }
-    table = Table("ours / perf_analyzer", *QUANTITIES, "p50 ms, theirs", "lag p99 ms, ours")
+    print(*lines(ratios, measured), sep="\n")
+    return {"ratios": ratios, "measured": measured, "tasks": len(bundle.tasks)}
+
+
+def lines(ratios: dict, measured: dict[str, dict[str, list[dict]]]) -> Iterator[str]:
+    """The table of the results' README: ratios with their intervals, and the median p50 of both in ms."""
+    heads = ("ours / perf_analyzer", *QUANTITIES, "p50 of both, ms", "quickest", "our lag, p99")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for name, both in measured.items():
         cells = [
-            f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ratios[name].values()
+            f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios[name].values()
         ]
-        median = np.median([run["p50"] for run in both["theirs"]])
+        p50 = {who: [run["p50"] for run in both[who]] for who in ("ours", "theirs")}
+        medians = ", ".join(f"{np.median(values):.2f}" for values in p50.values())
+        quickest = ", ".join(f"{min(values):.2f}" for values in p50.values())
         lag = np.median([run["lag p99"] for run in both["ours"]])
-        table.add_row(name, *cells, f"{median:.3f}", f"{lag:.3f}")
-    Console().print(table)
-    return {"ratios": ratios, "measured": measured, "tasks": len(bundle.tasks)}
+        yield f"| {' | '.join([name, *cells, medians, quickest, f'{lag:.2f}'])} |"
 
 
 def write_rows(bundle: Bundle, folder: Path) -> None:

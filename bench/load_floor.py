@@ -18,9 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from utune_deploy.deploy.bench.machine import load_now, read_machine
 from utune_deploy.deploy.load.rows import draw_rows
 from utune_deploy.deploy.load.run import load
@@ -88,7 +85,8 @@ def _stand_in(front: str, ports: Any) -> None:
 def floor(seconds: float) -> dict[str, Any]:
     """Latency and throughput against servers that do nothing, and the client's processor time per request."""
     found = {}
-    table = Table("stand-in", "p50 ms", "p99 ms", "answers/s", "client's processor, us per request")
+    print("| stand-in | p50, ms | p99, ms | answers/s | client's processor, us per request |")
+    print("|---|---|---|---|---|")
     spawn = multiprocessing.get_context("spawn")
     for front in ("http", "grpc"):
         ports = spawn.Queue()
@@ -116,11 +114,11 @@ def floor(seconds: float) -> dict[str, Any]:
                     "p50 ms": step.latency.p50_ms, "p99 ms": step.latency.p99_ms,
                     "answers per second": step.answered_per_second, "client us per request": own_us,
                 }  # fmt: skip
-                table.add_row(name, *(f"{value:.3f}" for value in found[name].values()))
+                cells = (f"{value:.3g}" for value in found[name].values())
+                print(f"| {' | '.join([name, *cells])} |", flush=True)
         finally:
             process.terminate()
             process.join()
-    Console().print(table)
     return {"floor": found}
 
 

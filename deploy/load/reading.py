@@ -108,7 +108,8 @@ def _same(a: Latency | None, b: Latency | None) -> bool:
     if a is None or b is None:
         return a is b
     return all(
-        math.isclose(x, y, rel_tol=1e-9) for x, y in zip(astuple(a), astuple(b), strict=True)
+        math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9)
+        for x, y in zip(astuple(a), astuple(b), strict=True)
     )
 
 

@@ -14,6 +14,7 @@ GROUPS = {
         "predict": "Labels and scores of pictures or tensors.",
         "serve": "Answer over HTTP and gRPC (Open Inference Protocol v2).",
         "task": "Add, update, remove and list the tasks of a running server.",
+        "load": "Load a running server: latency and throughput, step by step.",
         "bench": "Time a bundle against the bare backbone.",
         "cost": "Price a bench report: cost per million images, machines for a load.",
         "compare": "Hold one bench report to another, and fail where it is slower.",

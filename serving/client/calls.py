@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..registry import ALL
+from ..tasks.commands import TASKS
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -92,3 +95,13 @@ def ready_models(index: Any) -> tuple[str, ...]:
             entry["name"] for entry in index if entry.get("state", "READY") in ("READY", "")
         )
     )
+
+
+def bundles(ready: Iterable[str]) -> list[str]:
+    """Those of the ready models that are a bundle.
+
+    Every task is a model too: where tasks can be listed, the bundle is the one that lists them.
+    """
+    names = list(ready)
+    listing = [name.removesuffix(TASKS) for name in names if name.endswith(TASKS)]
+    return listing or [name for name in names if not name.endswith(ALL)]

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...merge.errors import UsageError
-from ..registry import ALL
 from ..rejections import BadReply, InvalidRequest, UnknownModel
 from ..tasks.commands import COMMAND, FILE, REPLY, TASKS
 from . import rows
 from .answers import mean, read_answers, read_task
-from .calls import Config, Index, Infer
+from .calls import Config, Index, Infer, bundles
 from .failures import Failure
 from .retry import Deadline, Retry
 from .steps import Send, Wait, Work
@@ -275,9 +274,7 @@ class Verbs:
         """The model's name."""
         if self._model is None:
             ready = yield from self._call(Index(), deadline)
-            # Every task is a model too: where tasks can be listed, the bundle is the one that lists them.
-            listing = [name.removesuffix(TASKS) for name in ready if name.endswith(TASKS)]
-            names = listing or [name for name in ready if not name.endswith(ALL)]
+            names = bundles(ready)
             if len(names) != 1:
                 raise UsageError(
                     "it is not said which model is asked" if names else "no model is ready",

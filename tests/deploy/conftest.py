@@ -206,3 +206,65 @@ def served() -> Callable[[Any], Any]:
             thread.join(60)
 
     return served
+
+
+@pytest.fixture(scope="session")
+def load_report() -> Callable[..., Any]:
+    """A load that never ran, of known times: `(loop, levels, **changes) -> Report`."""
+    import numpy as np
+
+    from utune_deploy.deploy.bench.machine import Load, Machine
+    from utune_deploy.deploy.load.cautions import find_cautions
+    from utune_deploy.deploy.load.drive import Run, Sample
+    from utune_deploy.deploy.load.numbers import numbers
+    from utune_deploy.deploy.load.report import Asked, Input, Report
+    from utune_deploy.deploy.load.saturation import saturation
+    from utune_deploy.deploy.load.step import CLOSED, Settings, Step
+
+    def statistics(requests: int) -> dict[str, Any]:
+        parts = {"queue": 1000, "compute_input": 10, "compute_infer": 2000, "compute_output": 30}
+        spent = {
+            part: {"count": requests, "ns": us * 1000 * requests} for part, us in parts.items()
+        }
+        return {
+            "inference_count": str(2 * requests), "execution_count": str(requests),
+            "inference_stats": {**spent, "success": {"count": requests, "ns": requests}},
+        }  # fmt: skip
+
+    def run_of(step: Step) -> Run:
+        """Latencies of 5 ms and an exponential tail, the longer the more is asked for; each tenth fails."""
+        random = np.random.default_rng(int(step.level))
+        count = 300
+        due = np.arange(count) * 10**7 + 10**9
+        sent = due + random.integers(20_000, 60_000, count)
+        took = (5e6 + 1e5 * step.level + random.exponential(1e6, count)).astype(np.int64)
+        run = Run(10**9, 4 * 10**9, before=statistics(7), after=statistics(7 + count))
+        run.says = {"503": "the queue is full"}
+        for number, (a, b, c) in enumerate(zip(due, sent, sent + took, strict=True)):
+            status = "503" if step.level > 50 and number % 10 == 0 else "ok"
+            run.samples.append(Sample(int(a), int(b), int(b) + 7000, int(c) - 3000, int(c), status))
+        return run
+
+    def make(loop: str = CLOSED, levels: tuple[float, ...] = (1, 2, 8), **changes: Any) -> Report:
+        steps = [Step(loop, level) for level in levels]
+        results = tuple(numbers(run_of(step), step, 2) for step in steps)
+        machine = Machine(
+            "Some Xeon", 2, 2, 2, 8 << 30, "powersave", (), "Linux 6 x86_64", "3.11", {"numpy": "2.0"}
+        )  # fmt: skip
+        load = Load(0.5, 2.5)
+        fields: dict[str, Any] = {
+            "url": "http://127.0.0.1:8000", "server": {"name": "utune-deploy", "version": "0.1.0"},
+            "model": "digits",
+            "asked": Asked(
+                2, "uniform", "binary", "drawn", 64, 1234, {"a": 64, "b": 64},
+                (Input("images", "FP32", (3, 8, 8)), Input("task", "BYTES", (1,))),
+            ),
+            "loop": loop, "steps": results,
+            "saturation": None if loop == CLOSED else saturation(results),
+            "settings": Settings(), "changing": None, "machine": machine, "load": load,
+            "date": "2026-11-28T12:00:00+00:00", "command": "utune-deploy load http://127.0.0.1:8000",
+            "warnings": find_cautions(steps, results, machine, load),
+        }  # fmt: skip
+        return Report(**{**fields, **changes})
+
+    return make

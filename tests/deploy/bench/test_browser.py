@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from utune_deploy.deploy.bench.page import render_html, write_sweep_html
+from utune_deploy.deploy.load.page import write_html as write_load_html
 
 RESULTS = Path(__file__).resolve().parents[3] / "bench" / "results"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -208,17 +209,21 @@ def keep(name, look, png):
 
 
 @pytest.mark.parametrize("name", LOOKS)
-@pytest.mark.parametrize("page", ["stored", "crowded", "sweep", "full"])
+@pytest.mark.parametrize("page", ["stored", "crowded", "sweep", "full", "load", "load at rates"])
 def test_the_page_is_readable_and_the_console_silent(
-    look, report, full, crowded, tmp_path, page, name
+    look, report, load_report, full, crowded, tmp_path, page, name
 ):
     file = tmp_path / "report.html"
     if page == "stored":
-        file = RESULTS / "vit_b_dual64" / "report.html"
+        file = RESULTS / "report" / "report.html"
     elif page == "crowded":
         file.write_text(render_html(crowded(report)), encoding="utf-8")
     elif page == "full":
         file.write_text(render_html(full), encoding="utf-8")
+    elif page == "load":
+        write_load_html(load_report("closed", (1, 2, 4, 8, 16, 64)), file)
+    elif page == "load at rates":
+        write_load_html(load_report("poisson", (5, 10, 20, 40, 60, 80, 1000, 1200)), file)
     else:
         write_sweep_html({"size of the bank": report, "one task": report}, "nightly", file)
     console, problems, png = look(file, name)

@@ -123,10 +123,12 @@ def test_what_is_no_plain_yaml_is_refused(write, text):
 
 def test_the_recipe_of_the_documentation_is_one(write, tmp_path):
     (text,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    for name in yaml.safe_load(text)["bundles"].values():
-        (tmp_path / "sub" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sub" / name / "manifest.json").write_text("{}")
-    assert len(read_recipe(write(text)).comparisons) == 2
+    folders = ("tasks8", "tasks64", "fused", "backbone")
+    for name in folders:
+        (tmp_path / "sub" / "runs" / name).mkdir()
+        (tmp_path / "sub" / "runs" / name / "manifest.json").write_text("{}")
+    (tmp_path / "sub" / "runs" / "task0.safetensors").write_text("")
+    assert len(read_recipe(write(text)).comparisons) == 3
 
 
 def test_what_stands_beside_is_made_from_files_that_the_recipe_names(write, tmp_path):

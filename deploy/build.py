@@ -14,9 +14,10 @@ from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, Device
 from ..export.graph import OPSET, Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
-from ..export.passes import CPU_PASSES, CUDA_PASSES, rewrite
+from ..export.parity import Verdict
+from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
-from ..export.precision import HALF, ON_CUDA, retype, to_half
+from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
 from ..merge.attach import answer_shapes
 from ..merge.backbone import create
 from ..merge.bank import NO_ROOM, Bank, Room, stack
@@ -29,6 +30,7 @@ from ..merge.lower import in_double, lower
 from ..merge.mixed import Alone, Mixed, Single
 from ..merge.sites import Sites, measure
 from .check import Evidence, check_engine, require_runnable
+from .numerics import Numerics, Proved, require, shrink
 from .plan import Plan, make_plan
 from .versions import versions
 
@@ -67,6 +69,7 @@ def export_bundle(
     bank: str = "constants",
     fan_out: bool = False,
     precision: str = "fp32",
+    numerics: Numerics | None = None,
     max_batch: int = 16,
     room: Room = NO_ROOM,
     evidence: Evidence | None = None,
@@ -85,6 +88,7 @@ def export_bundle(
         bank: See `make_plan`.
         fan_out: Add a second engine, which answers every task for every row.
         precision: A key of `export.precision.PRECISIONS`.
+        numerics: What stays float32 in it, and examples to calibrate with.
         max_batch: Largest batch that is checked and may be asked for.
         room: With a bank that is an input, sizes that its slots have at least.
         evidence: Pictures for the check.
@@ -99,6 +103,8 @@ def export_bundle(
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
     require_runnable(precision, device)
+    numerics, evidence = numerics or Numerics(), evidence or Evidence()
+    require(precision, "onnxruntime", numerics.keep, calibrated=numerics.calibration is not None)
     if room != NO_ROOM and bank != "inputs":
         raise UsageError(
             "room for larger tasks is for a bank that tasks can be added to", do="add --bank inputs"
@@ -119,7 +125,16 @@ def export_bundle(
     made = [graph_of(plan, backbone, deltas, sites, groups, precision, room)]
     made += [_fan_out(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
-    finished = [finish(graph.model, precision) for graph in made]
+    stacked = made[0].bank
+    read = plan.bank == "inputs" and stacked is not None
+    exact = bank_inputs(stacked.tensors, "fp32") if read and stacked is not None else {}
+    numerics = numerics.with_examples(backbone, evidence, [delta.task for delta in deltas])
+    banks = [exact, {}]
+    finished = [
+        finish(graph.model, precision, numerics=numerics, bank=read_in)
+        for graph, read_in in zip(made, banks, strict=False)
+    ]
+    facts = numerics.facts(precision)
     descriptions = [
         bundles.Engine(
             target="onnxruntime",
@@ -141,16 +156,12 @@ def export_bundle(
         precision,
         engine.inputs,
         second,
+        facts,
     )
     progress("serialise")
     counted = _counted(made[-1].model, backbone, deltas, sites) if every else {}
     files = [serialise(graph.model, {bundles.IDENTITY: identity}) for graph in made]
-    stacked = made[0].bank
-    bank_tensors = (
-        bank_inputs(stacked.tensors, precision)
-        if plan.bank == "inputs" and stacked is not None
-        else {}
-    )
+    bank_tensors = bank_inputs(stacked.tensors, precision) if exact and stacked is not None else {}
     progress("check")
     verdicts = [
         check_engine(
@@ -162,9 +173,9 @@ def export_bundle(
             fans=plan.mode == FAN_OUT or number == 1,
             bank=bank_tensors if number == 0 else {},
             max_batch=max_batch,
-            evidence=evidence or Evidence(),
+            evidence=evidence,
             device=device,
-            precision=precision,
+            precision="fp32" if precision in QUANTISED else precision,
         )
         for number, file in enumerate(files)
     ]
@@ -177,6 +188,19 @@ def export_bundle(
             ),
             do="if a branch has no effect, train or drop it; otherwise report this with the deltas",
         )
+    shrunk = []
+    if precision in QUANTISED:
+        progress("quantise")
+        metadata = {bundles.IDENTITY: identity}
+        for number, (graph, file, read_in) in enumerate(zip(made, files, banks, strict=False)):
+            fans = plan.mode == FAN_OUT or number == 1
+            proved = Proved(graph.model, file, plan.mode, fans, read_in, entries, metadata)
+            shrunk.append(shrink(proved, precision, "onnxruntime", backbone, numerics, output))
+        files = [part.file for part in shrunk]
+        verdicts = [
+            Verdict((*verdict.comparisons, *part.comparisons))
+            for verdict, part in zip(verdicts, shrunk, strict=True)
+        ]
     progress("write")
     result = bundles.Bundle(
         path=output,
@@ -191,6 +215,8 @@ def export_bundle(
             **counted,
             "rewritten": finished[0].rewritten,
             "typing": finished[0].typing.to_json(),
+            **({"numerics": facts} if facts else {}),
+            **({"quantised": shrunk[0].report} if shrunk else {}),
             "lowered": made[0].lowered,
             "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
         },
@@ -281,7 +307,14 @@ class Finished(NamedTuple):
     typing: Typing
 
 
-def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finished:
+def finish(
+    model: ir.Model,
+    precision: str,
+    *,
+    standard: bool = False,
+    numerics: Numerics | None = None,
+    bank: Mapping[str, NDArray[np.generic]] | None = None,
+) -> Finished:
     """Run every pass on a traced graph, in place, and give it the types of a precision.
 
     Folds are float32 or wider; weights are cast once, behind them.
@@ -290,10 +323,16 @@ def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finish
         model: The graph.
         precision: A key of `export.precision.PRECISIONS`.
         standard: Keep to ONNX's own operators, for runtimes that are not ONNX Runtime.
+        numerics: What stays float32, and the examples of an audit.
+        bank: Float32 tensors by input name for that, where the bank is an input.
+
+    Raises:
+        UsageError: A pattern of nodes to keep names none.
+        CheckFailed: Values leave the range of the precision.
     """
-    rewritten = rewrite(model)
+    rewritten = rewrite(model, APART if precision in QUANTISED else PASSES)
     clean(model)
-    typing = retype(model, precision)
+    typing = (numerics or Numerics()).typed(model, precision, bank)
     if not standard:
         rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
         common.TopologicalSortPass()(model)
@@ -500,7 +539,16 @@ def manifest_tasks(
 
 
 def backbone_engine(backbone: Backbone, precision: str = "fp32") -> bytes:
-    """The backbone alone, through the same passes: the baseline of every benchmark."""
+    """The backbone alone, through the same passes: the baseline of every benchmark.
+
+    Raises:
+        UsageError: The precision takes its ranges from examples of a task.
+    """
+    if precision in QUANTISED:
+        raise UsageError(
+            f"there is no bare backbone in {precision} to time beside: its ranges come from examples",
+            do="name a bundle in fp32 first, and this one with --against",
+        )
     model = _traced(backbone.model, backbone)
     finish(model, precision)
     return serialise(model, {})

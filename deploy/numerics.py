@@ -6,16 +6,16 @@ every way that `check` knows, then quantised, and the result is held to the floa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..export.agreement import Least, agreement
-from ..export.engine import CPU, TASK
+from ..export.engine import CPU, IMAGES, TASK
 from ..export.graph import serialise
 from ..export.precision import HALF, QUANTISED, retype
-from ..export.quantise import FORMATS, digests, quantise
+from ..export.quantise import FORMATS, choose, digests, quantise
 from ..export.saturation import AUTO, retype_audited
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.errors import CheckFailed, MissingDependency, UsageError
@@ -80,7 +80,15 @@ class Numerics:
             if evidence.images
             else noise(backbone, len(tasks), evidence.seed)
         )
-        return Numerics(self.keep, given, self.method, self.least)
+        return replace(self, calibration=given)
+
+    def held_out(self, evidence: Evidence, tasks: Sequence[str]) -> Evidence:
+        """Evidence with the held-out pictures, where it has none, and what is asked of their answers."""
+        if evidence.images or self.calibration is None or IMAGES not in self.calibration.rows:
+            return replace(evidence, least=self.least)
+        held = self.calibration.halves()[1]
+        images = {name: held.rows[IMAGES][held.task == row] for row, name in enumerate(tasks)}
+        return replace(evidence, images=images, least=self.least)
 
     def typed(
         self, model: ir.Model, precision: str, bank: Mapping[str, NDArray[Any]] | None = None
@@ -96,6 +104,10 @@ class Numerics:
             UsageError: A pattern names no node.
             CheckFailed: Values leave the range of the half.
         """
+        if precision in QUANTISED:
+            choose(
+                model, None, self.keep
+            )  # a pattern that names nothing is refused before the check
         if precision not in HALF or self.calibration is None:
             return retype(model, precision)
         names = [value.name or "" for value in model.graph.inputs]

@@ -15,7 +15,7 @@ import torch
 from ..export import bundle as bundles
 from ..export.engine import CPU, Device
 from ..export.graph import serialise
-from ..export.precision import QUANTISED
+from ..export.precision import HALF, QUANTISED
 from ..export.targets.tensorrt import builder, folder, library
 from ..export.targets.tensorrt.recipe import Profile, Recipe, default_profiles
 from ..export.targets.tensorrt.session import TensorRTSession
@@ -150,6 +150,7 @@ def export_tensorrt(
         proved = Proved(made.model, onnx, plan.mode, fans, exact, begun.entries, metadata)
         shrunk = shrink(proved, precision, "tensorrt", backbone, numerics, output)
         onnx = checking.onnx = shrunk.file
+        checking.evidence = numerics.held_out(evidence, [entry.name for entry in begun.entries])
         report["quantised"] = shrunk.report
         report["agreement"] = [comparison.to_json() for comparison in shrunk.comparisons]
     count = len(tasks)
@@ -169,7 +170,8 @@ def export_tensorrt(
     entries = [bundles.task_json(entry) for entry in begun.entries]
     with atomic_folder(output) as temporary:
         folder.write_folder(temporary, recipe, onnx, entries, tensors)
-        (temporary / NUMBERS).write_text(canonical_json(report) + "\n")
+        if precision in (*HALF, *QUANTISED):
+            (temporary / NUMBERS).write_text(canonical_json(report) + "\n")
         if trt is not None:
             _build(temporary, recipe, trt, progress)
             session = TensorRTSession(

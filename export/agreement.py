@@ -15,6 +15,8 @@ import numpy as np
 from .parity import Comparison
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
 MOST = 0.95  # the share of rows that the cosine and the error are said for
@@ -31,6 +33,11 @@ class Least:
 
     agreement: float = 0.99
     cosine: float = 0.99
+
+    @classmethod
+    def of_plan(cls, plan: Mapping[str, Any]) -> Least:
+        """What a bundle was held to when it was made; the defaults if it is not in eight bits."""
+        return cls(**plan.get("quantised", {}).get("least", {}))
 
     def to_json(self) -> dict[str, Any]:
         """The thresholds as JSON values."""

@@ -68,9 +68,9 @@ def ranges(
         calibrator = _calibrator(method, wanted)(path, augmented_model_path=str(augmented))
         calibrator.augment_graph()
         calibrator.create_inference_session()
-        for batch in batches:
-            calibrator.collect_data(_One(batch))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it was told
+            for batch in batches:
+                calibrator.collect_data(_One(batch))
             found = calibrator.compute_data()
         calibrator.infer_session = None  # lets go of the file
     limits = {}

@@ -67,8 +67,7 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(delta.task, delta.preprocessing) for delta in tasks])
-    asked = opened.plan.get("quantised", {}).get("least", {})
-    evidence = Evidence(pictures, seed, every_tensor, Least(**asked))
+    evidence = Evidence(pictures, seed, every_tensor, Least.of_plan(opened.plan))
     verdicts = {
         engine.file: check_engine(
             (bundle / engine.file).read_bytes(),

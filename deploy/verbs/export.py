@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -167,7 +168,7 @@ def command(
         pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
     numerics = numbers.load(backbone, [(t.delta.task, t.delta.preprocessing) for t in tasks])
     if target == "tensorrt":
-        from ..tensorrt import export_tensorrt
+        from ..tensorrt import NUMBERS, export_tensorrt
 
         with console.steps(*STEPS) as step:
             recipe = export_tensorrt(
@@ -190,6 +191,10 @@ def command(
         if as_json:
             console.json({"folder": str(output), "recipe": recipe.to_json()})
             return
+        if (output / NUMBERS).exists():
+            report = json.loads((output / NUMBERS).read_text())
+            for line in numbers_in_words(report, {"comparisons": report.get("agreement", [])}):
+                console.result(line)
         if recipe.check == "unchecked":
             console.warn(f"unchecked: no processor at hand computes in {precision}")
         console.result(

@@ -128,7 +128,9 @@ def export_bundle(
     stacked = made[0].bank
     read = plan.bank == "inputs" and stacked is not None
     exact = bank_inputs(stacked.tensors, "fp32") if read and stacked is not None else {}
-    numerics = numerics.with_examples(backbone, evidence, [delta.task for delta in deltas])
+    numerics = numerics.with_examples(
+        precision, backbone, evidence, [delta.task for delta in deltas]
+    )
     banks = [exact, {}]
     finished = [
         finish(graph.model, precision, numerics=numerics, bank=read_in)
@@ -193,8 +195,8 @@ def export_bundle(
         progress("quantise")
         metadata = {bundles.IDENTITY: identity}
         for number, (graph, file, read_in) in enumerate(zip(made, files, banks, strict=False)):
-            fans = plan.mode == FAN_OUT or number == 1
-            proved = Proved(graph.model, file, plan.mode, fans, read_in, entries, metadata)
+            form = FAN_OUT if number else plan.mode
+            proved = Proved(graph.model, file, form, read_in, entries, metadata)
             shrunk.append(shrink(proved, precision, "onnxruntime", backbone, numerics, output))
         files = [part.file for part in shrunk]
         verdicts = [
@@ -216,7 +218,9 @@ def export_bundle(
             "rewritten": finished[0].rewritten,
             "typing": finished[0].typing.to_json(),
             **({"numerics": facts} if facts else {}),
-            **({"quantised": shrunk[0].report} if shrunk else {}),
+            **dict(
+                zip(("quantised", "quantised_fan_out"), (p.report for p in shrunk), strict=False)
+            ),
             "lowered": made[0].lowered,
             "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
         },

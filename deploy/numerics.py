@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..export.agreement import Least, agreement
+from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, IMAGES, TASK
 from ..export.graph import serialise
 from ..export.precision import HALF, QUANTISED, retype
@@ -71,9 +72,11 @@ class Numerics:
             ),
         }
 
-    def with_examples(self, backbone: Backbone, evidence: Evidence, tasks: list[str]) -> Numerics:
-        """The same, with what `check` is fed where the user gave no examples."""
-        if self.calibration is not None:
+    def with_examples(
+        self, precision: str, backbone: Backbone, evidence: Evidence, tasks: Sequence[str]
+    ) -> Numerics:
+        """The same, with what `check` is fed where a half is to be audited and the user gave no examples."""
+        if self.calibration is not None or precision not in HALF:
             return self
         given = (
             of_pictures(evidence.images, tasks, "the pictures of --images")
@@ -159,8 +162,7 @@ class Proved(NamedTuple):
     Attributes:
         model: Its graph.
         file: The engine.
-        mode: Of its plan.
-        fans: Whether it answers every task for every row.
+        mode: Of its plan; `fan-out` of one that answers every task for every row.
         bank: By input name, float32, where the bank is an input.
         tasks: Names and labels, in row order.
         metadata: Of the engine file.
@@ -169,7 +171,6 @@ class Proved(NamedTuple):
     model: ir.Model
     file: bytes
     mode: str
-    fans: bool
     bank: Mapping[str, NDArray[Any]]
     tasks: tuple[bundles.Task, ...]
     metadata: Mapping[str, str]
@@ -257,7 +258,9 @@ def _compared(
             logits = session.run(
                 {name: batch[name] for name in rows}, task if session.mixes_tasks else None
             )
-            answered.append(logits[np.arange(len(task)), task] if proved.fans else logits)
+            answered.append(
+                logits[np.arange(len(task)), task] if proved.mode == FAN_OUT else logits
+            )
     task = np.concatenate(numbers)
     a, b = (np.concatenate(parts) for parts in answers)
     compared = []

@@ -122,7 +122,9 @@ def export_tensorrt(
     plan = begun.plan
     stacked = made.bank.tensors if plan.bank == "inputs" and made.bank is not None else {}
     tensors, exact = bank_inputs(stacked, precision), bank_inputs(stacked, "fp32")
-    numerics = numerics.with_examples(backbone, evidence, [delta.task for delta in begun.deltas])
+    numerics = numerics.with_examples(
+        precision, backbone, evidence, [delta.task for delta in begun.deltas]
+    )
     typing = finish(made.model, precision, standard=True, numerics=numerics, bank=exact).typing
     refit = _refit(begun, backbone, made, precision, numerics) if weights == "refit" else ()
     inputs = inputs_of(backbone, made.model)
@@ -146,8 +148,7 @@ def export_tensorrt(
     if precision in QUANTISED:
         progress("quantise")
         metadata = {bundles.IDENTITY: identity}
-        fans = plan.mode == bundles.FAN_OUT
-        proved = Proved(made.model, onnx, plan.mode, fans, exact, begun.entries, metadata)
+        proved = Proved(made.model, onnx, plan.mode, exact, begun.entries, metadata)
         shrunk = shrink(proved, precision, "tensorrt", backbone, numerics, output)
         onnx = checking.onnx = shrunk.file
         checking.evidence = numerics.held_out(evidence, [entry.name for entry in begun.entries])

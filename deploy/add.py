@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from ..export import bundle as bundles
+from ..export.agreement import Least
 from ..export.engine import CPU
 from ..merge.bank import Slot, fill_row
 from ..merge.delta import require_backbone
@@ -98,7 +99,7 @@ def add_tasks(
         mixes=True,
         bank=new,
         max_batch=bundle.engine.max_batch,
-        evidence=evidence or Evidence(),
+        evidence=replace(evidence or Evidence(), least=Least.of_plan(bundle.plan)),
         device=device,
         precision=bundle.engine.precision,
     )

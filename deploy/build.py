@@ -9,12 +9,15 @@ from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, Device
 from ..export.graph import OPSET, serialise, specs
+from ..export.parity import Verdict
+from ..export.precision import QUANTISED
 from ..merge.bank import NO_ROOM, Room
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder
 from .begin import begin
 from .check import Evidence, check_engine, require_runnable
 from .graphs import bank_inputs, counted, fan_out_graph, finish, graph_of, inputs_of
+from .numerics import Numerics, Proved, require, shrink
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def export_bundle(
     bank: str = "constants",
     fan_out: bool = False,
     precision: str = "fp32",
+    numerics: Numerics | None = None,
     max_batch: int = 16,
     room: Room = NO_ROOM,
     evidence: Evidence | None = None,
@@ -63,6 +67,7 @@ def export_bundle(
         bank: See `make_plan`.
         fan_out: Add a second engine, which answers every task for every row.
         precision: A key of `export.precision.PRECISIONS`.
+        numerics: What stays float32 in it, and examples to calibrate with.
         max_batch: Largest batch that is checked and may be asked for.
         room: With a bank that is an input, sizes that its slots have at least.
         evidence: Pictures for the check.
@@ -77,6 +82,8 @@ def export_bundle(
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
     require_runnable(precision, device)
+    numerics, evidence = numerics or Numerics(), evidence or Evidence()
+    require(precision, "onnxruntime", numerics.keep, calibrated=numerics.calibration is not None)
     if room != NO_ROOM and bank != "inputs":
         raise UsageError(
             "room for larger tasks is for a bank that tasks can be added to", do="add --bank inputs"
@@ -97,7 +104,18 @@ def export_bundle(
     made = [graph_of(plan, backbone, deltas, sites, groups, precision, room)]
     made += [fan_out_graph(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
-    finished = [finish(graph.model, precision) for graph in made]
+    stacked = made[0].bank
+    read = plan.bank == "inputs" and stacked is not None
+    exact = bank_inputs(stacked.tensors, "fp32") if read and stacked is not None else {}
+    numerics = numerics.with_examples(
+        precision, backbone, evidence, [delta.task for delta in deltas]
+    )
+    banks = [exact, {}]
+    finished = [
+        finish(graph.model, precision, numerics=numerics, bank=read_in)
+        for graph, read_in in zip(made, banks, strict=False)
+    ]
+    facts = numerics.facts(precision)
     descriptions = [
         bundles.Engine(
             target="onnxruntime",
@@ -119,16 +137,12 @@ def export_bundle(
         precision,
         engine.inputs,
         second,
+        facts,
     )
     progress("serialise")
     products = counted(made[-1].model, backbone, deltas, sites) if every else {}
     files = [serialise(graph.model, {bundles.IDENTITY: identity}) for graph in made]
-    stacked = made[0].bank
-    bank_tensors = (
-        bank_inputs(stacked.tensors, precision)
-        if plan.bank == "inputs" and stacked is not None
-        else {}
-    )
+    bank_tensors = bank_inputs(stacked.tensors, precision) if exact and stacked is not None else {}
     progress("check")
     verdicts = [
         check_engine(
@@ -140,9 +154,9 @@ def export_bundle(
             fans=plan.mode == FAN_OUT or number == 1,
             bank=bank_tensors if number == 0 else {},
             max_batch=max_batch,
-            evidence=evidence or Evidence(),
+            evidence=evidence,
             device=device,
-            precision=precision,
+            precision="fp32" if precision in QUANTISED else precision,
         )
         for number, file in enumerate(files)
     ]
@@ -155,6 +169,19 @@ def export_bundle(
             ),
             do="if a branch has no effect, train or drop it; otherwise report this with the deltas",
         )
+    shrunk = []
+    if precision in QUANTISED:
+        progress("quantise")
+        metadata = {bundles.IDENTITY: identity}
+        for number, (graph, file, read_in) in enumerate(zip(made, files, banks, strict=False)):
+            form = FAN_OUT if number else plan.mode
+            proved = Proved(graph.model, file, form, read_in, entries, metadata)
+            shrunk.append(shrink(proved, precision, "onnxruntime", backbone, numerics, output))
+        files = [part.file for part in shrunk]
+        verdicts = [
+            Verdict((*verdict.comparisons, *part.comparisons))
+            for verdict, part in zip(verdicts, shrunk, strict=True)
+        ]
     progress("write")
     result = bundles.Bundle(
         path=output,
@@ -169,6 +196,10 @@ def export_bundle(
             **products,
             "rewritten": finished[0].rewritten,
             "typing": finished[0].typing.to_json(),
+            **({"numerics": facts} if facts else {}),
+            **dict(
+                zip(("quantised", "quantised_fan_out"), (p.report for p in shrunk), strict=False)
+            ),
             "lowered": made[0].lowered,
             "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
         },

@@ -17,9 +17,10 @@ import numpy as np
 import onnx
 import torch
 
+from ..export.agreement import Least, agreement
 from ..export.engine import CPU
 from ..export.parity import Comparison, Verdict, budget, compare, floor, relative_error
-from ..export.precision import HALF
+from ..export.precision import HALF, QUANTISED
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.attach import answer_shapes, restore
 from ..merge.backbone import dtype_of
@@ -59,11 +60,13 @@ class Evidence:
             any use noise.
         seed: Of the noise.
         every_tensor: Really change every tensor for liveness, however long it takes.
+        least: How far an engine in eight bits must agree with torch on the pictures.
     """
 
     images: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     seed: int = 0
     every_tensor: bool = False
+    least: Least = field(default_factory=Least)
 
 
 def check_engine(
@@ -119,8 +122,14 @@ def require_runnable(precision: str, device: Device) -> None:
 
     Raises:
         UsageError: The CPU has no TF32.
-        MissingDependency: ONNX Runtime's CPU provider has no bfloat16 products.
+        MissingDependency: ONNX Runtime's CPU provider has no bfloat16 products, its CUDA provider none in eight bits.
     """
+    if precision in QUANTISED and device.provider == "cuda":
+        raise MissingDependency(
+            f"ONNX Runtime's CUDA provider has no products in {precision}, and would compute them in float32",
+            wanted="--provider cpu, or --target tensorrt",
+            found="--provider cuda",
+        )
     if precision == "tf32" and device.provider == "cpu":
         raise UsageError(
             "TF32 is a mode of a CUDA device's products",
@@ -222,9 +231,17 @@ class _Check:
         return _Torch(model, in_dtype(torch.float64, model, self.double), typed)
 
     def open(self, engine: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
-        return OnnxRuntimeSession(engine, self.device, bank=bank, tf32=self.precision == "tf32")
+        return OnnxRuntimeSession(
+            engine,
+            self.device,
+            bank=bank,
+            tf32=self.precision == "tf32",
+            as_written=self.precision == "fp8",
+        )
 
     def run(self) -> Verdict:
+        if self.precision in QUANTISED:
+            return Verdict(tuple(self.quantised()))
         sizes = sorted({size for size in (1, 2, ODD, self.max_batch) if size <= self.max_batch})
         found = [self.parity(size, real=False) for size in sizes]
         if self.evidence.images:
@@ -243,6 +260,38 @@ class _Check:
                 found.append(self.task_isolation())
         found.append(self.liveness())
         return Verdict(tuple(found))
+
+    def quantised(self) -> list[Comparison]:
+        """Of an engine in eight bits: agreement with torch on pictures in place of parity, and what is exact."""
+        found = []
+        for number, delta in enumerate(self.deltas):
+            pictures = self.evidence.images.get(delta.task)
+            if pictures is None:
+                raise UsageError(
+                    f"an engine in {self.precision} is judged by its answers to real pictures",
+                    where=f"task {delta.task}",
+                    do="add --images FOLDER",
+                )
+            inputs, task = {IMAGES: pictures}, np.full(len(pictures), number)
+            cut = range(0, len(task), self.max_batch)
+            parts = [np.arange(at, min(at + self.max_batch, len(task))) for at in cut]
+            answers = np.concatenate([self.answer(chosen(inputs, p), task[p]) for p in parts])
+            (reference,) = self.reference(inputs, task, "model")
+            own = slice(self.classes[number])
+            found.append(
+                agreement(
+                    f"agreement of {delta.task} with torch, real images",
+                    answers[..., own],
+                    reference[..., own],
+                    self.evidence.least,
+                    classes=len(delta.labels) > 1,
+                )
+            )
+        if self.mixes:
+            found.append(self.outside_rows())
+            if len(self.deltas) > 1 and not self.elsewhere:
+                found.append(self.task_isolation())
+        return [*found, self.liveness()]
 
     # what is fed
 

@@ -11,15 +11,17 @@ from onnx_ir.passes import common
 from ..export.bundle import FAN_OUT
 from ..export.graph import Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
-from ..export.passes import CPU_PASSES, CUDA_PASSES, rewrite
+from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
-from ..export.precision import HALF, ON_CUDA, retype, to_half
+from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
 from ..merge.backbone import create
 from ..merge.bank import NO_ROOM, Bank, Room, stack
+from ..merge.errors import UsageError
 from ..merge.fan_out import FanOut
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
 from ..merge.mixed import Alone, Mixed, Single
+from .numerics import Numerics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,7 +147,14 @@ class Finished(NamedTuple):
     typing: Typing
 
 
-def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finished:
+def finish(
+    model: ir.Model,
+    precision: str,
+    *,
+    standard: bool = False,
+    numerics: Numerics | None = None,
+    bank: Mapping[str, NDArray[np.generic]] | None = None,
+) -> Finished:
     """Run every pass on a traced graph, in place, and give it the types of a precision.
 
     Folds are float32 or wider; weights are cast once, behind them.
@@ -154,10 +163,16 @@ def finish(model: ir.Model, precision: str, *, standard: bool = False) -> Finish
         model: The graph.
         precision: A key of `export.precision.PRECISIONS`.
         standard: Keep to ONNX's own operators, for runtimes that are not ONNX Runtime.
+        numerics: What stays float32, and the examples of an audit.
+        bank: Float32 tensors by input name for that, where the bank is an input.
+
+    Raises:
+        UsageError: A pattern of nodes to keep names none.
+        CheckFailed: Values leave the range of the precision.
     """
-    rewritten = rewrite(model)
+    rewritten = rewrite(model, APART if precision in QUANTISED else PASSES)
     clean(model)
-    typing = retype(model, precision)
+    typing = (numerics or Numerics()).typed(model, precision, bank)
     if not standard:
         rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
         common.TopologicalSortPass()(model)
@@ -175,7 +190,16 @@ def bank_inputs(
 
 
 def backbone_engine(backbone: Backbone, precision: str = "fp32") -> bytes:
-    """The backbone alone, through the same passes: the baseline of every benchmark."""
+    """The backbone alone, through the same passes: the baseline of every benchmark.
+
+    Raises:
+        UsageError: The precision takes its ranges from examples of a task.
+    """
+    if precision in QUANTISED:
+        raise UsageError(
+            f"there is no bare backbone in {precision} to time beside: its ranges come from examples",
+            do="name a bundle in fp32 first, and this one with --against",
+        )
     model = _traced(backbone.model, backbone)
     finish(model, precision)
     return serialise(model, {})

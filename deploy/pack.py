@@ -15,7 +15,7 @@ import torch
 
 from ..export.bundle import Task as TaskFacts
 from ..export.parity import budget
-from ..export.precision import HALF
+from ..export.precision import HALF, QUANTISED
 from ..merge.attach import restore
 from ..merge.bank import Slot, fill_row
 from ..merge.delta import require_backbone
@@ -105,7 +105,7 @@ def pack(task: Task, layout: Layout, backbone: Backbone | None = None) -> Packed
         backbone: Adds a probe; needed for tasks whose prompts become prefixes and for tasks without labels.
 
     Raises:
-        UsageError: The backbone is needed.
+        UsageError: The backbone is needed, or the engine is in eight bits.
         IncompatibleArtefact: The delta belongs to another backbone, or has no slot in the bank.
     """
     delta = task.delta
@@ -115,6 +115,12 @@ def pack(task: Task, layout: Layout, backbone: Backbone | None = None) -> Packed
             where=f"task {delta.task}",
             wanted=f"fingerprint {layout.fingerprint[:16]}, as {layout.source} has",
             found=f"fingerprint {delta.backbone.fingerprint[:16]} ({delta.backbone.architecture})",
+        )
+    if layout.precision in QUANTISED:
+        raise UsageError(
+            f"a server cannot judge a new task of an engine in {layout.precision}, which takes pictures",
+            where=layout.source,
+            do="add it to the bundle with `add --images`, or serve an engine in fp32",
         )
     facts, lowered, probe = _plain(task), delta, None
     if backbone is not None:

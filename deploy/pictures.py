@@ -22,9 +22,19 @@ ENOUGH = 64  # rows per task
 
 
 def read_folder(
-    folder: Path, tasks: Iterable[tuple[str, Preprocessing | None]]
+    folder: Path,
+    tasks: Iterable[tuple[str, Preprocessing | None]],
+    *,
+    enough: int = ENOUGH,
+    spread: bool = False,
 ) -> dict[str, NDArray[np.float32]]:
     """Rows `[n, C, H, W]` or `[n, C, T, H, W]` by task, from `folder/TASK` where there is one, else `folder`.
+
+    Args:
+        folder: What holds the pictures.
+        tasks: Names and preprocessing.
+        enough: Rows per task, or the first number past it that whole files give.
+        spread: Take files from all over the sorted folder, where it holds more; else the first.
 
     Raises:
         UsageError: No folder, or nothing in it for a task.
@@ -45,10 +55,12 @@ def read_folder(
             wanted = f"files ending in {', '.join(ANIMATED)}, or folders of frames"
         if not paths:
             raise UsageError(f"there are no pictures for task {task}", where=place, wanted=wanted)
+        if spread and len(paths) > enough:
+            paths = [paths[at] for at in np.linspace(0, len(paths) - 1, enough).round().astype(int)]
         rows: list[NDArray[np.float32]] = []
         for path in paths:
             rows.extend(read_rows(path, preprocessing))
-            if len(rows) >= ENOUGH:
+            if len(rows) >= enough:
                 break
         found[task] = np.stack(rows)
     return found

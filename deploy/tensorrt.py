@@ -15,15 +15,17 @@ import torch
 from ..export import bundle as bundles
 from ..export.engine import CPU, Device
 from ..export.graph import serialise
+from ..export.precision import HALF, QUANTISED
 from ..export.targets.tensorrt import builder, folder, library
 from ..export.targets.tensorrt.recipe import Profile, Recipe, default_profiles
 from ..export.targets.tensorrt.session import TensorRTSession
 from ..export.targets.tensorrt.tuner_names import require_nothing_else, tuner_names
 from ..merge.errors import BuildFailed, CheckFailed, UsageError
-from ..merge.files import atomic_folder
+from ..merge.files import atomic_folder, canonical_json
 from .begin import begin
 from .check import Evidence, check_engine
 from .graphs import bank_inputs, finish, graph_of, inputs_of
+from .numerics import Numerics, Proved, require, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .build import Task
     from .graphs import Made
 
+NUMBERS = "precision.json"  # what the typing pass and the quantiser did
 MORE_TASKS = 2  # times the tasks there are: what a bank that is an input has room for, at least
 ROOM = 16
 
@@ -54,6 +57,7 @@ def export_tensorrt(
     mode: str = "auto",
     bank: str = "constants",
     precision: str = "fp32",
+    numerics: Numerics | None = None,
     max_batch: int = 16,
     evidence: Evidence | None = None,
     device: Device = CPU,
@@ -72,6 +76,7 @@ def export_tensorrt(
         mode: See `make_plan`.
         bank: See `make_plan`.
         precision: A key of `export.precision.PRECISIONS`.
+        numerics: What stays float32 in it, and examples to calibrate with.
         max_batch: Largest batch of the last profile.
         evidence: Pictures for the check.
         device: Where ONNX Runtime runs the graph for the check.
@@ -85,6 +90,14 @@ def export_tensorrt(
         BuildFailed: The graph or the plan cannot be made.
         CheckFailed: The graph or the plan does not agree with torch; nothing is written.
     """
+    numerics, evidence = numerics or Numerics(), evidence or Evidence()
+    require(precision, "tensorrt", numerics.keep, calibrated=numerics.calibration is not None)
+    if precision in QUANTISED and weights == "refit":
+        raise UsageError(
+            "weights in eight bits cannot be replaced: their scales are part of the plan",
+            found=f"--weights-form refit, --precision {precision}",
+            do="leave out --weights-form refit",
+        )
     trt = None if prepare else library.tensorrt()
     begun = begin(
         output,
@@ -109,25 +122,41 @@ def export_tensorrt(
     progress("trace")
     made = _graph(begun, backbone, begun.deltas)
     progress("rewrite")
-    finish(made.model, precision, standard=True)
-    refit = _refit(begun, backbone, made, precision) if weights == "refit" else ()
-    inputs = inputs_of(backbone, made.model)
     plan = begun.plan
+    stacked = made.bank.tensors if plan.bank == "inputs" and made.bank is not None else {}
+    tensors, exact = bank_inputs(stacked, precision), bank_inputs(stacked, "fp32")
+    numerics = numerics.with_examples(
+        precision, backbone, evidence, [delta.task for delta in begun.deltas]
+    )
+    typing = finish(made.model, precision, standard=True, numerics=numerics, bank=exact).typing
+    refit = _refit(begun, backbone, made, precision, numerics) if weights == "refit" else ()
+    inputs = inputs_of(backbone, made.model)
     identity = bundles.identity_of(
-        backbone.identity.to_json(), plan.mode, plan.bank, begun.entries, precision, inputs
+        backbone.identity.to_json(),
+        plan.mode,
+        plan.bank,
+        begun.entries,
+        precision,
+        inputs,
+        numerics=numerics.facts(precision),
     )
     progress("serialise")
     onnx = serialise(made.model, {bundles.IDENTITY: identity})
-    tensors = (
-        bank_inputs(made.bank.tensors, precision)
-        if plan.bank == "inputs" and made.bank is not None
-        else {}
-    )
     checking = _Checking(
-        onnx, backbone, begun, tensors, max_batch, evidence or Evidence(), device, precision, output
+        onnx, backbone, begun, tensors, max_batch, evidence, device, precision, output
     )
     progress("check")
     checked = checking.graph()
+    report: dict[str, Any] = {"typing": typing.to_json(), "numerics": numerics.facts(precision)}
+    if precision in QUANTISED:
+        progress("quantise")
+        metadata = {bundles.IDENTITY: identity}
+        proved = Proved(made.model, onnx, plan.mode, exact, begun.entries, metadata)
+        shrunk = shrink(proved, precision, "tensorrt", backbone, numerics, output)
+        onnx = checking.onnx = shrunk.file
+        checking.evidence = numerics.held_out(evidence, [entry.name for entry in begun.entries])
+        report["quantised"] = shrunk.report
+        report["agreement"] = [comparison.to_json() for comparison in shrunk.comparisons]
     count = len(tasks)
     recipe = Recipe(
         onnx=folder.ONNX,
@@ -145,6 +174,8 @@ def export_tensorrt(
     entries = [bundles.task_json(entry) for entry in begun.entries]
     with atomic_folder(output) as temporary:
         folder.write_folder(temporary, recipe, onnx, entries, tensors)
+        if precision in (*HALF, *QUANTISED):
+            (temporary / NUMBERS).write_text(canonical_json(report) + "\n")
         if trt is not None:
             _build(temporary, recipe, trt, progress)
             session = TensorRTSession(
@@ -161,7 +192,9 @@ def _graph(begun: Begun, backbone: Backbone, deltas: Sequence[Delta]) -> Made:
     return graph_of(begun.plan, backbone, deltas, begun.sites, begun.groups, "fp32")
 
 
-def _refit(begun: Begun, backbone: Backbone, made: Made, precision: str) -> tuple[str, ...]:
+def _refit(
+    begun: Begun, backbone: Backbone, made: Made, precision: str, numerics: Numerics
+) -> tuple[str, ...]:
     """Names of the tasks' tensors in the finished graph, proved against a graph of other tensors."""
     assert made.bank is not None  # modes parallel and multi stack the tasks
     alone = begun.plan.mode == "parallel"
@@ -183,7 +216,7 @@ def _refit(begun: Begun, backbone: Backbone, made: Made, precision: str) -> tupl
         for delta in begun.deltas
     ]
     other = _graph(begun, backbone, others)
-    finish(other.model, precision, standard=True)
+    finish(other.model, precision, standard=True, numerics=numerics)
     require_nothing_else(made.model, other.model, names)
     return tuple(names.values())
 
@@ -223,6 +256,7 @@ class _Checking:
             return False
         # on the CPU, a tf32 graph is the float32 graph that it is
         exact = self.precision == "tf32" and self.device.provider == "cpu"
+        exact = exact or self.precision in QUANTISED  # the float32 graph, before it is quantised
         self._require(self._check("fp32" if exact else self.precision), "graph")
         return True
 

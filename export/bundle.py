@@ -229,12 +229,14 @@ def identity_of(
     precision: str,
     inputs: tuple[Tensor, ...] = (),
     fan_out: Engine | None = None,
+    numerics: Mapping[str, Any] | None = None,
 ) -> str:
     """One digest over what decides an engine's answers.
 
     That is the backbone, the form, and the tasks with their deltas; or, when the bank is an input, the
     engine's `inputs` instead of the tasks, which can then be added without a rebuild. A second engine
-    adds its precision, inputs and outputs; the tasks too, unless it reads the bank as well.
+    adds its precision, inputs and outputs; the tasks too, unless it reads the bank as well. Nodes that were kept
+    in float32 and the calibration of a quantised engine (`numerics`, from the plan) count where there are any.
     """
     facts: dict[str, Any] = {
         "backbone": dict(backbone),
@@ -252,6 +254,8 @@ def identity_of(
             "inputs": _shapes(fan_out.inputs),
             "outputs": _shapes(fan_out.outputs),
         }
+    if numerics:
+        facts["numerics"] = dict(numerics)
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
 
@@ -349,6 +353,7 @@ def open_bundle(path: Path) -> Bundle:
         bundle.engine.precision,
         bundle.engine.inputs,
         bundle.fan_out,
+        bundle.plan.get("numerics"),
     )
     if stated != bundle.identity:
         raise IncompatibleArtefact(

@@ -26,7 +26,14 @@ FLOOR = 64.0  # units in the last place, where torch happens to be exact
 ROUNDINGS = (
     4.0  # in place of both, where sums are wider than what is stored: other places of rounding
 )
-UNIT = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNIT = {
+    "fp32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-8,
+    "int8": 2.0**-8,
+    "fp8": 2.0**-4,
+}
 
 
 @dataclass(frozen=True)

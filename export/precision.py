@@ -8,7 +8,10 @@ bfloat16) everything is half but for the islands, which stay float32 and are nam
 * what is computed elementwise from such a value, until another operator reads it;
 * the tail of the graph, from the last matrix product to the answer: biases of the classifier, classes
   that a task does not have, rows without a task;
-* inputs: pictures arrive as float32 and are cast in the graph. The bank arrives in half.
+* inputs: pictures arrive as float32 and are cast in the graph. The bank arrives in half;
+* nodes that whoever exports names.
+
+`islands` decides them; `saturation` looks at the values first.
 
 `LayerNormalization` takes half and computes its statistics in float32 (`stash_type` 1, ONNX's default);
 fused attention kernels accumulate their softmax in float32 whatever the graph says. `tf32` leaves the
@@ -17,7 +20,8 @@ graph as it is: it is a mode of the device's float32 products.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -25,77 +29,20 @@ import numpy as np
 import onnx_ir as ir
 
 from ..merge.errors import BuildFailed, UsageError
-from .engine import BANK_PREFIX
+from .islands import Islands, find_islands
 from .passes.linear import constant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+QUANTISED = ("int8", "fp8")
+"""Precisions of quantised products in a float32 graph; see `quantise`."""
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", *QUANTISED)
 ON_CUDA = frozenset({"tf32", "fp16", "bf16"})
 """Precisions whose engines are laid out for a CUDA device."""
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
-SUMS = frozenset(
-    [
-        "Softmax",
-        "LogSoftmax",
-        "ReduceSum",
-        "ReduceMean",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceSumSquare",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceProd",
-        "CumSum",
-        "Pow",
-        "Exp",
-        "Log",
-        "Sqrt",
-        "Reciprocal",
-        "Softplus",
-        "LpNormalization",
-        "InstanceNormalization",
-        "GroupNormalization",
-        "BatchNormalization",
-        "RMSNormalization",
-    ]
-)
-"""Operators that leave a half's range, or lose its few digits, where their operands do not."""
-
-ELEMENTWISE = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Neg",
-        "Abs",
-        "Max",
-        "Min",
-        "Clip",
-        "Where",
-        "Relu",
-        "Sigmoid",
-        "Tanh",
-        "Squeeze",
-        "Unsqueeze",
-        "Reshape",
-        "Transpose",
-        "Expand",
-        "Identity",
-        "Flatten",
-        "Slice",
-        "Gather",
-        "Split",
-        "Concat",
-    ]
-)
-"""Operators that carry an island on: they compute value by value, or only move values."""
-
-TAIL = frozenset(["Where", "Squeeze", "Unsqueeze", "Reshape", "Expand", "Identity", "Flatten"])
 FLOAT_INPUTS = {"Resize": (0,)}
 """Of operators whose other float inputs are not values of the model, those that are."""
 
@@ -111,6 +58,9 @@ class Typing:
         clipped: Numbers beyond the largest finite half, by tensor; each became that.
         flushed: Numbers that are not zero and became zero, by tensor.
         error: Largest difference that the cast made to a tensor, over that tensor's largest absolute value.
+        subnormal: Numbers below the smallest normal half, kept with fewer digits, by tensor.
+        kept: Names of the nodes that somebody's patterns keep in float32, by pattern.
+        audit: What the float32 graph's values reached; see `saturation.Audit`.
     """
 
     precision: str
@@ -119,18 +69,22 @@ class Typing:
     clipped: dict[str, int]
     flushed: dict[str, int]
     error: float
+    subnormal: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    audit: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
         return asdict(self)
 
 
-def retype(model: ir.Model, precision: str) -> Typing:
+def retype(model: ir.Model, precision: str, islands: Islands | None = None) -> Typing:
     """Give a float32 graph the types of a precision, in place.
 
     Args:
         model: After all passes that fold weights.
-        precision: A key of `PRECISIONS`.
+        precision: A key of `PRECISIONS`; a quantised one computes in float32 between its products.
+        islands: Of this model, where they are not those of the rules alone.
 
     Raises:
         UsageError: Unknown precision.
@@ -140,7 +94,14 @@ def retype(model: ir.Model, precision: str) -> Typing:
         raise UsageError("unknown precision", wanted=", ".join(PRECISIONS), found=precision)
     if precision not in HALF:
         return Typing(precision, {}, 0, {}, {}, 0.0)
-    return _Retyping(model, precision).run()
+    for node in model.graph:
+        if node.op_type == "LayerNormalization" and node.attributes.get_int("stash_type", 1) != 1:
+            raise BuildFailed(
+                "a layer norm asks for statistics in half precision",
+                where=node.name,
+                wanted="stash_type 1",
+            )
+    return _Retyping(model, precision, islands or find_islands(model)).run()
 
 
 def to_half(values: NDArray[np.float32], precision: str) -> tuple[NDArray[Any], int, int]:
@@ -152,71 +113,27 @@ def to_half(values: NDArray[np.float32], precision: str) -> tuple[NDArray[Any], 
     return cast, int(beyond.sum()), int(((cast == 0) & (values != 0)).sum())
 
 
-def _type_of(node: ir.Node) -> ir.DataType | None:
-    """The type that an operator gives."""
-    if node.op_type in ("Shape", "Size", "ArgMax", "ArgMin", "NonZero"):
-        return ir.DataType.INT64
-    if node.op_type in ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Not", "And"):
-        return ir.DataType.BOOL
-    if node.op_type == "ConstantOfShape":
-        value = node.attributes.get("value")
-        return value.as_tensor().dtype if value is not None else ir.DataType.FLOAT
-    if node.op_type == "Cast":
-        return ir.DataType(node.attributes.get_int("to", 1))
-    read = node.inputs[1:] if node.op_type == "Where" else node.inputs
-    return next((v.dtype for v in read if v is not None and v.dtype is not None), None)
-
-
 class _Retyping:
-    def __init__(self, model: ir.Model, precision: str) -> None:
-        self.model, self.graph = model, model.graph
+    def __init__(self, model: ir.Model, precision: str, islands: Islands) -> None:
+        self.graph, self.islands = model.graph, islands
         self.precision, self.half = precision, HALF[precision]
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.islands: dict[str, int] = {}
         self.clipped: dict[str, int] = {}
         self.flushed: dict[str, int] = {}
+        self.subnormal: dict[str, int] = {}
         self.error = 0.0
         self.tensors = 0
 
     def run(self) -> Typing:
-        tail = self.tail()
-        floats = {v for v in self.values() if v.dtype == ir.DataType.FLOAT}
-        wide: set[ir.Value] = {v for v in self.graph.inputs if v in floats}
+        floats, wide = self.islands.floats, self.islands.wide
         for value in self.graph.inputs:
-            if value in floats and (value.name or "").startswith(BANK_PREFIX):
-                value.dtype = self.half
-                wide.discard(value)
+            if value in floats and value not in wide:
+                value.dtype = self.half  # of the bank
+        types = dict.fromkeys(self.islands.nodes, ir.DataType.FLOAT)
+        types |= dict.fromkeys(self.islands.halves, self.half)
         for node in list(self.graph):
-            reads = [v for v in node.inputs if v is not None and v in floats]
-            gives = [v for v in node.outputs if v in floats]
-            if (
-                node.op_type == "LayerNormalization"
-                and node.attributes.get_int("stash_type", 1) != 1
-            ):
-                raise BuildFailed(
-                    "a layer norm asks for statistics in half precision",
-                    where=node.name,
-                    wanted="stash_type 1",
-                )
-            if not reads:
-                wide.update(gives)  # made of integers, or asked for as float32
-                continue
-            if node.op_type == "Cast":  # asked for; it takes what it is given
-                wide.update(gives)
-                self.islands |= {"Cast": self.islands.get("Cast", 0) + 1} if gives else {}
-                continue
-            inner = any(v in wide and not v.is_graph_input() for v in reads)
-            island = node in tail or node.op_type in SUMS or (node.op_type in ELEMENTWISE and inner)
-            if island:
-                self.islands[node.op_type] = self.islands.get(node.op_type, 0) + 1
-                wide.update(gives)
-            wanted = ir.DataType.FLOAT if island else self.half
-            places = FLOAT_INPUTS.get(node.op_type)
-            for place, value in enumerate(node.inputs):
-                if value is not None and value in floats and (places is None or place in places):
-                    node.replace_input_with(place, self.as_type(value, wanted, value in wide, node))
-            for value in gives:
-                value.dtype = wanted
+            if node in types and node.op_type != "Cast":
+                self.give(node, types[node])
         for place, value in enumerate(list(self.graph.outputs)):
             if value in floats and value not in wide:
                 self.answer(place, value)
@@ -227,51 +144,27 @@ class _Retyping:
             if value.name in unused and constant(new) is not None and dtype == self.half:
                 new.name = value.name
         return Typing(
-            self.precision, self.islands, self.tensors, self.clipped, self.flushed, self.error
+            self.precision,
+            dict(Counter(node.op_type for node in self.islands.nodes)),
+            self.tensors,
+            self.clipped,
+            self.flushed,
+            self.error,
+            self.subnormal,
         )
 
-    def values(self) -> list[ir.Value]:
-        """Every value of the graph, its type filled in where the exporter left it out."""
-        for node in self.graph:
-            for output in node.outputs:
-                if output.dtype is None and (dtype := _type_of(node)) is not None:
-                    output.dtype = dtype
-        inside = [output for node in self.graph for output in node.outputs]
-        return [*self.graph.inputs, *self.graph.initializers.values(), *inside]
+    def give(self, node: ir.Node, dtype: ir.DataType) -> None:
+        """Let a node read and give a type."""
+        floats, wide = self.islands.floats, self.islands.wide
+        places = FLOAT_INPUTS.get(node.op_type)
+        for place, value in enumerate(node.inputs):
+            if value is not None and value in floats and (places is None or place in places):
+                node.replace_input_with(place, self.as_type(value, dtype, value in wide))
+        for value in node.outputs:
+            if value in floats:
+                value.dtype = dtype
 
-    def tail(self) -> set[ir.Node]:
-        """The nodes behind the last product: they move logits, mask them or add a bias."""
-        found: set[ir.Node] = set()
-        open_ = [v.producer() for v in self.graph.outputs]
-        while open_:
-            node = open_.pop()
-            if node is None or node in found:
-                continue
-            if node.op_type == "Add":
-                moved = [v for v in node.inputs if v is not None and not self.is_parameter(v)]
-                if len(moved) != 1:
-                    continue
-            elif node.op_type not in TAIL and not self.gathers(node):
-                continue
-            found.add(node)
-            open_.extend(v.producer() for v in node.inputs if v is not None)
-        return found
-
-    def gathers(self, node: ir.Node) -> bool:
-        """Whether a node takes rows of a constant, such as the biases of a bank of classifiers."""
-        return node.op_type == "Gather" and constant(node.inputs[0]) is not None
-
-    def is_parameter(self, value: ir.Value) -> bool:
-        """A constant, or rows gathered from the bank."""
-        node = value.producer()
-        if node is None:
-            return not value.is_graph_input() or (value.name or "").startswith(BANK_PREFIX)
-        first = node.inputs[0] if node.inputs else None
-        return node.op_type in ("Gather", *TAIL) and first is not None and self.is_parameter(first)
-
-    def as_type(
-        self, value: ir.Value, wanted: ir.DataType, is_wide: bool, reader: ir.Node
-    ) -> ir.Value:
+    def as_type(self, value: ir.Value, wanted: ir.DataType, is_wide: bool) -> ir.Value:
         """The value in a type: itself, a constant of that type, or behind a Cast."""
         array = constant(value)
         if array is None and (wanted == ir.DataType.FLOAT) == is_wide:
@@ -293,6 +186,8 @@ class _Retyping:
         self.tensors += 1
         self.clipped |= {name: clipped} if clipped else {}
         self.flushed |= {name: flushed} if flushed else {}
+        small = (half != 0) & (np.abs(half) < ml_dtypes.finfo(half.dtype).smallest_normal)
+        self.subnormal |= {name: count} if (count := int(small.sum())) else {}
         finite = np.isfinite(array)
         if largest := float(np.abs(array, where=finite, out=np.zeros_like(array)).max(initial=0.0)):
             difference = np.abs(

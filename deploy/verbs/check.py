@@ -48,6 +48,7 @@ def command(
 
     Exit code 3 when a comparison fails, 4 when bundle, deltas and backbone do not belong together.
     """
+    from ...export.agreement import Least
     from ...export.bundle import open_bundle
     from ...merge.delta import load_delta, require_backbone
     from ...merge.errors import CheckFailed
@@ -66,6 +67,7 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(delta.task, delta.preprocessing) for delta in tasks])
+    evidence = Evidence(pictures, seed, every_tensor, Least.of_plan(opened.plan))
     verdicts = {
         engine.file: check_engine(
             (bundle / engine.file).read_bytes(),
@@ -76,7 +78,7 @@ def command(
             fans=engine is opened.engine_of_all,
             bank=opened.read_bank() if engine.reads_bank else {},
             max_batch=engine.max_batch,
-            evidence=Evidence(pictures, seed, every_tensor),
+            evidence=evidence,
             device=device,
             precision=engine.precision,
         )

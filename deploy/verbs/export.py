@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
 
+from ..numerics_options import NumericsChoice, numerics_options
+from ..numerics_words import numbers_in_words
 from ..options import (
     PATH,
     BackboneChoice,
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from ...merge.bank import Room
     from ..console import Console
 
-STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "build", "done")
+STEPS = ("measure", "trace", "rewrite", "serialise", "check", "quantise", "write", "build", "done")
 
 
 @click.command("export")
@@ -60,11 +63,13 @@ STEPS = ("measure", "trace", "rewrite", "serialise", "check", "write", "build", 
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]),
     default="fp32",
     show_default=True,
-    help="Numbers that the engine computes in; all but fp32 lay it out for a CUDA device.",
+    help="Numbers that the engine computes in, see docs/precision.md; tf32, fp16 and bf16 are for a CUDA device, "
+    "fp8 for TensorRT.",
 )
+@numerics_options
 @click.option("--name", help="Served name; the folder's name if not given.")
 @click.option(
     "--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Largest batch."
@@ -104,6 +109,7 @@ def command(
     room: tuple[str, ...],
     fan_out: bool,
     precision: str,
+    numbers: NumericsChoice,
     name: str | None,
     max_batch: int,
     images: Path | None,
@@ -140,6 +146,8 @@ def command(
     from ..pictures import read_folder
     from ..plan import make_plan
 
+    numbers.require(precision, target)
+
     if not dry_run:
         refuse_existing(output, force=force, inputs=(*deltas, *choice.files))
     tasks = [Task(load_delta(path), digest(path)) for path in deltas]
@@ -159,8 +167,9 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
+    numerics = numbers.load(backbone, [(t.delta.task, t.delta.preprocessing) for t in tasks])
     if target == "tensorrt":
-        from ..tensorrt import export_tensorrt
+        from ..tensorrt import NUMBERS, export_tensorrt
 
         with console.steps(*STEPS) as step:
             recipe = export_tensorrt(
@@ -173,6 +182,7 @@ def command(
                 mode=mode,
                 bank=bank,
                 precision=precision,
+                numerics=numerics,
                 max_batch=max_batch,
                 evidence=Evidence(pictures),
                 device=device,
@@ -182,6 +192,10 @@ def command(
         if as_json:
             console.json({"folder": str(output), "recipe": recipe.to_json()})
             return
+        if (output / NUMBERS).exists():
+            report = json.loads((output / NUMBERS).read_text())
+            for line in numbers_in_words(report, {"comparisons": report.get("agreement", [])}):
+                console.result(line)
         if recipe.check == "unchecked":
             console.warn(f"unchecked: no processor at hand computes in {precision}")
         console.result(
@@ -198,6 +212,7 @@ def command(
             bank=bank,
             fan_out=fan_out,
             precision=precision,
+            numerics=numerics,
             max_batch=max_batch,
             room=_room(room),
             evidence=Evidence(pictures),
@@ -211,7 +226,7 @@ def command(
     _print_plan(console, bundle.plan, as_json=False)
     rewritten = [f"{name} {times}" for name, times in bundle.plan["rewritten"].items() if times]
     console.result(f"graph passes: {', '.join(rewritten) or 'nothing to rewrite'}")
-    for line in _typed(bundle.plan["typing"]):
+    for line in numbers_in_words(bundle.plan, bundle.check):
         console.result(line)
     second = bundle.check.get("fan_out", {}).get("comparisons", [])
     count = len(bundle.check["comparisons"]) + len(second)
@@ -242,20 +257,6 @@ def _room(settings: tuple[str, ...]) -> Room:
                 found=f"{key}={value}",
             )
     return Room(**{key: int(value) for key, value in sizes.items()})
-
-
-def _typed(typing) -> list[str]:
-    """What the typing pass did, in lines; none for float32."""
-    if not typing["cast"]:
-        return []
-    islands = sum(typing["islands"].values())
-    lines = [f"{typing['precision']}: {typing['cast']} tensors cast, {islands} nodes stay float32"]
-    for what, names in (("beyond its range, clipped", "clipped"), ("became zero", "flushed")):
-        if found := typing[names]:
-            some = ", ".join(f"{name} {count}" for name, count in list(found.items())[:3])
-            more = f" and {len(found) - 3} more tensors" if len(found) > 3 else ""
-            lines.append(f"{typing['precision']}: {what}: {some}{more}")
-    return lines
 
 
 def _print_plan(console: Console, plan, *, as_json: bool) -> None:

@@ -44,6 +44,12 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
     "join_biases": join_biases,
 }
 
+APART = {name: step for name, step in PASSES.items() if not name.startswith("join_")} | {
+    "flat_patches": flat_patches
+}
+"""Of engines in eight bits, in place of `PASSES`: the weights of backbone and tuners stay apart, and patches are a
+product, so that `quantise` takes the one without the other."""
+
 CPU_PASSES: dict[str, Callable[[ir.Model], int]] = {"row_biases": row_biases}
 
 CUDA_PASSES: dict[str, Callable[[ir.Model], int]] = {

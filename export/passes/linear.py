@@ -125,7 +125,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     number, unique = 0, name
     while unique in graph.initializers:
         number, unique = number + 1, f"{name}.{number + 1}"
-    value = ir.val(unique, const_value=ir.tensor(np.ascontiguousarray(array), name=unique))
+    value = ir.val(unique, const_value=ir.tensor(np.asarray(array, order="C"), name=unique))
     value.shape = ir.Shape(array.shape)
     value.dtype = ir.DataType.from_numpy(array.dtype)
     graph.register_initializer(value)

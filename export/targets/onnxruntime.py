@@ -48,6 +48,7 @@ class OnnxRuntimeSession:
         tf32: bool = False,
         cuda_graph: bool = False,
         profile: Path | None = None,
+        as_written: bool = False,
     ) -> None:
         """Open a model.
 
@@ -59,6 +60,8 @@ class OnnxRuntimeSession:
             cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
                 runs through `bind` alone.
             profile: A folder for `OPTIMISED`, the graph that really runs, and for what `end_profile` gives.
+            as_written: Compute what stands between quantise and dequantise nodes in float32. ONNX Runtime 1.31
+                fuses products of float8 into an integer kernel that does not take them, and refuses the model.
 
         Raises:
             UsageError: Unknown provider name, or an option that the provider does not have.
@@ -88,6 +91,8 @@ class OnnxRuntimeSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
+        if as_written:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads:
             options.intra_op_num_threads = threads
         if profile is not None:

@@ -7,9 +7,17 @@ unless `ORT_DISABLE_TELEMETRY` is set (seen with 1.31.1). Whoever wants that set
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-__all__ = ["ort"]
+__all__ = ["calibrators", "ort"]
+
+
+def calibrators() -> Any:
+    """ONNX Runtime's module of calibrators. It needs onnx, which a server does not."""
+    from onnxruntime.quantization import calibrate
+
+    return calibrate

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 
-from utune_deploy.export.precision import HALF, ON_CUDA, PRECISIONS, SUMS, retype, to_half
+from utune_deploy.export.islands import SUMS
+from utune_deploy.export.precision import HALF, ON_CUDA, PRECISIONS, QUANTISED, retype, to_half
 from utune_deploy.merge.errors import BuildFailed, UsageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def typed(
 
 def test_an_unknown_precision_is_refused(hand: Callable[..., ir.Model]) -> None:
     with pytest.raises(UsageError, match="unknown precision") as caught:
-        retype(hand(X, [("MatMul", ["x", "W"], ["end"])], W, ["end"]), "int8")
+        retype(hand(X, [("MatMul", ["x", "W"], ["end"])], W, ["end"]), "int4")
     assert caught.value.details["wanted"] == ", ".join(PRECISIONS)
 
 
@@ -90,11 +91,12 @@ def test_a_precision_of_float32_leaves_the_graph_as_it_is(
     assert ir.to_proto(model).SerializeToString() == before
     assert report.to_json() == {
         "precision": precision, "islands": {}, "cast": 0, "clipped": {}, "flushed": {}, "error": 0.0,
+        "subnormal": {}, "kept": {}, "audit": None,
     }  # fmt: skip
 
 
 def test_all_but_float32_is_laid_out_for_a_device() -> None:
-    assert {"fp32"} | ON_CUDA == set(PRECISIONS)
+    assert {"fp32", *QUANTISED} | ON_CUDA == set(PRECISIONS)
     assert set(HALF) <= ON_CUDA
 
 

@@ -35,7 +35,7 @@ RECIPE_FORMAT, RECIPE_VERSION = "utune-tensorrt-recipe", 1
 PLAN_FORMAT, PLAN_VERSION = "utune-tensorrt-plan", 1
 RECIPE, PLAN, ABOUT, LAYERS = "recipe.json", "model.plan", "plan.json", "layers.json"
 MAJORS = (10, 11)
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 HARDWARE = {
     "none": "NONE",
     "ampere-plus": "AMPERE_PLUS",

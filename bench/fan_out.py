@@ -28,9 +28,9 @@ from torch import nn
 
 from utune_deploy.deploy.bench.case import Case
 from utune_deploy.deploy.bench.measure import measure
-from utune_deploy.deploy.bench.page import write_html
 from utune_deploy.deploy.bench.report import About, Settings, TaskFacts, write_json
 from utune_deploy.deploy.bench.subject import Subject
+from utune_deploy.deploy.bench.views.page import write_html
 from utune_deploy.export.graph import Inputs, clean, merge_equal, serialise, trace
 from utune_deploy.export.macs import macs
 from utune_deploy.export.passes import rewrite

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from utune_deploy.deploy.bench.page import write_html, write_sweep_html
 from utune_deploy.deploy.bench.reading import read_reports
 from utune_deploy.deploy.bench.report import FORMAT, SWEEP_FORMAT
 from utune_deploy.deploy.bench.summary import paired_ratio
+from utune_deploy.deploy.bench.views.page import write_html, write_sweep_html
 
 if TYPE_CHECKING:
     from utune_deploy.deploy.bench.report import CaseResult, Result

@@ -120,6 +120,7 @@ def test_every_import_from_outside_is_a_declared_dependency(project: dict) -> No
     }
     own = {"utune_deploy", *sys.stdlib_module_names}
     optional = {
+        "peft",
         "ray",
         "tensorrt",
         "transformers",

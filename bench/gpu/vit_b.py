@@ -20,7 +20,6 @@ import torch
 
 from utune_deploy.deploy.bench.case import Case
 from utune_deploy.deploy.bench.measure import measure
-from utune_deploy.deploy.bench.page import write_html
 from utune_deploy.deploy.bench.report import (
     TIMED_ON_DEVICE,
     About,
@@ -30,6 +29,7 @@ from utune_deploy.deploy.bench.report import (
 )
 from utune_deploy.deploy.bench.subject import open_subject
 from utune_deploy.deploy.bench.table import print_table
+from utune_deploy.deploy.bench.views.page import write_html
 from utune_deploy.deploy.graphs import finish
 from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import Inputs, serialise, trace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -157,3 +158,8 @@ def last_level_cache() -> int | None:
     return max(
         (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None
     )
+
+
+def command_line() -> str:
+    """How this process was called, by the name of its program alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

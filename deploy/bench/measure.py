@@ -10,21 +10,18 @@ ratios of three equal engines then came out as 1.05 and 0.95.
 from __future__ import annotations
 
 import gc
-import shlex
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import permutations
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...merge.errors import CheckFailed, UsageError
 from .cautions import find_cautions
-from .machine import Load, Memory, load_now, read_machine, resident_now, resident_peak
+from .machine import Load, Memory, command_line, load_now, read_machine, resident_now, resident_peak
 from .report import TIMED, CaseResult, Report, Result, Settings, SubjectFacts
 from .state import States, read_state
 from .summary import paired_ratio, summarise
@@ -140,7 +137,7 @@ def measure(
         load=load,
         memory=Memory(memory_before, memory_after, resident_peak()),
         date=began.isoformat(timespec="seconds"),
-        command=_command_line() if command is None else command,
+        command=command_line() if command is None else command,
         warnings=find_cautions(results, facts, machine, load, ceilings),
         ceilings=ceilings,
         states=states,
@@ -199,7 +196,7 @@ def _time_case(
         for index in range(len(subjects)):
             _check(subjects[index], case, subjects[index].run(given, rows))
     samples: list[list[float]] = [[] for _ in subjects]
-    with _without_collector():
+    with without_collector():
         began, rounds, fraction = clock(), 0, 0.0
         while fraction < 1:
             for index in next(order):
@@ -251,7 +248,7 @@ def _check(subject: Subject, case: Case, logits: NDArray[np.float32]) -> None:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Python's cycle collector runs before, not during."""
     was_enabled = gc.isenabled()
     gc.collect()
@@ -283,7 +280,3 @@ class _Teller:
         if due or rounds == 0 or fraction >= 1:
             self.last = now
             self.progress(Progress(case, number, self.cases, rounds, fraction))
-
-
-def _command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -27,11 +27,11 @@ from .furnish import furnish
 from .machine import read_machine
 from .measure import measure
 from .pace import weight
-from .page import write_html, write_sweep_html
 from .reading import report_from
 from .recipe import PARTS
 from .report import SWEEP_FORMAT, TIMED, TIMED_ON_DEVICE, VERSION, about_bundle, write_json
 from .run import open_subjects
+from .views.page import write_html, write_sweep_html
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
-from ..bench.charts import (
+from ..page.drawing import (
     CHARACTER,
     DASHES,
     LOG_SPAN,
     WIDTH,
     Axis,
-    _canvas,
-    _dot,
-    _group,
-    _latency_axis,
-    _line,
-    _markup,
-    _points,
-    _text,
-    _tick,
+    draw_dot,
+    draw_line,
+    draw_polyline,
+    draw_text,
+    latency_axis,
+    new_canvas,
+    series,
+    tick_label,
+    to_markup,
 )
 from .step import CLOSED
 from .wording import label
@@ -49,14 +48,14 @@ def latency_chart(report: Report) -> Markup | None:
     closed = report.loop == CLOSED
     log = closed or levels[-1] / levels[0] > LOG_SPAN
     x = Axis(levels[0], levels[-1], LEFT + 22, WIDTH - RIGHT, log=log)
-    svg = _canvas(HEIGHT, "Latency against load")
+    svg = new_canvas(HEIGHT, "Latency against load")
     y = _frame(svg, steps, "callers" if closed else "requests per second")
     for level in _apart(levels, x):
-        _line(svg, x(level), HEIGHT - BOTTOM, x(level), HEIGHT - BOTTOM + 5, "axis")
-        _text(svg, x(level), HEIGHT - BOTTOM + 19, _tick(level), "label middle")
+        draw_line(svg, x(level), HEIGHT - BOTTOM, x(level), HEIGHT - BOTTOM + 5, "axis")
+        draw_text(svg, x(level), HEIGHT - BOTTOM + 19, tick_label(level), "label middle")
     for index, percentile in enumerate(PERCENTILES, 1):
         _series(svg, steps, [x(step.level) for step in steps], y, percentile, index)
-    return _markup(svg)
+    return to_markup(svg)
 
 
 def throughput_chart(report: Report) -> Markup | None:
@@ -66,16 +65,16 @@ def throughput_chart(report: Report) -> Markup | None:
     if len(steps) < 2 or max(rates) == 0:
         return None
     x = Axis(0.0, max(rates) * 1.06, LEFT + 10, WIDTH - RIGHT - 60)
-    svg = _canvas(HEIGHT, "Latency against throughput")
+    svg = new_canvas(HEIGHT, "Latency against throughput")
     y = _frame(svg, steps, "answers per second")
     for tick in x.ticks(8):
-        _line(svg, x(tick), HEIGHT - BOTTOM, x(tick), HEIGHT - BOTTOM + 5, "axis")
-        _text(svg, x(tick), HEIGHT - BOTTOM + 19, _tick(tick), "label middle")
+        draw_line(svg, x(tick), HEIGHT - BOTTOM, x(tick), HEIGHT - BOTTOM + 5, "axis")
+        draw_text(svg, x(tick), HEIGHT - BOTTOM + 19, tick_label(tick), "label middle")
     at = [x(rate) for rate in rates]
     for index, percentile in ((1, 50), (4, 99)):
         _series(svg, steps, at, y, percentile, index)
     _name(svg, report, steps, at, y)
-    return _markup(svg)
+    return to_markup(svg)
 
 
 def _answered(report: Report) -> list[StepResult]:
@@ -85,13 +84,13 @@ def _answered(report: Report) -> list[StepResult]:
 def _frame(svg: Element, steps: Sequence[StepResult], beneath: str) -> Axis:
     """The axis of the latencies with its grid, and the name of the other one."""
     values = [_of(step, percentile) for step in steps for percentile in (50, 99)]
-    y = _latency_axis(min(values), max(values), HEIGHT - BOTTOM, TOP)
+    y = latency_axis(min(values), max(values), HEIGHT - BOTTOM, TOP)
     for tick in y.ticks(5):
-        _line(svg, LEFT, y(tick), WIDTH - 12, y(tick), "grid")
-        _text(svg, LEFT - 10, y(tick) + 4, _tick(tick), "label end")
-    _line(svg, LEFT, HEIGHT - BOTTOM, WIDTH - 12, HEIGHT - BOTTOM, "axis")
-    _text(svg, (LEFT + WIDTH) / 2, HEIGHT - 6, beneath, "label muted middle")
-    _text(svg, LEFT - 10, 16, "ms", "label muted end")
+        draw_line(svg, LEFT, y(tick), WIDTH - 12, y(tick), "grid")
+        draw_text(svg, LEFT - 10, y(tick) + 4, tick_label(tick), "label end")
+    draw_line(svg, LEFT, HEIGHT - BOTTOM, WIDTH - 12, HEIGHT - BOTTOM, "axis")
+    draw_text(svg, (LEFT + WIDTH) / 2, HEIGHT - 6, beneath, "label muted middle")
+    draw_text(svg, LEFT - 10, 16, "ms", "label muted end")
     return y
 
 
@@ -104,14 +103,11 @@ def _series(
     index: int,
 ) -> None:
     """A percentile as a line; the points of steps that say nothing of the server are hollow."""
-    group = _group(svg, index)
+    group = series(svg, index)
     points = [(x, y(_of(step, percentile))) for x, step in zip(at, steps, strict=True)]
-    line = {"class": "line", "points": _points(points)}
-    if DASHES[index - 1]:
-        line["stroke-dasharray"] = DASHES[index - 1]
-    ElementTree.SubElement(group, "polyline", line)
+    draw_polyline(group, points, "line", DASHES[index - 1])
     for (a, b), step in zip(points, steps, strict=True):
-        _dot(group, a, b, 3.6)
+        draw_dot(group, a, b, 3.6)
         if step.client_bound:
             group[-1].set("class", "hollow")
 
@@ -131,7 +127,7 @@ def _name(
         ):
             continue
         placed.append((left, right, height))
-        _text(svg, x, height, text, "label small middle")
+        draw_text(svg, x, height, text, "label small middle")
 
 
 def _of(step: StepResult, percentile: int) -> float:
@@ -142,6 +138,6 @@ def _apart(levels: Sequence[float], x: Axis) -> list[float]:
     """The levels whose names do not touch; the highest is among them."""
     kept: list[float] = []
     for level in reversed(levels):
-        if not kept or x(kept[-1]) - x(level) >= CHARACTER * len(_tick(kept[-1])) + 8:
+        if not kept or x(kept[-1]) - x(level) >= CHARACTER * len(tick_label(kept[-1])) + 8:
             kept.append(level)
     return kept

@@ -6,12 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
-
 from ...merge.files import atomic_file
-from ..bench.charts import SERIES
-from ..bench.page import TEMPLATE as BENCHMARK
 from ..bench.wording import milliseconds, rate
+from ..page.fill import fill
 from . import wording
 from .charts import PERCENTILES, latency_chart, throughput_chart
 from .statistics import PARTS
@@ -22,9 +19,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-END_OF_STYLE = "</style>"
-"""Where the benchmark's page ends to be ours too: its macros, head and style sheet stand before."""
-
 
 def write_html(report: Report, path: Path) -> None:
     """Write the page, whole or not at all."""
@@ -34,14 +28,9 @@ def write_html(report: Report, path: Path) -> None:
 
 def render_html(report: Report) -> str:
     """The page as text; every text in it that is not ours is escaped."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    shared, end, _ = BENCHMARK.read_text(encoding="utf-8").partition(END_OF_STYLE)
-    assert end  # the benchmark's page has a style sheet
-    template = environment.from_string(shared + TEMPLATE.read_text(encoding="utf-8"))
     names = [f"p{percentile}" for percentile in PERCENTILES]
-    return template.render(
+    return fill(
+        TEMPLATE,
         report=report,
         title=f"{report.model} under load",
         verdict=wording.verdict(report),
@@ -56,7 +45,6 @@ def render_html(report: Report) -> str:
         parts=PARTS,
         ms=milliseconds,
         rate=rate,
-        series=SERIES,
     )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from contextlib import nullcontext
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...merge.errors import CheckFailed
 from ...serving.client.failures import of_code, of_status, unreachable
-from ..bench.machine import Load, load_now, read_machine
-from ..bench.measure import _without_collector
+from ..bench.machine import Load, command_line, load_now, read_machine
+from ..bench.measure import without_collector
 from .answers import fault
 from .cautions import find_cautions
 from .changes import Changer, effect
@@ -79,7 +76,7 @@ def load(
         machine=machine,
         load=load_both,
         date=began.isoformat(timespec="seconds"),
-        command=_command_line() if command is None else command,
+        command=command_line() if command is None else command,
         warnings=find_cautions(steps, results, machine, load_both),
     )
 
@@ -99,7 +96,7 @@ async def _drive_all(
         await _try(wire, target, traffic, settings)
         server = await wire.server()
         for step in steps:
-            with _without_collector(), _changer(target, changing, packed) as changer:
+            with without_collector(), _changer(target, changing, packed) as changer:
                 run = await drive(
                     wire, traffic, target.model, step, settings, over_grpc=target.address.is_grpc
                 )
@@ -157,7 +154,3 @@ def _asked(target: Target, traffic: Traffic) -> Asked:
         task_rows=traffic.task_rows,
         inputs=tuple(Input(name, *entry) for name, entry in target.facts.inputs.items()),
     )
-
-
-def _command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

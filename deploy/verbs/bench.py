@@ -151,10 +151,10 @@ def command(
     from ..bench.beside import Beside
     from ..bench.case import Case
     from ..bench.pace import Pace, weight
-    from ..bench.page import write_html
     from ..bench.report import Settings, write_json
     from ..bench.run import bench
     from ..bench.table import print_table
+    from ..bench.views.page import write_html
 
     if output is not None:
         refuse_existing(output / "report.json", force=force)

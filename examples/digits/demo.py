@@ -32,10 +32,10 @@ import tritonclient.grpc as grpc
 import tritonclient.http as http
 from data import EVERY_TASK, SIDE_TASKS, TASKS, examples, tensors, write_png
 
-from utune_deploy.deploy.bench.page import Section, write_html
 from utune_deploy.deploy.bench.report import Settings, write_json
 from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.bench.table import print_table
+from utune_deploy.deploy.bench.views.page import Section, write_html
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.attach import restore

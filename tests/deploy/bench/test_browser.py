@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from utune_deploy.deploy.bench.page import render_html, write_sweep_html
+from utune_deploy.deploy.bench.views.page import render_html, write_sweep_html
 from utune_deploy.deploy.load.page import write_html as write_load_html
 
 RESULTS = Path(__file__).resolve().parents[3] / "bench" / "results"

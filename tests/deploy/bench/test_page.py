@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from utune_deploy.deploy.bench import wording
-from utune_deploy.deploy.bench.drawing import Axis
-from utune_deploy.deploy.bench.page import Section, render_html, write_html, write_sweep_html
+from utune_deploy.deploy.bench.views.page import Section, render_html, write_html, write_sweep_html
+from utune_deploy.deploy.page.drawing import Axis
 
 VOID = {"meta", "br"}
 SVG_EMPTY = {"line", "circle", "rect", "path", "polygon", "polyline"}

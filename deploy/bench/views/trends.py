@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from ...page.drawing import (
     DASHES,
     SERIES,
     WIDTH,
@@ -22,16 +22,16 @@ from .drawing import (
     series,
     to_markup,
 )
-from .views import View
-from .wording import TIMES
+from ...page.view import View
+from ..wording import TIMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from markupsafe import Markup
 
-    from .report import Report
-    from .summary import Ratio
+    from ..report import Report
+    from ..summary import Ratio
 
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 340, 44, 56, 70, 24
 LOG_SPAN = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from ...page.drawing import (
     WIDTH,
     Labels,
     axis_of,
@@ -17,15 +17,15 @@ from .drawing import (
     short_name,
     to_markup,
 )
-from .taken import per_task
-from .views import View
-from .wording import milliseconds, rate
+from ...page.view import View
+from ..taken import per_task
+from ..wording import milliseconds, rate
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from .footprint import Footprint
-    from .report import Report, SubjectFacts
+    from ..footprint import Footprint
+    from ..report import Report, SubjectFacts
 
 MB = 1e6
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 340, 40, 56, 78, 20

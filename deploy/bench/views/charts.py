@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .drawing import (
+from ...page.drawing import (
     CHARACTER,
     DASHES,
     SERIES,
@@ -18,16 +18,16 @@ from .drawing import (
     draw_line,
     draw_polyline,
     draw_text,
+    latency_axis,
     new_canvas,
     point_list,
-    round_step,
     series,
     short_name,
     spaced,
     tick_label,
     to_markup,
 )
-from .wording import TIMES, milliseconds
+from ..wording import TIMES, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 
     from markupsafe import Markup
 
-    from .report import CaseResult, Report, Result
+    from ..report import CaseResult, Report, Result
 
-LOG_SPAN = 8
-"""A latency axis that spans more than this factor is logarithmic."""
 
 STRIP_POINTS = 240
 """Samples drawn per strip, evenly chosen in time; the box is computed from all of them."""
@@ -67,7 +65,7 @@ def latency_chart(report: Report) -> Markup | None:
         for result in case.results
         for value in (result.summary.p50_ms, result.summary.p99_ms)
     ]
-    y = _latency_axis(min(values), max(values), height - bottom, top)
+    y = latency_axis(min(values), max(values), height - bottom, top)
     svg = new_canvas(height, "Latency against batch size")
     for column, mix in enumerate(mixes):
         start = left + column * (inner + gap)
@@ -236,10 +234,3 @@ def _strip(group: Element, samples: np.ndarray, x: Axis, y: float, lane: float) 
         group, "rect", {"class": "box", **{key: f"{value:.1f}" for key, value in box.items()}}
     )
     draw_line(group, median, y - 10, median, y + 10, "median")
-
-
-def _latency_axis(low: float, high: float, start: float, end: float) -> Axis:
-    if high / low > LOG_SPAN:
-        return Axis(low / 1.15, high * 1.15, start, end, log=True)
-    step = round_step(high / 5)
-    return Axis(0.0, step * math.ceil(high * 1.02 / step), start, end)

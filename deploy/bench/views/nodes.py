@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from ...page.drawing import (
     CHARACTER,
     WIDTH,
     axis_of,
@@ -17,17 +17,17 @@ from .drawing import (
     tick_label,
     to_markup,
 )
-from .parts import ATTENTION, EMBEDDING, FFN, HEAD, NORM, OTHER, SUMS, TUNERS
-from .views import View
-from .wording import milliseconds, percent
+from ...page.view import View
+from ..parts import ATTENTION, EMBEDDING, FFN, HEAD, NORM, OTHER, SUMS, TUNERS
+from ..wording import milliseconds, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from markupsafe import Markup
 
-    from .nodes import NodeTimes
-    from .report import Report
+    from ..nodes import NodeTimes
+    from ..report import Report
 
 ORDER = (OTHER, ATTENTION, TUNERS, FFN, NORM, SUMS, EMBEDDING, HEAD)
 """Parts in the order of their colours."""

@@ -27,6 +27,9 @@ DASHES = ("", "6 4", "2 3", "9 3 2 3", "4 2", "1 4", "12 3", "7 2 1 2")
 CHARACTER = 7.2
 """Width of a label's character, on the wide side."""
 
+LOG_SPAN = 8
+"""A latency axis that spans more than this factor is logarithmic."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -234,3 +237,11 @@ def draw_frame(
         draw_text(svg, x(value), y.start + 19, tick_label(value), "label middle")
     draw_text(svg, (x.start + x.end) / 2, y.start + 40, says[0], "label muted middle")
     draw_text(svg, x.start - 48, y.end - 16, says[1], "label muted")
+
+
+def latency_axis(low: float, high: float, start: float, end: float) -> Axis:
+    """From zero; logarithmic where the values span more than `LOG_SPAN`."""
+    if high / low > LOG_SPAN:
+        return Axis(low / 1.15, high * 1.15, start, end, log=True)
+    step = round_step(high / 5)
+    return Axis(0.0, step * math.ceil(high * 1.02 / step), start, end)

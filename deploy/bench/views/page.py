@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from ...merge.files import atomic_file
-from . import wording
-from .case import MIXES
+from ....merge.files import atomic_file
+from ...page.fill import fill
+from ...page.tables import Table, table_of
+from .. import wording
+from ..case import MIXES
 from .charts import latency_chart, ratio_chart, samples_chart
-from .drawing import SERIES
-from .node_view import node_views
+from .nodes import node_views
 from .roofline import work_view
-from .size_view import size_view
+from .sizes import size_view
 from .trends import overhead_views, throughput_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .report import Report
-    from .views import View
+    from ...page.view import View
+    from ..report import Report
 
 TEMPLATE = Path(__file__).with_name("page.html")
-"""Which includes `style.html` beside it."""
-
-NUMBER = re.compile(r"[^\w\s]?\s?\d[\d.,]*(e[+-]?\d+)?\s?(\W|[A-Za-z]{1,3})?")
-"""A cell that reads as a number; a column of such cells is set flush right."""
 
 
 class Section(NamedTuple):
@@ -44,21 +37,6 @@ class Section(NamedTuple):
     title: str
     rows: Sequence[Sequence[object]]
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as the page sets it.
-
-    Attributes:
-        heads: Names of the columns.
-        rows: Cells; every row is as long as `heads`.
-        numeric: Which columns are flush right.
-    """
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: tuple[bool, ...]
 
 
 def write_html(
@@ -90,7 +68,7 @@ def write_sweep_html(reports: Mapping[str, Report], title: str, path: Path) -> N
     """
     pages = [_page(name, report, ()) for name, report in reports.items()]
     several = len(pages) > 1
-    overview = _table(_overview(reports)) if several else None
+    overview = table_of(_overview(reports)) if several else None
     trends = list(overhead_views(reports)) if several else ()
     with atomic_file(path) as temporary:
         temporary.write_text(_render(pages, title, overview, trends), encoding="utf-8")
@@ -102,21 +80,15 @@ def _render(
     overview: Table | None = None,
     trends: Sequence[View] = (),
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE.name).render(
+    return fill(
+        TEMPLATE,
         pages=pages,
-        title=title,
+        title=f"{title}: latency",
+        about=title,
         overview=overview,
         trends=_tables(trends),
         ms=wording.milliseconds,
         rate=wording.rate,
-        series=SERIES,
     )
 
 
@@ -143,14 +115,14 @@ def _page(
                 *node_views(report),
             ]
         ),
-        "tasks": _table(
+        "tasks": table_of(
             (
                 ("task", "row of the bank", "classes"),
                 *((task.name, task.row, task.classes) for task in report.about.tasks),
             )
         ),
         "sections": [
-            (section.title, section.note, _table(section.rows))
+            (section.title, section.note, table_of(section.rows))
             for section in (Section(*given) for given in sections)  # type: ignore[arg-type]
         ],
     }
@@ -158,7 +130,9 @@ def _page(
 
 def _tables(views: Sequence[View | None]) -> list[tuple[View, Table | None]]:
     """Those that have something to show."""
-    return [(view, _table(view.rows) if view.rows else None) for view in views if view is not None]
+    return [
+        (view, table_of(view.rows) if view.rows else None) for view in views if view is not None
+    ]
 
 
 def _overview(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
@@ -178,12 +152,3 @@ def _overview(reports: Mapping[str, Report]) -> list[tuple[str, ...]]:
                     )
                 )
     return rows
-
-
-def _table(rows: Sequence[Sequence[object]]) -> Table:
-    heads, *body = (tuple(str(cell) for cell in row) for row in rows)
-    numeric = tuple(
-        bool(body) and all(NUMBER.fullmatch(row[column].strip()) for row in body)
-        for column in range(len(heads))
-    )
-    return Table(heads=heads, rows=tuple(body), numeric=numeric)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from ...page.drawing import (
     DASHES,
     SERIES,
     WIDTH,
@@ -22,18 +22,18 @@ from .drawing import (
     series,
     to_markup,
 )
-from .views import View
-from .wording import GIGA, milliseconds, percent, product_words, three_digits
+from ...page.view import View
+from ..wording import GIGA, milliseconds, percent, product_words, three_digits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from markupsafe import Markup
 
-    from .case import Case
-    from .ceilings import Ceilings
-    from .report import Report, Result
-    from .work import Work
+    from ..case import Case
+    from ..ceilings import Ceilings
+    from ..report import Report, Result
+    from ..work import Work
 
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 380, 40, 56, 70, 20
 NOTE = (

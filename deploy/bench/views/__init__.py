@@ -1,0 +1,1 @@
+"""The report as a page: its sections, each a chart with its table."""

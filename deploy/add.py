@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,10 @@ from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
 from .begin import manifest_tasks, require_one_kind_of_answer
-from .check import Evidence, check_engine, require_runnable, require_same_backbone
+from .check import check_engine
 from .graphs import bank_inputs
+from .held import require_runnable, require_same_backbone
+from .reference import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,9 +92,9 @@ def add_tasks(
     rows = [fill_row(slots, lower(backbone, d, sites, double), torch.float32) for d in deltas]
     stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     new = bank_inputs(stacked, bundle.engine.precision)
-    engine, old = bundle.read_engine(), bundle.read_bank()
+    old = bundle.read_bank()
     verdict = check_engine(
-        engine,
+        bundle.path / bundle.engine.file,
         backbone,
         deltas,
         sites,
@@ -114,7 +117,7 @@ def add_tasks(
     added = manifest_tasks(tasks, backbone, sites, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
-        (folder / bundle.engine.file).write_bytes(engine)
+        shutil.copyfile(bundle.path / bundle.engine.file, folder / bundle.engine.file)
         grown = replace(bundle, path=folder, tasks=(*bundle.tasks, *added), check=check)
         save_file(
             {name: np.concatenate([old[name], new[name]]) for name in old},

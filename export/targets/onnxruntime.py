@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 GRAPHS = itertools.count(
     1
 )  # numbers of recorded CUDA graphs; a graph belongs to the memory of one batch
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -46,6 +47,8 @@ class OnnxRuntimeSession:
         bank: Mapping[str, NDArray[Any]] | None = None,
         tf32: bool = False,
         cuda_graph: bool = False,
+        folder: Path | None = None,
+        in_place: bool = False,
     ) -> None:
         """Open a model.
 
@@ -56,6 +59,9 @@ class OnnxRuntimeSession:
             tf32: Let the device round float32 products to TF32.
             cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
                 runs through `bind` alone.
+            folder: Where the data lies that a serialised model leaves outside.
+            in_place: On the CPU, read a bank where its arrays lie, which then must not change; otherwise it is
+                copied.
 
         Raises:
             UsageError: Unknown provider name, or an option that the provider does not have.
@@ -87,6 +93,8 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
         if threads:
             options.intra_op_num_threads = threads
+        if folder is not None:
+            options.add_session_config_entry(DATA_FOLDER, str(folder))
         settings: list[Any] = [self.provider]
         if provider == "cuda":
             settings = [
@@ -120,6 +128,7 @@ class OnnxRuntimeSession:
             )
         self._types = {entry.name: _numpy_type(entry.type) for entry in self._session.get_inputs()}
         names = list(self._types)
+        self._in_place = in_place
         self.cuda_graph = cuda_graph
         self.mixes_tasks = TASK in names
         self._row_names = [name for name in names if is_row_input(name)]
@@ -183,10 +192,9 @@ class OnnxRuntimeSession:
                     wanted=self._types[name],
                     found=value.dtype,
                 )
-        # copies: on the CPU an OrtValue shares the array's memory
-        self._bank = {
-            name: _on_device(np.array(v, order="C"), self.device) for name, v in tensors.items()
-        }
+        # on the CPU an OrtValue shares the array's memory
+        laid_out = np.ascontiguousarray if self._in_place else _copied
+        self._bank = {name: _on_device(laid_out(v), self.device) for name, v in tensors.items()}
         self._memory = None
 
     def reserve(self, rows: int) -> None:
@@ -278,6 +286,10 @@ def _register(options: ort.SessionOptions, kernels: Path) -> None:
             found=str(cause).splitlines()[0],
             do="build it for this machine: python -m utune_deploy.export.kernels",
         ) from cause
+
+
+def _copied(array: NDArray[Any]) -> NDArray[Any]:
+    return np.array(array, order="C")
 
 
 def _on_device(array: NDArray[Any], device: str) -> ort.OrtValue:

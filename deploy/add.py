@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 
 from ..export import bundle as bundles
 from ..export.engine import CPU
-from ..merge.bank import Slot, fill_row
+from ..merge.bank import Slot
 from ..merge.delta import require_backbone
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
+from ..merge.rows import Rows
 from ..merge.sites import measure
 from .begin import manifest_tasks, require_one_kind_of_answer
 from .check import check_engine
@@ -87,10 +88,11 @@ def add_tasks(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     manifest = bundle.path / bundles.MANIFEST
-    slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
+    slots = tuple(Slot.from_json(manifest, entry) for entry in bundle.plan["slots"])
     double = in_double(backbone)
-    rows = [fill_row(slots, lower(backbone, d, sites, double), torch.float32) for d in deltas]
-    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    rows = Rows(slots, [lower(backbone, delta, sites, double) for delta in deltas])
+    filled = list(rows)
+    stacked = {key: torch.stack([row[key] for row in filled]) for key in filled[0]}
     new = bank_inputs(stacked, bundle.engine.precision)
     old = bundle.read_bank()
     verdict = check_engine(
@@ -100,6 +102,7 @@ def add_tasks(
         sites,
         mixes=True,
         bank=new,
+        rows=rows,
         max_batch=bundle.engine.max_batch,
         evidence=evidence or Evidence(),
         device=device,

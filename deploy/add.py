@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,18 @@ from safetensors.numpy import save_file
 from ..export import bundle as bundles
 from ..export.agreement import Least
 from ..export.engine import CPU
-from ..merge.bank import Slot, fill_row
+from ..merge.bank import Slot
 from ..merge.delta import require_backbone
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
+from ..merge.rows import Rows
 from ..merge.sites import measure
 from .begin import manifest_tasks, require_one_kind_of_answer
-from .check import Evidence, check_engine, require_runnable, require_same_backbone
+from .check import check_engine
 from .graphs import bank_inputs
+from .held import require_runnable, require_same_backbone
+from .reference import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,19 +89,21 @@ def add_tasks(
     for delta in deltas:
         require_backbone(delta, backbone, sites)
     manifest = bundle.path / bundles.MANIFEST
-    slots = [Slot.from_json(manifest, entry) for entry in bundle.plan["slots"]]
+    slots = tuple(Slot.from_json(manifest, entry) for entry in bundle.plan["slots"])
     double = in_double(backbone)
-    rows = [fill_row(slots, lower(backbone, d, sites, double), torch.float32) for d in deltas]
-    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    rows = Rows(slots, [lower(backbone, delta, sites, double) for delta in deltas])
+    filled = list(rows)
+    stacked = {key: torch.stack([row[key] for row in filled]) for key in filled[0]}
     new = bank_inputs(stacked, bundle.engine.precision)
-    engine, old = bundle.read_engine(), bundle.read_bank()
+    old = bundle.read_bank()
     verdict = check_engine(
-        engine,
+        bundle.path / bundle.engine.file,
         backbone,
         deltas,
         sites,
         mixes=True,
         bank=new,
+        rows=rows,
         max_batch=bundle.engine.max_batch,
         evidence=replace(evidence or Evidence(), least=Least.of_plan(bundle.plan)),
         device=device,
@@ -115,7 +121,7 @@ def add_tasks(
     added = manifest_tasks(tasks, backbone, sites, first=len(bundle.tasks))
     check = {**bundle.check, "added": [*bundle.check.get("added", []), verdict.to_json()]}
     with atomic_folder(output) as folder:
-        (folder / bundle.engine.file).write_bytes(engine)
+        shutil.copyfile(bundle.path / bundle.engine.file, folder / bundle.engine.file)
         grown = replace(bundle, path=folder, tasks=(*bundle.tasks, *added), check=check)
         save_file(
             {name: np.concatenate([old[name], new[name]]) for name in old},

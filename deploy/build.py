@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 from ..export import bundle as bundles
 from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, Device
-from ..export.graph import OPSET, serialise, specs
+from ..export.graph import OPSET, specs
 from ..export.parity import Verdict
 from ..export.precision import QUANTISED
 from ..merge.bank import NO_ROOM, Room
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder
+from ..merge.memory import give_back
 from .begin import begin
-from .check import Evidence, check_engine, require_runnable
+from .check import check_engine
+from .files import write_bank, write_graph
 from .graphs import bank_inputs, counted, fan_out_graph, finish, graph_of, inputs_of
+from .held import require_runnable
 from .numerics import Numerics, Proved, require, shrink
+from .reference import Evidence
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -101,19 +105,18 @@ def export_bundle(
     )
     every = fan_out or mode == FAN_OUT
     progress("trace")
-    made = [graph_of(plan, backbone, deltas, sites, groups, precision, room)]
+    shrinks = precision in QUANTISED
+    made = [graph_of(plan, backbone, deltas, sites, groups, precision, room, streamed=not shrinks)]
     made += [fan_out_graph(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
-    stacked = made[0].bank
-    read = plan.bank == "inputs" and stacked is not None
-    exact = bank_inputs(stacked.tensors, "fp32") if read and stacked is not None else {}
+    held = made[0].bank if plan.bank == "inputs" else None
+    exact = [bank_inputs(held.tensors, "fp32") if held is not None else {}, {}]
     numerics = numerics.with_examples(
         precision, backbone, evidence, [delta.task for delta in deltas]
     )
-    banks = [exact, {}]
     finished = [
-        finish(graph.model, precision, numerics=numerics, bank=read_in)
-        for graph, read_in in zip(made, banks, strict=False)
+        finish(graph.model, precision, numerics=numerics, bank=bank_of)
+        for graph, bank_of in zip(made, exact, strict=False)
     ]
     facts = numerics.facts(precision)
     descriptions = [
@@ -141,25 +144,91 @@ def export_bundle(
     )
     progress("serialise")
     products = counted(made[-1].model, backbone, deltas, sites) if every else {}
-    files = [serialise(graph.model, {bundles.IDENTITY: identity}) for graph in made]
-    bank_tensors = bank_inputs(stacked.tensors, precision) if exact and stacked is not None else {}
-    progress("check")
-    verdicts = [
-        check_engine(
-            file,
-            backbone,
-            deltas,
-            sites,
-            mixes=plan.mode == "multi" and number == 0,
-            fans=plan.mode == FAN_OUT or number == 1,
-            bank=bank_tensors if number == 0 else {},
-            max_batch=max_batch,
-            evidence=evidence,
-            device=device,
-            precision="fp32" if precision in QUANTISED else precision,
+    slots, rows, lowered = made[0].slots, made[0].rows, list(made[0].lowered)
+    with atomic_folder(output) as folder:
+        files = [folder / description.file for description in descriptions]
+        about = {bundles.IDENTITY: identity}
+        for number, file in enumerate(files):
+            write_graph(made[number], file, about)
+        bank_file = folder / bundles.BANK
+        if plan.bank == "inputs":
+            whose = {bundles.TASKS: bundles.tasks_digest(entries)}
+            write_bank(made[0], bank_file, whose, precision)
+        graphs = [graph.model for graph in made] if shrinks else []
+        del made, held  # what is in the files is read from there
+        give_back()
+        progress("check")
+        verdicts = [
+            check_engine(
+                file,
+                backbone,
+                deltas,
+                sites,
+                mixes=plan.mode == "multi" and number == 0,
+                fans=plan.mode == FAN_OUT or number == 1,
+                bank=bank_file if plan.bank == "inputs" and number == 0 else {},
+                rows=rows if number == 0 else None,
+                max_batch=max_batch,
+                evidence=evidence,
+                device=device,
+                precision="fp32" if shrinks else precision,
+            )
+            for number, file in enumerate(files)
+        ]
+        _require_passed(verdicts, output)
+        shrunk = []
+        if shrinks:
+            progress("quantise")
+        for number, (graph, file) in enumerate(zip(graphs, files, strict=False)):
+            form = FAN_OUT if number else plan.mode
+            proved = Proved(graph, file, form, exact[number], entries, about)
+            shrunk.append(shrink(proved, precision, "onnxruntime", backbone, numerics, output))
+            file.write_bytes(shrunk[-1].file)
+            compared = (*verdicts[number].comparisons, *shrunk[-1].comparisons)
+            verdicts[number] = Verdict(compared)
+        progress("write")
+        result = bundles.Bundle(
+            path=folder,
+            name=name,
+            mode=plan.mode,
+            bank=plan.bank,
+            engine=engine,
+            tasks=entries,
+            backbone=backbone.identity.to_json(),
+            plan={
+                **plan.to_json(),
+                **products,
+                "rewritten": finished[0].rewritten,
+                "typing": finished[0].typing.to_json(),
+                **({"numerics": facts} if facts else {}),
+                **dict(
+                    zip(
+                        ("quantised", "quantised_fan_out"),
+                        (part.report for part in shrunk),
+                        strict=False,
+                    )
+                ),
+                "lowered": lowered,
+                "slots": [slot.to_json() for slot in slots],
+            },
+            check=verdicts[0].to_json()
+            | ({"fan_out": verdicts[1].to_json()} if len(verdicts) > 1 else {}),
+            versions=versions(),
+            identity=identity,
+            fan_out=second,
         )
-        for number, file in enumerate(files)
-    ]
+        bundles.write_manifest(folder, result)
+        written = bundles.open_bundle(folder)  # what cannot be opened does not replace what can
+    progress("done")
+    return replace(written, path=output)
+
+
+def _require_passed(verdicts: Sequence[Verdict], output: Path) -> None:
+    """Hold engines to their verdicts.
+
+    Raises:
+        CheckFailed: A comparison did not pass.
+    """
     if failures := [c for verdict in verdicts for c in verdict.failures]:
         raise CheckFailed(
             "the engine does not agree with torch, so no bundle was written",
@@ -169,55 +238,3 @@ def export_bundle(
             ),
             do="if a branch has no effect, train or drop it; otherwise report this with the deltas",
         )
-    shrunk = []
-    if precision in QUANTISED:
-        progress("quantise")
-        metadata = {bundles.IDENTITY: identity}
-        for number, (graph, file, read_in) in enumerate(zip(made, files, banks, strict=False)):
-            form = FAN_OUT if number else plan.mode
-            proved = Proved(graph.model, file, form, read_in, entries, metadata)
-            shrunk.append(shrink(proved, precision, "onnxruntime", backbone, numerics, output))
-        files = [part.file for part in shrunk]
-        verdicts = [
-            Verdict((*verdict.comparisons, *part.comparisons))
-            for verdict, part in zip(verdicts, shrunk, strict=True)
-        ]
-    progress("write")
-    result = bundles.Bundle(
-        path=output,
-        name=name,
-        mode=plan.mode,
-        bank=plan.bank,
-        engine=engine,
-        tasks=entries,
-        backbone=backbone.identity.to_json(),
-        plan={
-            **plan.to_json(),
-            **products,
-            "rewritten": finished[0].rewritten,
-            "typing": finished[0].typing.to_json(),
-            **({"numerics": facts} if facts else {}),
-            **dict(
-                zip(("quantised", "quantised_fan_out"), (p.report for p in shrunk), strict=False)
-            ),
-            "lowered": made[0].lowered,
-            "slots": [slot.to_json() for slot in stacked.slots] if stacked is not None else [],
-        },
-        check=verdicts[0].to_json()
-        | ({"fan_out": verdicts[1].to_json()} if len(verdicts) > 1 else {}),
-        versions=versions(),
-        identity=identity,
-        fan_out=second,
-    )
-    with atomic_folder(output) as folder:
-        for description, content in zip(descriptions, files, strict=True):
-            (folder / description.file).write_bytes(content)
-        if bank_tensors:
-            from safetensors.numpy import save_file
-
-            about = {bundles.TASKS: bundles.tasks_digest(entries)}
-            save_file(bank_tensors, folder / bundles.BANK, metadata=about)
-        bundles.write_manifest(folder, replace(result, path=folder))
-        bundles.open_bundle(folder)  # what cannot be opened does not replace what can
-    progress("done")
-    return bundles.open_bundle(output)

@@ -15,12 +15,13 @@ from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
 from ..merge.backbone import create
-from ..merge.bank import NO_ROOM, Bank, Room, stack
+from ..merge.bank import NO_ROOM, Bank, Room, Slot, slots_of, stack
 from ..merge.errors import UsageError
 from ..merge.fan_out import FanOut
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
 from ..merge.mixed import Alone, Mixed, Single
+from ..merge.rows import Rows
 from .numerics import Numerics
 
 if TYPE_CHECKING:
@@ -41,11 +42,22 @@ if TYPE_CHECKING:
 
 
 class Made(NamedTuple):
-    """A traced model, its bank, and the tasks whose prompts became prefixes."""
+    """A traced model.
+
+    Attributes:
+        model: The graph.
+        slots: Of its bank.
+        bank: The bank; None where there is none, and where nobody holds it.
+        rows: The bank of a mixed engine, row by row. With `bank` None the graph's own tensors of that name hold
+            one row of zeros instead.
+        lowered: Tasks whose prompts became prefixes.
+    """
 
     model: ir.Model
-    bank: Bank | None
-    lowered: list[str]
+    slots: tuple[Slot, ...] = ()
+    bank: Bank | None = None
+    rows: Rows | None = None
+    lowered: Sequence[str] = ()
 
 
 def graph_of(
@@ -56,6 +68,8 @@ def graph_of(
     groups: Sequence[Group],
     precision: str,
     room: Room = NO_ROOM,
+    *,
+    streamed: bool = False,
 ) -> Made:
     """The traced model of a plan's engine.
 
@@ -67,6 +81,8 @@ def graph_of(
         groups: What tasks share, in mode `fan-out`.
         precision: In half, the bank is laid out for fused kernels; `fp32` for standard operators.
         room: Sizes that the bank's slots have at least.
+        streamed: Leave the values of a mixed engine's bank out, to be written behind the graph, row by row;
+            in half precision, whose typing pass counts what the cast does to each value, they stay in.
     """
     if plan.mode == FAN_OUT:
         return fan_out_graph(backbone, groups)
@@ -76,30 +92,48 @@ def graph_of(
         arguments = {**backbone.identity.arguments, "num_classes": len(deltas[0].labels)}
         plain = create(backbone.identity.architecture, arguments).model
         plain.load_state_dict(dict(merged.tensors))
-        return Made(trace(plain, Inputs(rows)), None, [])
+        return Made(trace(plain, Inputs(rows)))
     double = in_double(backbone)
     constant = [lower(backbone, delta, sites, double) for delta in deltas]
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
-    stacked = stack(constant, torch.float32, ranks=RANKS if precision in HALF else (), room=room)
+    ranks = RANKS if precision in HALF else ()
+    mixed = plan.mode == "multi"
+    if mixed and streamed and precision not in HALF:
+        return _mixed(plan, backbone, Rows(slots_of(constant, room=room), constant), lowered)
+    stacked = stack(constant, torch.float32, ranks=ranks, room=room)
+    slots = stacked.slots
     mixes = not any(b.tuner.no_bank for b in deltas[0].branches.values())
     if plan.mode == "parallel" and precision in HALF and mixes:
         rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
         module = Alone(backbone, stacked).eval()
-        return Made(trace(module, Inputs(rows), rename=rename), stacked, lowered)
+        return Made(trace(module, Inputs(rows), rename=rename), slots, stacked, None, lowered)
     if plan.mode == "parallel":
-        return Made(_traced(Single(backbone, stacked), backbone), stacked, lowered)
-    module = Mixed(backbone, stacked).eval()
-    task = torch.tensor([0, min(1, len(deltas) - 1)])
+        return Made(_traced(Single(backbone, stacked), backbone), slots, stacked, None, lowered)
+    whole = _mixed_model(plan, backbone, stacked)
+    return Made(whole, slots, stacked, Rows(slots, constant), lowered)
+
+
+def _mixed(plan: Plan, backbone: Backbone, rows: Rows, lowered: Sequence[str]) -> Made:
+    """A mixed engine's graph, traced with a bank of zeros; as an input it has as many rows as a trace needs."""
+    few = min(len(rows), 2) if plan.bank == "inputs" else None
+    model = _mixed_model(plan, backbone, rows.shaped(few))
+    return Made(model, rows.slots, None, rows, lowered)
+
+
+def _mixed_model(plan: Plan, backbone: Backbone, bank: Bank) -> ir.Model:
+    """A mixed engine's graph with this bank."""
+    module = Mixed(backbone, bank).eval()
+    task = torch.tensor([0, min(1, len(bank.tasks) - 1)])
     if plan.bank == "inputs":
-        bank = {f"bank/{key}": tensor for key, tensor in stacked.tensors.items()}
-        return Made(trace(module, Inputs(rows, task, bank)), stacked, lowered)
-    rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(stacked.tensors)}
-    return Made(trace(module, Inputs(rows, task), rename=rename), stacked, lowered)
+        tensors = {f"bank/{key}": tensor for key, tensor in bank.tensors.items()}
+        return trace(module, Inputs(_rows(backbone), task, tensors))
+    rename = {f"bank_{i}": f"bank/{key}" for i, key in enumerate(bank.tensors)}
+    return trace(module, Inputs(_rows(backbone), task), rename=rename)
 
 
 def fan_out_graph(backbone: Backbone, groups: Sequence[Group]) -> Made:
     """The engine for every task; each group runs the trunk, and what they share of it becomes one."""
-    return Made(merge_equal(_traced(FanOut(backbone, groups), backbone)), None, [])
+    return Made(merge_equal(_traced(FanOut(backbone, groups), backbone)))
 
 
 def counted(

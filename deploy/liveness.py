@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Live = tuple[str, nn.Parameter, Tensor]  # name, tensor, a step that moves the answer
 
+LOOKS = 4  # rows that are looked at: a ReLU may be silent on one of them
 SAMPLE = 24  # tensors that are really changed, besides measuring the slope of all
 STEP = 0.5  # of a tensor's size: a variance that it is taken from stays above zero
 
@@ -53,38 +54,51 @@ class Liveness:
         return "; ".join(parts)
 
 
-def steps(
-    model: Tuned, inputs: Sequence[Tensor], plain: NDArray
-) -> list[dict[str, tuple[float, Tensor]]]:
-    """Per branch and tensor: how far a step of the tensor's own size moves the logits, and the step.
+class Slopes:
+    """How far a step of each tensor's own size moves the logits of some rows, and the step.
 
-    The first number is a lower bound to first order, over the largest logit: the slope of a sum of
-    logits with random weights, divided by the sum of their sizes (signs alone could cancel exactly
-    between rows).
+    A lower bound to first order, over the largest logit: the slope of a sum of logits with random weights,
+    divided by the sum of their sizes (signs alone could cancel exactly between rows). Rows are added one at a
+    time: the slope of their sum is the sum of their slopes.
 
     Args:
         model: One task.
-        inputs: Of its backbone.
-        plain: Its logits.
     """
-    named = [dict(weights) for _, _, weights in model.parts()]
-    flat = [p.requires_grad_() for weights in named for p in weights.values()]
-    logits = model(*inputs)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
-    slopes = torch.autograd.grad((weights * logits).sum(), flat, allow_unused=True)
-    total = float(weights.abs().sum())
-    scale = float(np.abs(plain).max()) or 1.0
-    found, at = [], iter(zip(flat, slopes, strict=True))
-    for names in named:
-        moves = {}
-        for name in names:
-            parameter, slope = next(at)
-            size = float(parameter.detach().double().pow(2).mean().sqrt()) or 0.1
-            size *= STEP if name.endswith("_var") else 1.0
-            if slope is None:
-                moves[name] = (0.0, torch.zeros_like(parameter))
-                continue
-            moved = size * float(slope.double().abs().sum()) / total / scale
-            moves[name] = (moved, size * slope.sign())
-        found.append(moves)
-    return found
+
+    def __init__(self, model: Tuned) -> None:
+        self._model = model
+        self._named = [dict(weights) for _, _, weights in model.parts()]
+        self._flat = [p.requires_grad_() for weights in self._named for p in weights.values()]
+        self._slopes: list[Tensor | None] = [None] * len(self._flat)
+        self._random = torch.Generator().manual_seed(0)
+        self._total, self._scale = 0.0, 0.0
+
+    def add(self, inputs: Sequence[Tensor]) -> NDArray[np.float64]:
+        """Look at one more row of the backbone's inputs, `[1, ...]` each; its logits."""
+        logits = self._model(*inputs)
+        weights = torch.randn(logits.shape, generator=self._random)
+        given = torch.autograd.grad((weights * logits).sum(), self._flat, allow_unused=True)
+        self._slopes = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(self._slopes, given, strict=True)
+        ]
+        self._total += float(weights.abs().sum())
+        self._scale = max(self._scale, float(logits.detach().abs().max()))
+        return logits.detach().double().numpy()
+
+    def moved(self) -> list[dict[str, tuple[float, Tensor]]]:
+        """Per branch and tensor, how far it moves the logits, and the step."""
+        found, at = [], iter(zip(self._flat, self._slopes, strict=True))
+        for names in self._named:
+            moves = {}
+            for name in names:
+                parameter, slope = next(at)
+                size = float(parameter.detach().double().pow(2).mean().sqrt()) or 0.1
+                size *= STEP if name.endswith("_var") else 1.0
+                if slope is None:
+                    moves[name] = (0.0, torch.zeros_like(parameter))
+                    continue
+                far = size * float(slope.double().abs().sum()) / self._total / (self._scale or 1.0)
+                moves[name] = (far, size * slope.sign())
+            found.append(moves)
+        return found

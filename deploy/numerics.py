@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..export.precision import Typing
     from ..merge.backbone import Backbone
     from .calibration import Calibration
-    from .check import Evidence
+    from .reference import Evidence
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Proved(NamedTuple):
 
     Attributes:
         model: Its graph.
-        file: The engine.
+        file: The engine, or where it lies.
         mode: Of its plan; `fan-out` of one that answers every task for every row.
         bank: By input name, float32, where the bank is an input.
         tasks: Names and labels, in row order.
@@ -169,7 +169,7 @@ class Proved(NamedTuple):
     """
 
     model: ir.Model
-    file: bytes
+    file: Path | bytes
     mode: str
     bank: Mapping[str, NDArray[Any]]
     tasks: tuple[bundles.Task, ...]

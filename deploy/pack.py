@@ -24,8 +24,8 @@ from ..merge.lower import in_double, lower
 from ..merge.sites import measure
 from ..serving.tasks.packed import Packed, Probe, layout_json
 from .begin import manifest_tasks
-from .check import in_dtype, in_torch
 from .graphs import bank_inputs
+from .reference import in_dtype, in_torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

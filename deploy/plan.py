@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
     from ..merge.fan_out import Group
+    from ..merge.fold import Refusal
     from ..merge.sites import Sites
 
 MODES = ("auto", "merged", "parallel", "multi", "fan-out")
@@ -128,7 +129,7 @@ def make_plan(
             require_mixable(delta)
     if len(deltas) > 1:
         require_same_values(deltas, sites or measure(backbone))
-    refused = {delta.task: refusals(delta, backbone, sites) for delta in deltas}
+    refused = _refused(deltas, backbone, sites)
     if mode == "auto":
         alone = deltas[0].task
         mode = "multi" if len(deltas) > 1 else "parallel" if refused[alone] else "merged"
@@ -146,6 +147,20 @@ def make_plan(
         tasks=tuple(_task(delta, mode, refused[delta.task]) for delta in deltas),
         shared=tuple(_shared(group) for group in groups),
     )
+
+
+def _refused(
+    deltas: Sequence[Delta], backbone: Backbone, sites: Sites | None
+) -> dict[str, Sequence[Refusal]]:
+    """What does not fold, by task; no refusal reads values, so tasks of one layout are asked once."""
+    known: dict[object, Sequence[Refusal]] = {}
+    found: dict[str, Sequence[Refusal]] = {}
+    for delta in deltas:
+        layout = delta.layout
+        if layout not in known:
+            known[layout] = refusals(delta, backbone, sites)
+        found[delta.task] = known[layout]
+    return found
 
 
 def _shared(group: Group) -> Shared:

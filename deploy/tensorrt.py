@@ -7,7 +7,9 @@ where a processor at hand computes in its precision; a plan that is built here i
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +25,13 @@ from ..export.targets.tensorrt.tuner_names import require_nothing_else, tuner_na
 from ..merge.errors import BuildFailed, CheckFailed, UsageError
 from ..merge.files import atomic_folder, canonical_json
 from .begin import begin
-from .check import Evidence, check_engine
+from .check import check_engine
 from .graphs import bank_inputs, finish, graph_of, inputs_of
 from .numerics import Numerics, Proved, require, shrink
+from .reference import Evidence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -266,20 +268,23 @@ class _Checking:
 
     def _check(self, precision: str, session: Session | None = None) -> Verdict:
         mode = self.begun.plan.mode
-        return check_engine(
-            self.onnx,
-            self.backbone,
-            self.begun.deltas,
-            self.begun.sites,
-            mixes=mode == "multi",
-            fans=mode == bundles.FAN_OUT,
-            bank=self.bank,
-            max_batch=self.max_batch,
-            evidence=self.evidence,
-            device=self.device,
-            precision=precision,
-            session=session,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            engine = Path(folder) / "model.onnx"
+            engine.write_bytes(self.onnx)
+            return check_engine(
+                engine,
+                self.backbone,
+                self.begun.deltas,
+                self.begun.sites,
+                mixes=mode == "multi",
+                fans=mode == bundles.FAN_OUT,
+                bank=self.bank,
+                max_batch=self.max_batch,
+                evidence=self.evidence,
+                device=self.device,
+                precision=precision,
+                session=session,
+            )
 
     def _require(self, verdict: Verdict, what: str) -> None:
         if failures := verdict.failures:

@@ -155,6 +155,13 @@ def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
     Raises:
         BuildFailed: The model is over protobuf's limit of 2 GiB.
     """
+    proto = ir.to_proto(signed(model, metadata))
+    require_fits(proto.ByteSize())
+    return proto.SerializeToString()
+
+
+def signed(model: ir.Model, metadata: Mapping[str, str]) -> ir.Model:
+    """The model without what the exporter noted in it, and with this metadata."""
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
@@ -167,14 +174,22 @@ def serialise(model: ir.Model, metadata: Mapping[str, str]) -> bytes:
     model.metadata_props.update(metadata)
     model.producer_name = "utune-deploy"
     model.producer_version = None  # torch's own; the manifest has all versions
-    proto = ir.to_proto(model)
-    if proto.ByteSize() > LARGEST:
+    return model
+
+
+def require_fits(size: int) -> None:
+    """Hold a file's bytes to what protobuf reads.
+
+    Raises:
+        BuildFailed: They are over 2 GiB.
+    """
+    if size > LARGEST:
         raise BuildFailed(
             "the engine is too large for one ONNX file",
             wanted=f"at most {LARGEST} bytes",
-            found=f"{proto.ByteSize()} bytes",
+            found=f"{size} bytes",
+            do="with --bank inputs the tasks' tensors are a file of their own, of any size",
         )
-    return proto.SerializeToString()
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[Spec, ...]:

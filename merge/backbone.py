@@ -92,6 +92,11 @@ class Backbone:
         return dtype_of(self.model)
 
     @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+
+    @property
     def pictures(self) -> bool:
         """It reads pictures or clips, and nothing else."""
         return [entry.name for entry in self.inputs] == [IMAGES]

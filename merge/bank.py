@@ -141,6 +141,17 @@ def stack(
         UsageError: No delta, two tasks of one name, or a task that cannot share a batch.
         IncompatibleArtefact: Deltas of different backbones, or with unlike channels at one place.
     """
+    slots = slots_of(deltas, ranks=ranks, room=room)
+    dtype = dtype or widest([delta.dtype for delta in deltas])
+    rows = [fill_row(slots, delta, dtype) for delta in deltas]
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return Bank(tuple(delta.task for delta in deltas), slots, tensors)
+
+
+def slots_of(
+    deltas: Sequence[Delta], *, ranks: Sequence[int] = (), room: Room = NO_ROOM
+) -> tuple[Slot, ...]:
+    """The slots of a bank of these tasks; arguments and errors of `stack`."""
     if not deltas:
         raise UsageError("there is no task", wanted="at least one delta")
     names = [delta.task for delta in deltas]
@@ -158,11 +169,7 @@ def stack(
     if len(deltas) > 1:
         for delta in deltas:
             require_mixable(delta)
-    slots = tuple(_to_rank(_with_room(slot, room), ranks) for slot in _slots(deltas))
-    dtype = dtype or widest([delta.dtype for delta in deltas])
-    rows = [fill_row(slots, delta, dtype) for delta in deltas]
-    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    return Bank(tuple(names), slots, tensors)
+    return tuple(_to_rank(_with_room(slot, room), ranks) for slot in _slots(deltas))
 
 
 def require_mixable(delta: Delta) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .backbone import Backbone, Identity
 from .errors import IncompatibleArtefact, UsageError
 from .files import atomic_file, canonical_json, digest, refuse_existing
 from .preprocessing import Preprocessing
+from .stored import StoredTensors
 from .tuner import Branch, Point, bind
 from .tuners import TUNERS
 
@@ -134,8 +135,12 @@ def save_delta(path: Path, delta: Delta, *, force: bool = False) -> str:
     return digest(path)
 
 
-def load_delta(path: Path) -> Delta:
+def load_delta(path: Path, *, keep: bool = True) -> Delta:
     """Read and validate a delta.
+
+    Args:
+        path: Its file.
+        keep: Hold its tensors; otherwise each is read from the file whenever it is asked for.
 
     Raises:
         UsageError: There is no such file.
@@ -183,7 +188,10 @@ def load_delta(path: Path) -> Delta:
             wanted="what version 1 of the format specifies and nothing else",
             do="write deltas with utune-deploy",
         )
-    return delta
+    if keep:
+        return delta
+    names = {branch: tuple(named) for branch, named in delta.tensors.items()}
+    return replace(delta, tensors=StoredTensors(path, names))
 
 
 def validate(delta: Delta, *, where: object) -> None:

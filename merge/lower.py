@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter
+from collections import ChainMap, Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,24 +88,32 @@ def lower(
         for handle in handles:
             handle.remove()
 
-    branches: dict[str, Branch] = {}
+    branches = dict(delta.branches)
     tensors: dict[str, Mapping[str, Tensor]] = {}
-    for name, branch in delta.branches.items():
-        if name not in prompts:
-            branches[name], tensors[name] = branch, delta.tensors[name]
-            continue
+    for name, branch in prompts.items():
         dtype = torch.promote_types(delta.tensors[name]["token"].dtype, torch.float32)
         key, value = (_constant(t, name).to(dtype) for t in seen[name])
         point: Point = keys[name]
         joint: bool = branch.tuner.joint_softmax  # type: ignore[attr-defined]
         branches[name] = Branch(Prefix(joint_softmax=joint), point, point)
         tensors[name] = {"key": key, "value": value}
-    return replace(delta, branches=branches, tensors=tensors)
+    return replace(delta, branches=branches, tensors=ChainMap(tensors, delta.tensors))  # type: ignore[arg-type]
 
 
 def in_double(backbone: Backbone) -> Callable[[], nn.Module]:
     """The backbone's model in float64, copied when it is first asked for and then shared."""
-    return functools.cache(lambda: copy.deepcopy(backbone.model).double())
+    return functools.cache(lambda: twin_of(backbone.model, torch.float64))
+
+
+def twin_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a frozen model, its real numbers in a dtype; tensor by tensor, never twice."""
+    made: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            cast = tensor.detach().to(dtype, copy=True)
+            own = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(cast, tensor.requires_grad) if own else cast
+    return copy.deepcopy(model, made).to(dtype)
 
 
 def _constant(t: Tensor, name: str) -> Tensor:

@@ -52,8 +52,8 @@ def command(
     from ...merge.files import digest, refuse_existing
     from ..add import add_tasks
     from ..build import Task
-    from ..check import Evidence
     from ..pictures import read_folder
+    from ..reference import Evidence
 
     refuse_existing(output, force=force, inputs=(*deltas, bundle, *choice.files))
     opened = open_bundle(bundle)

@@ -49,16 +49,19 @@ def command(
     Exit code 3 when a comparison fails, 4 when bundle, deltas and backbone do not belong together.
     """
     from ...export.agreement import Least
-    from ...export.bundle import open_bundle
+    from ...export.bundle import BANK, open_bundle
     from ...merge.delta import load_delta, require_backbone
     from ...merge.errors import CheckFailed
     from ...merge.files import digest
     from ...merge.sites import measure
-    from ..check import Evidence, check_engine, require_same_backbone, require_tasks
+    from ..check import check_engine
+    from ..held import bank_rows, require_same_backbone, require_tasks
     from ..pictures import read_folder
+    from ..reference import Evidence
 
     opened = open_bundle(bundle)
-    tasks = require_tasks(opened, {digest(path): load_delta(path) for path in deltas})
+    given = {digest(path): load_delta(path, keep=False) for path in deltas}
+    tasks = require_tasks(opened, given)
     backbone = choice.load()
     require_same_backbone(opened, backbone)
     sites = measure(backbone)
@@ -70,13 +73,14 @@ def command(
     evidence = Evidence(pictures, seed, every_tensor, Least.of_plan(opened.plan))
     verdicts = {
         engine.file: check_engine(
-            (bundle / engine.file).read_bytes(),
+            bundle / engine.file,
             backbone,
             tasks,
             sites,
             mixes=engine is opened.engine and opened.mode == "multi",
             fans=engine is opened.engine_of_all,
-            bank=opened.read_bank() if engine.reads_bank else {},
+            bank=bundle / BANK if engine.reads_bank else {},
+            rows=bank_rows(opened, backbone, tasks, sites) if engine is opened.engine else None,
             max_batch=engine.max_batch,
             evidence=evidence,
             device=device,

@@ -142,15 +142,15 @@ def command(
     from ...merge.sites import measure
     from ..begin import fan_out_groups, require_one_preprocessing
     from ..build import Task, export_bundle
-    from ..check import Evidence
     from ..pictures import read_folder
     from ..plan import make_plan
+    from ..reference import Evidence
 
     numbers.require(precision, target)
 
     if not dry_run:
         refuse_existing(output, force=force, inputs=(*deltas, *choice.files))
-    tasks = [Task(load_delta(path), digest(path)) for path in deltas]
+    tasks = [Task(load_delta(path, keep=False), digest(path)) for path in deltas]
     backbone = choice.load()
     if dry_run:
         sites = measure(backbone)

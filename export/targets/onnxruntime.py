@@ -33,6 +33,7 @@ GRAPHS = itertools.count(
     1
 )  # numbers of recorded CUDA graphs; a graph belongs to the memory of one batch
 OPTIMISED = "optimised.onnx"
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -49,6 +50,8 @@ class OnnxRuntimeSession:
         cuda_graph: bool = False,
         profile: Path | None = None,
         as_written: bool = False,
+        folder: Path | None = None,
+        in_place: bool = False,
     ) -> None:
         """Open a model.
 
@@ -62,6 +65,9 @@ class OnnxRuntimeSession:
             profile: A folder for `OPTIMISED`, the graph that really runs, and for what `end_profile` gives.
             as_written: Compute what stands between quantise and dequantise nodes in float32. ONNX Runtime 1.31
                 fuses products of float8 into an integer kernel that does not take them, and refuses the model.
+            folder: Where the data lies that a serialised model leaves outside.
+            in_place: On the CPU, read a bank where its arrays lie, which then must not change; otherwise it is
+                copied.
 
         Raises:
             UsageError: Unknown provider name, or an option that the provider does not have.
@@ -99,6 +105,8 @@ class OnnxRuntimeSession:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "profile")
             options.optimized_model_filepath = str(profile / OPTIMISED)
+        if folder is not None:
+            options.add_session_config_entry(DATA_FOLDER, str(folder))
         settings: list[Any] = [self.provider]
         if provider == "cuda":
             settings = [
@@ -132,6 +140,7 @@ class OnnxRuntimeSession:
             )
         self._types = {entry.name: _numpy_type(entry.type) for entry in self._session.get_inputs()}
         names = list(self._types)
+        self._in_place = in_place
         self.cuda_graph = cuda_graph
         self.mixes_tasks = TASK in names
         self._row_names = [name for name in names if is_row_input(name)]
@@ -199,10 +208,9 @@ class OnnxRuntimeSession:
                     wanted=self._types[name],
                     found=value.dtype,
                 )
-        # copies: on the CPU an OrtValue shares the array's memory
-        self._bank = {
-            name: _on_device(np.array(v, order="C"), self.device) for name, v in tensors.items()
-        }
+        # on the CPU an OrtValue shares the array's memory
+        laid_out = np.ascontiguousarray if self._in_place else _copied
+        self._bank = {name: _on_device(laid_out(v), self.device) for name, v in tensors.items()}
         self._memory = None
 
     def reserve(self, rows: int) -> None:
@@ -294,6 +302,10 @@ def _register(options: ort.SessionOptions, kernels: Path) -> None:
             found=str(cause).splitlines()[0],
             do="build it for this machine: python -m utune_deploy.export.kernels",
         ) from cause
+
+
+def _copied(array: NDArray[Any]) -> NDArray[Any]:
+    return np.array(array, order="C")
 
 
 def _on_device(array: NDArray[Any], device: str) -> ort.OrtValue:

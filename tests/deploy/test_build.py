@@ -14,9 +14,9 @@ import torch
 
 from utune_deploy.deploy import build, graphs
 from utune_deploy.deploy.build import Task, export_bundle
-from utune_deploy.deploy.check import Evidence
 from utune_deploy.deploy.graphs import backbone_engine
 from utune_deploy.deploy.plan import make_plan
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.bundle import IDENTITY, MANIFEST, open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.export.graph import OPSET
@@ -244,7 +244,7 @@ def test_a_task_without_room_in_the_bank_is_refused(
 def traced(vit: Backbone, deltas: dict[str, Delta], sites_of: Any) -> bytes:
     """The graph of the merged `lora` task, as it is traced."""
     plan = make_plan([deltas["lora"]], vit)
-    model, _, _ = graphs.graph_of(plan, vit, [deltas["lora"]], sites_of(vit), (), "fp32")
+    model = graphs.graph_of(plan, vit, [deltas["lora"]], sites_of(vit), (), "fp32").model
     return ir.to_proto(model).SerializeToString()
 
 
@@ -259,8 +259,8 @@ def export(
 ) -> Iterator[Callable[..., Bundle]]:
     """`export_bundle` of the `lora` task to `tmp_path/out`, traced once for all tests here."""
 
-    def graph(*_: Any) -> Any:
-        return graphs.Made(ir.from_proto(onnx.load_from_string(traced)), None, [])
+    def graph(*_: Any, **__: Any) -> Any:
+        return graphs.Made(ir.from_proto(onnx.load_from_string(traced)))
 
     def export(**settings: Any) -> Bundle:
         return export_bundle(

@@ -14,13 +14,16 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from utune_deploy.deploy.check import Evidence, check_engine, require_tasks
+from utune_deploy.deploy.check import check_engine
+from utune_deploy.deploy.held import require_tasks
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.errors import IncompatibleArtefact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from utune_deploy.export.bundle import Bundle
     from utune_deploy.export.parity import Verdict
@@ -43,6 +46,7 @@ def check(
     sites_of: Callable[..., Any],
     deltas: dict[str, Delta],
     bundles: Callable[[str], Bundle],
+    tmp_path: Path,
 ) -> Callable[..., Verdict]:
     """`check_engine` on the bundle of all kinds, with what is named replaced."""
 
@@ -53,8 +57,12 @@ def check(
             "evidence": Evidence(), "device": Device(threads=1),
         }  # fmt: skip
         tasks: Sequence[Delta] = changes.pop("deltas", [deltas[task.name] for task in bundle.tasks])
+        file = bundle.path / bundle.engine.file
+        if engine is not None:
+            file = tmp_path / "doctored.onnx"
+            file.write_bytes(engine)
         return check_engine(
-            engine if engine is not None else bundle.read_engine(),
+            file,
             vit, tasks, sites_of(vit), **{**settings, **changes},
         )  # fmt: skip
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from utune_deploy.deploy.bench.run import bench
 from utune_deploy.deploy.build import Task, export_bundle
-from utune_deploy.deploy.check import Evidence
 from utune_deploy.deploy.pictures import read_folder
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.architectures.video_swin import VideoSwin
 from utune_deploy.merge.attach import restore

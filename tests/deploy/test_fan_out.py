@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from utune_deploy.deploy.check import Evidence, check_engine
+from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.cli import main
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.bundle import (
     FAN_OUT_FILE,
     IDENTITY,
@@ -211,7 +212,7 @@ def test_check_finds_an_engine_of_other_tasks(
 
 
 def test_every_answer_of_a_call_is_compared(
-    vit: Backbone, random_delta: Any, sites_of: Any
+    vit: Backbone, random_delta: Any, sites_of: Any, tmp_path: Path
 ) -> None:
     """An engine that is right for one task of each row, and wrong for the others, is wrong."""
     deltas = [random_delta(vit, task=name, classes=3, seed=n) for n, name in enumerate("abc")]
@@ -226,7 +227,9 @@ def test_every_answer_of_a_call_is_compared(
 
     verdicts = {}
     for kind in (FanOut, Shifted):
-        engine = serialise(trace(kind(vit, groups).eval(), Inputs(vit.example(2))), {})
+        engine = tmp_path / f"{kind.__name__}.onnx"
+        model = trace(kind(vit, groups).eval(), Inputs(vit.example(2)))
+        engine.write_bytes(serialise(model, {}))
         verdicts[kind] = check_engine(
             engine, vit, deltas, sites_of(vit),
             mixes=False, fans=True, bank={}, max_batch=3, evidence=Evidence(), device=Device(threads=1),

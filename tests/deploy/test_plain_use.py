@@ -11,8 +11,9 @@ import timm
 import torch
 
 from utune_deploy.deploy.build import Task, export_bundle
-from utune_deploy.deploy.check import Evidence, check_engine
+from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.plan import make_plan
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.engine import Device
 from utune_deploy.export.parity import compare
 from utune_deploy.merge.attach import attach, restore
@@ -62,7 +63,7 @@ def test_every_task_is_compared_even_where_no_batch_has_room_for_all(vit, tmp_pa
 
     def verdict(tensors):
         return check_engine(
-            bundle.read_engine(), vit, deltas, measure(vit), mixes=True, bank=tensors,
+            bundle.path / bundle.engine.file, vit, deltas, measure(vit), mixes=True, bank=tensors,
             max_batch=2, evidence=Evidence(), device=Device(threads=1),
         )  # fmt: skip
 
@@ -86,7 +87,7 @@ def test_a_loud_task_does_not_hide_the_error_of_a_quiet_one(vit, tmp_path: Path)
         if name.endswith("/up"):
             bank[name][1] *= 1.002
     verdict = check_engine(
-        bundle.read_engine(), vit, [loud, quiet], measure(vit), mixes=True, bank=bank,
+        bundle.path / bundle.engine.file, vit, [loud, quiet], measure(vit), mixes=True, bank=bank,
         max_batch=4, evidence=Evidence(), device=Device(threads=1),
     )  # fmt: skip
     assert any(c.name.startswith("parity") for c in verdict.failures)

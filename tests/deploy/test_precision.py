@@ -13,8 +13,9 @@ from utune_deploy.deploy.add import add_tasks
 from utune_deploy.deploy.bench.report import TIMED, TIMED_ON_DEVICE
 from utune_deploy.deploy.bench.subject import Resident, open_subject
 from utune_deploy.deploy.build import export_bundle
-from utune_deploy.deploy.check import Evidence, check_engine
+from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.graphs import bank_inputs
+from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, PASSES
@@ -258,7 +259,11 @@ def test_export_says_what_became_half(cli: Any, files: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def check(
-    wide_vit: Backbone, sites_of: Any, trained: dict[str, Delta], exported: Callable[..., Bundle]
+    wide_vit: Backbone,
+    sites_of: Any,
+    trained: dict[str, Delta],
+    exported: Callable[..., Bundle],
+    tmp_path: Path,
 ) -> Callable[..., Verdict]:
     """`check_engine` in half on the bundle of constants, one tensor changed first."""
 
@@ -269,8 +274,10 @@ def check(
         assert value.dtype == np.float16
         change(value)
         tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+        engine = tmp_path / "doctored.onnx"
+        engine.write_bytes(model.SerializeToString())
         return check_engine(
-            model.SerializeToString(), wide_vit, list(trained.values()), sites_of(wide_vit),
+            engine, wide_vit, list(trained.values()), sites_of(wide_vit),
             mixes=True, bank={}, max_batch=MAX_BATCH, evidence=Evidence(), device=ONE, precision="fp16",
         )  # fmt: skip
 

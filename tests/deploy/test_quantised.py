@@ -160,6 +160,7 @@ def test_check_judges_int8_by_pictures(export: Any, cli: Any, files: Path, tmp_p
         "agreement of lora with torch, real images",
         "agreement of dual with torch, real images",
         "task rows outside the bank answer NaN",
+        "every task's tensors in the bank, value by value",
         "isolation from other tasks' tensors, bit for bit",
         "liveness of every tensor",
     ]

@@ -9,7 +9,7 @@ from ....merge.backbone import load
 from ....merge.delta import load_delta, require_backbone
 from ....merge.files import digest
 from ....merge.sites import measure
-from ...check import require_same_backbone, require_tasks
+from ...held import require_same_backbone, require_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

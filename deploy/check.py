@@ -23,6 +23,7 @@ from ..export.mapped import map_file
 from ..export.parity import Comparison, Verdict, floor, relative_error
 from ..export.precision import HALF, to_half
 from ..export.targets.onnxruntime import OnnxRuntimeSession
+from ..merge.memory import give_back
 from .reference import ODD, Evidence, Reference
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class _Check:
         if not self.elsewhere:
             self.open_session = self.file = None
             self.tensors = {}
+            give_back()
 
     def opened(self, model: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
         return OnnxRuntimeSession(

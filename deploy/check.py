@@ -309,8 +309,9 @@ class _Check:
                     not np.array_equal(b, a)
                     for b, a in zip(before[~keep], after[~keep], strict=True)
                 )
+        note = f"in a bank of {len(there)} of {self.count} tasks" if len(there) < self.count else ""
         return _yes_or_no(
-            "isolation from other tasks' tensors, bit for bit", len(asked), bool(same)
+            "isolation from other tasks' tensors, bit for bit", len(asked), bool(same), note
         )
 
     def liveness(self, answers: NDArray) -> Comparison:

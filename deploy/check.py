@@ -25,6 +25,7 @@ from ..export.parity import Comparison, Verdict, floor, relative_error
 from ..export.precision import HALF, QUANTISED, to_half
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.inputs import IMAGES
+from ..merge.memory import give_back
 from .reference import ODD, Evidence, Reference
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class _Check:
         if not self.elsewhere:
             self.open_session = self.file = None
             self.tensors = {}
+            give_back()
 
     def opened(self, model: bytes, bank: Mapping[str, NDArray[Any]]) -> Session:
         return OnnxRuntimeSession(
@@ -339,8 +341,9 @@ class _Check:
                     not np.array_equal(b, a)
                     for b, a in zip(before[~keep], after[~keep], strict=True)
                 )
+        note = f"in a bank of {len(there)} of {self.count} tasks" if len(there) < self.count else ""
         return _yes_or_no(
-            "isolation from other tasks' tensors, bit for bit", len(asked), bool(same)
+            "isolation from other tasks' tensors, bit for bit", len(asked), bool(same), note
         )
 
     def liveness(self, answers: NDArray) -> Comparison:

@@ -148,12 +148,12 @@ def test_nothing_is_written_when_the_check_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = add.fill_row
+    right = add.bank_inputs
 
-    def wrong(*row: Any) -> Any:
-        return {name: 1.01 * value for name, value in right(*row).items()}
+    def wrong(*bank: Any) -> Any:
+        return {name: np.float32(0.99) * value for name, value in right(*bank).items()}
 
-    monkeypatch.setattr(add, "fill_row", wrong)
+    monkeypatch.setattr(add, "bank_inputs", wrong)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / MANIFEST).write_text("mine")
     with pytest.raises(CheckFailed, match="nothing was written") as caught:

@@ -46,7 +46,7 @@ ENGINES = (
     Line("eight such tasks, a different one in every row", TASKS, "8 tasks"),
     Line("sixty-four such tasks in one engine, eight of them in the batch", TASKS, "64 tasks"),
     Line("one LoRA task, folded", TASKS, "one LoRA task, folded"),
-    Line("Swin-B, eight tasks of BAPAT of rank 16", "Swin-BAPAT", "8 Swin-BAPAT tasks"),
+    Line("Swin-B, one task of BAPAT of rank 16", "Swin-BAPAT", "one Swin-BAPAT task"),
     Line("ViT-B, sixteen tasks of UniPT beside it", "UniPT", "16 UniPT tasks"),
     Line("the same, every row answered for all sixteen", "UniPT", "16 UniPT tasks, every task"),
 )

@@ -5,7 +5,7 @@ prompts as tokens). The engine must agree with it, row by row, whatever else is 
 must *disagree* with a reference one of whose tensors was changed, or that tensor is not in it.
 
 Torch answers first (`reference`); then the engine runs from its file, whose tensors are mapped, and is opened
-anew before more of a bank was read than a backbone holds. Every task answers a row, and with `rows` its row
+anew before much of a bank was read. Every task answers a row, and with `rows` its row
 of the bank is compared value by value.
 """
 
@@ -46,6 +46,9 @@ ISOLATED = 8  # tasks that are asked while others hold garbage
 BESIDE = (
     8  # tasks that are not asked: their rows stand among the others' and hold garbage each time
 )
+SHARE = (
+    1 / 8
+)  # of the backbone: what is read of a bank, by us and by the runtime, between two openings
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 
@@ -274,6 +277,7 @@ class _Check:
         tolerance.
         """
         answers, wrong, read = [], [], 0
+        self.let_go()
         wanted = iter(self.rows if self.rows is not None else ())
         for at in range(0, len(table.task), self.max_batch):
             rows = np.arange(at, min(at + self.max_batch, len(table.task)))
@@ -281,7 +285,7 @@ class _Check:
             for number, row in zip(rows[rows < self.count], wanted, strict=False):
                 wrong += [f"task row {number}: {n}" for n in self.differing(number, row)]
             read += sum(tensor[:1].nbytes for tensor in self.tensors.values()) * len(rows)
-            if read > self.held:
+            if read > SHARE * self.held:
                 self.let_go()
                 read = 0
         note = f"not as in the delta: {', '.join(wrong[:3])}" if wrong else ""

@@ -89,6 +89,7 @@ def memory_chart(report: Report) -> Markup | None:
     svg = new_canvas(HEIGHT, "Memory against the number of tasks")
     draw_frame(svg, x, y, ("tasks", "MB after a call"), [1, *(tasks for _, _, tasks, _ in points)])
     labels = Labels(svg)
+    labels.keep_free(0, 0, LEFT, HEIGHT)  # the ticks of the axis upright
     draw_polyline(svg, [(x(1), y(one / MB)), (x(most), y(one * most / MB))], "unity", "6 4")
     middle = x(most**0.5), y(one * most**0.5 / MB)
     draw_text(svg, middle[0] - 12, middle[1] - 6, "a merged model per task", "label muted end")

@@ -180,7 +180,7 @@ def _points(reports: Mapping[str, Report]) -> Iterator[Point]:
     for name, report in reports.items():
         for case in report.cases:
             for subject, result in zip(report.subjects, case.results, strict=True):
-                if result.ratio is not None and subject.task_count:
+                if result.ratio is not None and subject.task_count and subject.engine:
                     yield Point(
                         comparison=name,
                         subject=subject.name,

@@ -108,6 +108,7 @@ def full(report):
                 name=name,
                 opened_bytes=None,
                 task_count=tasks,
+                engine="onnxruntime, fp32, opset 23",
                 rank=rank,
                 graph=GraphFacts(1_000_000 * (1 + tasks), 10 + index, 2),
                 footprint=Footprint(

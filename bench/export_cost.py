@@ -5,7 +5,7 @@ python bench/export_cost.py runs/export_cost --backbone vit_base_patch16_224 --r
 
 Each export runs in a process of its own, beside nothing else; every one of its tasks is checked. Memory is that
 process's largest resident set, less what the interpreter takes with torch, timm, onnx and onnxruntime imported.
-Random tasks are made first, once. Prints the rows of the table in `bench/results/export/README.md`.
+Random tasks are made first, once. Prints a table of them.
 """
 
 from __future__ import annotations

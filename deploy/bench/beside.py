@@ -10,15 +10,8 @@ from ...merge.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-KINDS = {
-    "unfused": "the same graph, rewritten by the runtime alone",
-    "in-turn": "an engine per task, called in turn",
-    "torch": "the mixed batch in torch, eager",
-    "torch-compiled": "the mixed batch through torch.compile",
-    "peft": "PEFT's adapter_names, eager",
-    "peft-compiled": "PEFT's adapter_names through torch.compile",
-}
-"""What each kind is; `alternatives` holds how it is made."""
+KINDS = ("unfused", "in-turn", "torch", "torch-compiled", "peft", "peft-compiled")
+"""Kinds by name; `alternatives` holds what each is and how it is made."""
 
 
 @dataclass(frozen=True)

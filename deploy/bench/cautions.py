@@ -40,10 +40,10 @@ def find_cautions(
         for sentence in (
             _unsteady(cases),
             _drifting(cases),
-            _busy(machine, load),
+            busy(machine, load),
             _few_samples(cases),
             _providers(subjects),
-            _governor(machine),
+            governed(machine),
             _uncounted(cases, subjects),
             _above(cases, ceilings),
         )
@@ -93,12 +93,13 @@ def _drift(samples: Sequence[float]) -> float | None:
     return statistics.median(samples[-third:]) / statistics.median(samples[:third])
 
 
-def _busy(machine: Machine, load: Load) -> str | None:
+def busy(machine: Machine, load: Load, whose: str = "The") -> str | None:
+    """That more wanted to run than there were cores; `whose` begins the sentence."""
     highest = max(load.before, load.after)
     if highest <= machine.usable_cores:
         return None
     return (
-        f"The load average was {load.before:.1f} before and {load.after:.1f} after on "
+        f"{whose} load average was {load.before:.1f} before and {load.after:.1f} after on "
         f"{machine.usable_cores} usable cores: more wanted to run than could."
     )
 
@@ -124,12 +125,13 @@ def _providers(subjects: Sequence[SubjectFacts]) -> str | None:
     )
 
 
-def _governor(machine: Machine) -> str | None:
+def governed(machine: Machine, whose: str = "The", during: str = "a run") -> str | None:
+    """That the clock is not held; `whose` begins the sentence."""
     if machine.governor in (None, STEADY_GOVERNOR):
         return None
     return (
-        f"The frequency governor is {machine.governor}, not {STEADY_GOVERNOR}: "
-        "the clock may change during a run."
+        f"{whose} frequency governor is {machine.governor}, not {STEADY_GOVERNOR}: "
+        f"the clock may change during {during}."
     )
 
 

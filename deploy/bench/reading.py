@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...export.engine import Tensor
-from ...merge.errors import IncompatibleArtefact, UsageError
+from ..records import read_record
 from .case import Case
 from .ceilings import Ceilings
 from .footprint import Footprint
@@ -44,42 +43,20 @@ def read_reports(path: Path) -> dict[str, Report]:
         UsageError: There is no such file.
         IncompatibleArtefact: It is no report, of an unknown version, or damaged.
     """
-    file = path / "report.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(
-            "there is no such report", where=file, do="name a report.json of `bench -o`"
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IncompatibleArtefact("the report is not JSON", where=file, found=error) from error
-    found = value.get("format") if isinstance(value, dict) else type(value).__name__
-    if found not in (FORMAT, SWEEP_FORMAT):
-        raise IncompatibleArtefact(
-            "the file is no report of the benchmark",
-            where=file,
-            wanted=f"format {FORMAT} or {SWEEP_FORMAT}",
-            found=found,
-        )
-    if value.get("version") not in range(1, VERSION + 1):
-        raise IncompatibleArtefact(
-            "the report is of a version that is not known here",
-            where=file,
-            wanted=f"1 to {VERSION}",
-            found=value.get("version"),
-            do="read it with the utune-deploy that wrote it, or a newer one",
-        )
-    try:
-        if found == FORMAT:
-            return {"": report_from(value)}
-        return {name: report_from(report) for name, report in value["reports"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
-        raise IncompatibleArtefact(
-            "the report does not keep to its schema",
-            where=file,
-            wanted="a file as `bench` wrote it; see docs/bench.md",
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    return read_record(
+        path,
+        _by_name,
+        what="the benchmark",
+        verb="bench",
+        formats=(FORMAT, SWEEP_FORMAT),
+        versions=range(1, VERSION + 1),
+    )
+
+
+def _by_name(value: dict[str, Any]) -> dict[str, Report]:
+    if value["format"] == FORMAT:
+        return {"": report_from(value)}
+    return {name: report_from(report) for name, report in value["reports"].items()}
 
 
 def report_from(value: dict[str, Any]) -> Report:

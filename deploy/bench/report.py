@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...export.engine import IMAGES, Tensor, row_inputs
 from ...merge.errors import UsageError
-from ...merge.files import atomic_file
+from ..records import plain, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -218,7 +217,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON value that `schema.json` specifies."""
-        return {"format": FORMAT, "version": VERSION, **_plain(asdict(self))}
+        return {"format": FORMAT, "version": VERSION, **plain(asdict(self))}
 
 
 def about_bundle(bundle: Bundle) -> About:
@@ -267,15 +266,4 @@ def _sizes(shape: Sequence[object]) -> str:
 
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    write_record(report.to_json(), path)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .latency import Latency, latency_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -30,34 +32,14 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Latency):
     """The statistics of one subject in one case.
 
-    Percentiles interpolate linearly between samples.
-
     Attributes:
-        samples: How many there are.
-        min_ms: The fastest call, in ms.
-        mean_ms: Arithmetic mean, in ms.
-        std_ms: Standard deviation of the sample (`n - 1`), in ms.
-        p50_ms: Median, in ms.
-        p90_ms: 90th percentile, in ms.
-        p95_ms: 95th percentile, in ms.
-        p99_ms: 99th percentile, in ms.
-        max_ms: The slowest call, in ms.
         images_per_second: Batch size over the median.
         cv: Coefficient of variation, `std / mean`, a fraction.
     """
 
-    samples: int
-    min_ms: float
-    mean_ms: float
-    std_ms: float
-    p50_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    max_ms: float
     images_per_second: float
     cv: float
 
@@ -83,21 +65,12 @@ class Ratio:
 
 def summarise(samples_ms: Sequence[float], batch: int) -> Summary:
     """The statistics of raw latencies in ms of calls with `batch` images; two samples at least."""
-    samples = np.asarray(samples_ms, np.float64)
-    p50, p90, p95, p99 = (float(p) for p in np.percentile(samples, (50, 90, 95, 99)))
-    mean, std = float(samples.mean()), float(samples.std(ddof=1))
+    latency = latency_of(samples_ms)
+    assert latency is not None  # there are samples
     return Summary(
-        samples=samples.size,
-        min_ms=float(samples.min()),
-        mean_ms=mean,
-        std_ms=std,
-        p50_ms=p50,
-        p90_ms=p90,
-        p95_ms=p95,
-        p99_ms=p99,
-        max_ms=float(samples.max()),
-        images_per_second=batch * 1000 / p50,
-        cv=std / mean,
+        **vars(latency),
+        images_per_second=batch * 1000 / latency.p50_ms,
+        cv=latency.std_ms / latency.mean_ms,
     )
 
 

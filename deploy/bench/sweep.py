@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.bundle import open_bundle
 from ...merge.errors import UsageError
-from ...merge.files import atomic_file, canonical_json, digest
+from ...merge.files import canonical_json, digest
+from ..records import write_record
 from .ceilings import measure_ceilings
 from .combine import combine
 from .furnish import furnish
@@ -164,7 +165,7 @@ def write_sweep(reports: Mapping[str, Report], title: str, folder: Path) -> None
         "version": VERSION,
         "reports": {name: report.to_json() for name, report in reports.items()},
     }
-    _write(folder / "report.json", value)
+    write_record(value, folder / "report.json")
     write_sweep_html(reports, title, folder / "report.html")
 
 
@@ -236,7 +237,7 @@ def _run(
         )
         found[part.file] = Measured(report, sitting)
         value = {"key": part.key, "sitting": sitting, "report": report.to_json()}
-        _write(part.file, {"format": FORMAT_OF_PARTS, "version": VERSION, **value})
+        write_record({"format": FORMAT_OF_PARTS, "version": VERSION, **value}, part.file)
     subjects.clear()
     gc.collect()  # the engines of one comparison are gone before those of the next are opened
     return found
@@ -257,8 +258,3 @@ def _read(part: Part) -> Measured | None:
 
 def _combined(measured: Sequence[Measured]) -> Report:
     return combine([part.report for part in measured], [part.sitting for part in measured])
-
-
-def _write(path: Path, value: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..bench.cautions import P99_SAMPLES, STEADY_GOVERNOR
+from ..bench.cautions import P99_SAMPLES, busy, governed
 from .numbers import LAG_SHARE, STABLE
 from .step import WINDOWS
 
@@ -27,8 +27,8 @@ def find_cautions(
         _unstable(pairs),
         _few_samples(pairs),
         _unseen(results),
-        _busy(machine, load),
-        _governor(machine),
+        busy(machine, load, "The client's"),
+        governed(machine, "The client's", "a load"),
     )
     return tuple(sentence for sentence in sentences if sentence is not None)
 
@@ -82,22 +82,3 @@ def _unseen(results: Sequence[StepResult]) -> str | None:
     if all(result.server is not None for result in results):
         return None
     return "The server's own statistics could not be read in every step: what it did is not known there."
-
-
-def _busy(machine: Machine, load: Load) -> str | None:
-    highest = max(load.before, load.after)
-    if highest <= machine.usable_cores:
-        return None
-    return (
-        f"The client's load average was {load.before:.1f} before and {load.after:.1f} after on "
-        f"{machine.usable_cores} usable cores: more wanted to run than could."
-    )
-
-
-def _governor(machine: Machine) -> str | None:
-    if machine.governor in (None, STEADY_GOVERNOR):
-        return None
-    return (
-        f"The client's frequency governor is {machine.governor}, not {STEADY_GOVERNOR}: "
-        "the clock may change during a load."
-    )

@@ -10,15 +10,15 @@ import numpy as np
 
 from ...merge.errors import UtuneError
 from ...serving.client import Client, Retry
-from .latency import summarise
+from ..bench.latency import latency_of
 from .step import CLOSED
 from .wire import OK, now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ..bench.latency import Latency
     from .drive import Run
-    from .latency import Latency
     from .step import Step
 
 NS_PER_MS = 1_000_000
@@ -133,6 +133,6 @@ def effect(run: Run, step: Step, changes: Sequence[Change]) -> Changes:
         added=sum(c.kind == "add" and not c.failed for c in within),
         removed=sum(c.kind == "remove" and not c.failed for c in within),
         failed=sum(c.failed for c in within),
-        during=summarise(latency_ms[hit]),
-        apart=summarise(latency_ms[~hit]),
+        during=latency_of(latency_ms[hit]),
+        apart=latency_of(latency_ms[~hit]),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .latency import summarise
+from ..bench.latency import latency_of
 from .statistics import difference
 from .step import CLOSED, WINDOWS
 from .wire import OK
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ..bench.latency import Latency
     from .changes import Changes
     from .drive import Run
-    from .latency import Latency
     from .statistics import ServerCounts
     from .step import Step
 
@@ -151,7 +151,7 @@ def numbers(run: Run, step: Step, rows: int, changes: Changes | None = None) -> 
     latency_ms, lag_ms = (ended - origin) / NS_PER_MS, (sent - due) / NS_PER_MS
     seconds = (run.ended_ns - run.began_ns) / NS_PER_S
     windows = _windows(run, at, ended, good, latency_ms, closed=closed)
-    latency, lag = summarise(latency_ms[kept]), summarise(lag_ms[counted])
+    latency, lag = latency_of(latency_ms[kept]), latency_of(lag_ms[counted])
     answered = _within(ended[good], run.began_ns, run.ended_ns) / seconds
     return StepResult(
         level=step.level,
@@ -188,7 +188,7 @@ def _windows(
     for low, high in pairwise(edges.tolist()):
         seconds = (high - low) / NS_PER_S
         inside = (at >= low) & (at < high)
-        of = summarise(latency_ms[inside & good])
+        of = latency_of(latency_ms[inside & good])
         found.append(
             Window(
                 answered_per_second=_within(ended[good], low, high) / seconds,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from .latency import Latency
+    from ..bench.latency import Latency
     from .numbers import StepResult
     from .report import Report
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
-from ...merge.errors import IncompatibleArtefact, UsageError
+from ..bench.latency import Latency, latency_of
 from ..bench.machine import Load, Machine
+from ..records import read_record
 from .changes import Changes
-from .latency import Latency, summarise
 from .numbers import Errors, StepResult, Window
 from .report import FORMAT, VERSION, Asked, Changing, Input, Report
 from .saturation import Saturation
@@ -28,37 +27,9 @@ def read_report(path: Path) -> Report:
         UsageError: There is no such file.
         IncompatibleArtefact: It is no report of a load, of an unknown version, or damaged.
     """
-    file = path / "report.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(
-            "there is no such report", where=file, do="name a report.json of `load -o`"
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IncompatibleArtefact("the report is not JSON", where=file, found=error) from error
-    found = value.get("format") if isinstance(value, dict) else type(value).__name__
-    if found != FORMAT:
-        raise IncompatibleArtefact(
-            "the file is no report of a load", where=file, wanted=f"format {FORMAT}", found=found
-        )
-    if value.get("version") != VERSION:
-        raise IncompatibleArtefact(
-            "the report is of a version that is not known here",
-            where=file,
-            wanted=VERSION,
-            found=value.get("version"),
-            do="read it with the utune-deploy that wrote it, or a newer one",
-        )
-    try:
-        return report_from(value)
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
-        raise IncompatibleArtefact(
-            "the report does not keep to its schema",
-            where=file,
-            wanted="a file as `load` wrote it; see docs/load.md",
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    return read_record(
+        path, report_from, what="a load", verb="load", formats=(FORMAT,), versions=(VERSION,)
+    )
 
 
 def report_from(value: dict[str, Any]) -> Report:
@@ -98,7 +69,7 @@ def _step(value: dict[str, Any]) -> StepResult:
     )
     if not len(step.at_ms) == len(step.samples_ms) == len(step.lags_ms):
         raise ValueError("a step's samples, their times and lags are not equally many")
-    if not _same(summarise(step.samples_ms), step.latency):
+    if not _same(latency_of(step.samples_ms), step.latency):
         raise ValueError("a step's latency is not that of its samples")
     return step
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...merge.files import atomic_file
+from ..records import plain, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,19 +110,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON value that `schema.json` specifies."""
-        return {"format": FORMAT, "version": VERSION, **_plain(asdict(self))}
+        return {"format": FORMAT, "version": VERSION, **plain(asdict(self))}
 
 
 def write_json(report: Report, path: Path) -> None:
     """Write the report as JSON, whole or not at all."""
-    with atomic_file(path) as temporary:
-        text = json.dumps(report.to_json(), indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    write_record(report.to_json(), path)

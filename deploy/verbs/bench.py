@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from ..bench.beside import KINDS, Beside
 from ..options import PATH, device_options, force_option, json_option
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ if TYPE_CHECKING:
     "--beside",
     "kinds",
     multiple=True,
-    help="What else answers BUNDLE's tasks: unfused, in-turn, torch, torch-compiled, peft, peft-compiled; "
-    "repeatable.",
+    help=f"What else answers BUNDLE's tasks: {', '.join(KINDS)}; repeatable.",
 )
 @click.option(
     "--delta", "deltas", type=PATH, multiple=True, help="With --beside: a task's delta; repeatable."
@@ -148,7 +148,6 @@ def command(
         )
     from ...export.bundle import open_bundle
     from ...merge.files import refuse_existing
-    from ..bench.beside import Beside
     from ..bench.case import Case
     from ..bench.pace import Pace, weight
     from ..bench.report import Settings, write_json

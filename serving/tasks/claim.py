@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from ...merge.errors import UsageError
+from .store import not_kept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,10 +35,5 @@ def claim(folder: Path) -> FileLock:
             do="name a folder for each server: --tasks FOLDER",
         ) from cause
     except OSError as cause:
-        raise UsageError(
-            "tasks cannot be kept there",
-            where=folder,
-            found=cause.strerror or str(cause),
-            do="name a folder that the server may write to: --tasks FOLDER",
-        ) from cause
+        raise not_kept(folder, cause) from cause
     return lock

@@ -54,6 +54,16 @@ class Kept:
     shipped: bool = False
 
 
+def not_kept(folder: Path, cause: OSError) -> UsageError:
+    """What somebody is told whose folder cannot be written to."""
+    return UsageError(
+        "tasks cannot be kept there",
+        where=folder,
+        found=cause.strerror or str(cause),
+        do="name a folder that the server may write to: --tasks FOLDER",
+    )
+
+
 class Store:
     """One folder of kept tasks.
 
@@ -85,12 +95,7 @@ class Store:
                     for path in folder.glob(pattern):
                         path.unlink()
             except OSError as cause:
-                raise UsageError(
-                    "tasks cannot be kept there",
-                    where=folder,
-                    found=cause.strerror or str(cause),
-                    do="name a folder that the server may write to: --tasks FOLDER",
-                ) from cause
+                raise not_kept(folder, cause) from cause
 
     @property
     def folder(self) -> Path:

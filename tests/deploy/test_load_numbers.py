@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from utune_deploy.deploy.bench.latency import latency_of
 from utune_deploy.deploy.load.arrivals import due_times
 from utune_deploy.deploy.load.changes import Change, effect
 from utune_deploy.deploy.load.drive import Run, Sample
-from utune_deploy.deploy.load.latency import summarise
 from utune_deploy.deploy.load.numbers import numbers
 from utune_deploy.deploy.load.perf_csv import to_csv
 from utune_deploy.deploy.load.saturation import Saturation, saturation
@@ -47,7 +47,7 @@ def run_of(rows, seconds=3):
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
 def test_percentiles_are_those_of_the_raw_samples(count):
     values = np.random.default_rng(count).exponential(3.0, count)
-    found = summarise(values)
+    found = latency_of(values)
     for q in (50, 90, 95, 99):
         assert getattr(found, f"p{q}_ms") == pytest.approx(percentile(values.tolist(), q))
     assert found.mean_ms == pytest.approx(sum(values) / count)
@@ -58,7 +58,7 @@ def test_percentiles_are_those_of_the_raw_samples(count):
 
 
 def test_nothing_has_no_latency():
-    assert summarise([]) is None
+    assert latency_of([]) is None
 
 
 def test_a_closed_loop_counts_what_ended_and_from_when_it_was_sent():

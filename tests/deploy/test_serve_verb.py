@@ -81,3 +81,17 @@ def test_an_option_of_another_server_is_refused(
     said = cli("serve", bundles("inputs").path, "--engine", engine, *option)
     assert said.code == 2
     assert sentence in said.err
+
+
+def test_a_folder_of_tasks_that_another_server_has_is_refused(
+    bundles: Callable[[str], Bundle], cli: Any, tmp_path: Any
+) -> None:
+    from utune_deploy.serving.tasks.claim import claim
+
+    with claim(tmp_path / "kept"):
+        said = cli(
+            "serve", bundles("inputs").path, "--engine", "embedded", "--threads", 1,
+            "--http-port", 0, "--grpc-port", 0, "--tasks", tmp_path / "kept",
+        )  # fmt: skip
+    assert said.code == 2
+    assert "another server keeps its tasks there" in said.err

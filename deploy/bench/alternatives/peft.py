@@ -7,13 +7,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ....merge.backbone import create
 from ....merge.errors import MissingDependency, UsageError
 from ....merge.to_peft import to_peft, write_peft
 from .opened import Opened
-from .torch_mixed import dtype_of, prepared, runner, torch_on
+from .torch_mixed import compiled, dtype_of, prepared, runner, torch_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,18 +29,18 @@ def peft_mixed(originals: Originals, precision: str, device: Device) -> Opened:
 
 def peft_mixed_compiled(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
-    return _open(originals, precision, device, lambda model: torch.compile(model, dynamic=False))
+    return _open(originals, precision, device, compiled)
 
 
 def _open(
     originals: Originals,
     precision: str,
     device: Device,
-    compiled: Callable[[nn.Module], Callable[..., Tensor]],
+    through: Callable[[nn.Module], Callable[..., Tensor]],
 ) -> Opened:
     dtype = dtype_of(precision)
     names = [f"task{number}" for number in range(len(originals.deltas))]
-    model = compiled(prepared(_tuned(originals, names), dtype, device))
+    model = through(prepared(_tuned(originals, names), dtype, device))
 
     def mixed(*given: Tensor) -> Tensor:
         *inputs, task = given

@@ -29,18 +29,30 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def torch_eager(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
-    module, dtype = _module(originals, precision), dtype_of(precision)
-    takes_task = isinstance(module, Mixed)
-    call = prepared(module, dtype, device)
-    return Opened(runner(call, originals, dtype, device, takes_task=takes_task), torch_on(device))
+    return _open(originals, precision, device, lambda module: module)
 
 
 def torch_compiled(originals: Originals, precision: str, device: Device) -> Opened:
     """See `Alternative.opens`."""
-    module, dtype = _module(originals, precision), dtype_of(precision)
-    takes_task = isinstance(module, Mixed)
-    call = torch.compile(prepared(module, dtype, device), dynamic=False)
-    return Opened(runner(call, originals, dtype, device, takes_task=takes_task), torch_on(device))
+    return _open(originals, precision, device, compiled)
+
+
+def compiled(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """Through torch.compile, once per batch size."""
+    return torch.compile(module, dynamic=False)
+
+
+def _open(
+    originals: Originals,
+    precision: str,
+    device: Device,
+    through: Callable[[nn.Module], Callable[..., torch.Tensor]],
+) -> Opened:
+    dtype = dtype_of(precision)
+    module = _module(originals)
+    call = through(prepared(module, dtype, device))
+    run = runner(call, originals, dtype, device, takes_task=isinstance(module, Mixed))
+    return Opened(run, torch_on(device))
 
 
 def torch_on(device: Device) -> str:
@@ -97,9 +109,8 @@ def runner(
     return run
 
 
-def _module(originals: Originals, precision: str) -> nn.Module:
+def _module(originals: Originals) -> nn.Module:
     """The module that `export` traces: the same algebra, nothing fused."""
-    dtype_of(precision)
     backbone = originals.backbone
     double = in_double(backbone)
     bank = stack(

@@ -163,6 +163,8 @@ def test_two_sittings_are_said(ran, path, tmp_path):
         ("nothing", []),
         ("a comment", []),
         ("another batch", ["b: batch 1, uniform"]),
+        ("nodes", EVERY[4:]),
+        ("beside", EVERY[4:]),
         ("settings", EVERY),
         ("device", EVERY),
         ("bundle b", EVERY),
@@ -181,6 +183,12 @@ def test_only_what_depends_on_the_change_runs_again(
         path.write_text(f"# why\n{text}")
     elif change == "another batch":
         path.write_text(text.replace("batches: [2], ", "batches: [1, 2], "))
+    elif change == "nodes":
+        path.write_text(text.replace("{name: alone,", "{nodes: true, name: alone,"))
+    elif change == "beside":
+        (tmp_path / "d.safetensors").write_text("")
+        text = text.replace("b: b}", "b: {folder: b, deltas: [d.safetensors]}}")
+        path.write_text(text.replace("{name: alone,", "{beside: [torch], name: alone,"))
     elif change == "settings":
         path.write_text(text.replace("rounds: 2", "rounds: 3"))
     elif change == "device":

@@ -249,6 +249,14 @@ def test_a_keeper_that_starts_again_has_what_the_folder_kept(banked, packed, tmp
     asyncio.run(main())
 
 
+def test_a_keeper_leaves_another_servers_folder_alone(banked, tmp_path):
+    from utune_deploy.merge.errors import UsageError
+    from utune_deploy.serving.tasks.claim import claim
+
+    with claim(tmp_path / "kept"), pytest.raises(UsageError, match="another server"):
+        _keeper(banked, tmp_path / "kept")
+
+
 def test_a_change_waits_for_the_other_fronts_but_not_for_ever(banked, packed, monkeypatch):
     from utune_deploy.serving.servers.ray import keeper as module
 

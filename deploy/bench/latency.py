@@ -40,7 +40,7 @@ class Latency:
     max_ms: float
 
 
-def summarise(samples_ms: Sequence[float] | NDArray[np.float64]) -> Latency | None:
+def latency_of(samples_ms: Sequence[float] | NDArray[np.float64]) -> Latency | None:
     """The statistics of raw latencies in ms; None without any."""
     samples = np.asarray(samples_ms, np.float64)
     if not samples.size:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Live = tuple[str, nn.Parameter, Tensor]  # name, tensor, a step that moves the answer
 
 LOOKS = 4  # rows that are looked at: a ReLU may be silent on one of them
+CLOSELY = 12  # tasks whose tensors are moved and whose answers are computed in float64
 SAMPLE = 24  # tensors that are really changed, besides measuring the slope of all
 STEP = 0.5  # of a tensor's size: a variance that it is taken from stays above zero
 

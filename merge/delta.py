@@ -94,7 +94,7 @@ class Delta:
         """Number of stored values."""
         return sum(t.numel() for tensors in self.tensors.values() for t in tensors.values())
 
-    @property
+    @functools.cached_property
     def layout(self) -> tuple[object, ...]:
         """Equal for two tasks that differ in nothing but values: branches, names and shapes."""
         return tuple(

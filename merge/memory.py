@@ -21,12 +21,14 @@ class _Least:
 def give_back() -> None:
     """Collect what nobody refers to, and return free memory where the C library can (glibc's `malloc_trim`).
 
-    Nothing is done while the process has grown by less than `GROWTH` since it was last done.
+    Nothing is done while the process has grown by less than `GROWTH` since it was last done. What is young is
+    looked at first, and all that there is only where that was not enough.
     """
     process = psutil.Process()
-    if process.memory_info().rss < _Least.resident + GROWTH:
-        return
-    gc.collect()
-    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    for generation in (1, 2):
+        if process.memory_info().rss < _Least.resident + GROWTH:
+            return
+        gc.collect(generation)
+        if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
     _Least.resident = process.memory_info().rss

@@ -221,3 +221,53 @@ def test_one_value_that_is_off_by_its_last_bit_fails(
     (failure,) = check(path).failures
     assert failure.name == HELD
     assert failure.note == f"not as in the delta: task row 1: {name}"
+
+
+# many tasks
+
+
+@pytest.fixture
+def many(
+    vit: Backbone, deltas: dict[str, Delta], sites_of: Any, tmp_path: Path, monkeypatch: Any
+) -> Any:
+    """`check_engine` on an engine of five tasks of one layout, of which two are looked at closely: `(wrong) -> Verdict`.
+
+    The engine was made with task `wrong` one percent larger in one tensor; None for as it should be.
+    """  # fmt: skip
+    monkeypatch.setattr("utune_deploy.deploy.reference.CLOSELY", 2)
+    given = [_scaled(deltas["lora"], f"task{n}", 1.0 + 0.1 * n) for n in range(5)]
+    sites = sites_of(vit)
+
+    def many(wrong: int | None) -> Verdict:
+        built = [_scaled(d, d.task, 1.01) if n == wrong else d for n, d in enumerate(given)]
+        graph = graph_of(make_plan(built, vit, sites), vit, built, sites, (), "fp32", streamed=True)
+        finish(graph.model, "fp32")
+        write_graph(graph, tmp_path / "engine.onnx", IDENTITY)
+        return check_engine(
+            tmp_path / "engine.onnx", vit, given, sites, mixes=True, bank={}, max_batch=2,
+            evidence=Evidence(), device=Device(threads=1),
+        )  # fmt: skip
+
+    return many
+
+
+def _scaled(delta: Delta, task: str, factor: float) -> Delta:
+    """A task of the same layout: the first tensor of each branch is larger."""
+    tensors = {
+        branch: {n: t * factor if i == 0 else t for i, (n, t) in enumerate(named.items())}
+        for branch, named in delta.tensors.items()
+    }
+    return replace(delta, task=task, tensors=tensors)
+
+
+def test_of_many_tasks_some_are_held_to_float64_and_all_are_asked(many: Any) -> None:
+    verdict = many(None)
+    assert verdict.passed, verdict.failures
+    (every,) = (c for c in verdict.comparisons if c.name == "parity of every task")
+    held, _, of = every.note.split()[:3]
+    assert 2 <= int(held) < int(of) == every.rows == 5
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 4])
+def test_each_of_many_tasks_that_is_off_fails(many: Any, wrong: int) -> None:
+    assert "parity of every task" in {c.name for c in many(wrong).failures}

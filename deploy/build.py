@@ -12,13 +12,22 @@ from ..export.graph import OPSET, specs
 from ..export.parity import Verdict
 from ..export.precision import QUANTISED
 from ..merge.bank import NO_ROOM, Room
+from ..merge.calls import calls_of
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder
 from ..merge.memory import give_back
 from .begin import begin
 from .check import check_engine
 from .files import write_bank, write_graph
-from .graphs import bank_inputs, counted, fan_out_graph, finish, graph_of, inputs_of
+from .graphs import (
+    bank_inputs,
+    counted,
+    fan_out_graph,
+    finish,
+    graph_of,
+    inputs_of,
+    require_whole_attentions,
+)
 from .held import require_runnable
 from .numerics import Numerics, Proved, require, shrink
 from .reference import Evidence
@@ -82,7 +91,7 @@ def export_bundle(
     Raises:
         UsageError: The output exists, or the mode does not fit the tasks.
         IncompatibleArtefact: A delta does not belong to the backbone.
-        BuildFailed: The graph cannot be made.
+        BuildFailed: The graph cannot be made, or its attentions are in pieces.
         CheckFailed: The engine does not agree with torch; nothing is written.
     """
     require_runnable(precision, device)
@@ -118,6 +127,8 @@ def export_bundle(
         finish(graph.model, precision, numerics=numerics, bank=bank_of)
         for graph, bank_of in zip(made, exact, strict=False)
     ]
+    calls = calls_of(backbone)
+    whole = [require_whole_attentions(graph.model, calls) for graph in made]
     facts = numerics.facts(precision)
     descriptions = [
         bundles.Engine(
@@ -143,7 +154,7 @@ def export_bundle(
         facts,
     )
     progress("serialise")
-    products = counted(made[-1].model, backbone, deltas, sites) if every else {}
+    work = counted(made[-1].model, backbone, deltas, sites) if every else {}
     slots, rows, lowered = made[0].slots, made[0].rows, list(made[0].lowered)
     with atomic_folder(output) as folder:
         files = [folder / description.file for description in descriptions]
@@ -197,7 +208,8 @@ def export_bundle(
             backbone=backbone.identity.to_json(),
             plan={
                 **plan.to_json(),
-                **products,
+                **whole[0],
+                **work,
                 "rewritten": finished[0].rewritten,
                 "typing": finished[0].typing.to_json(),
                 **({"numerics": facts} if facts else {}),

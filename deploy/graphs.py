@@ -14,9 +14,10 @@ from ..export.macs import macs
 from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
+from ..export.products import products
 from ..merge.backbone import create
 from ..merge.bank import NO_ROOM, Bank, Room, Slot, slots_of, stack
-from ..merge.errors import UsageError
+from ..merge.errors import BuildFailed, UsageError
 from ..merge.fan_out import FanOut
 from ..merge.fold import fold
 from ..merge.lower import in_double, lower
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ..export.engine import Tensor
     from ..export.precision import Typing
     from ..merge.backbone import Backbone
+    from ..merge.calls import Calls
     from ..merge.delta import Delta
     from ..merge.fan_out import Group
     from ..merge.sites import Sites
@@ -152,6 +154,23 @@ def counted(
             known[kind] = macs(single).total
         alone += known[kind]
     return {"macs": {"every task": macs(model).total, "tasks one by one": alone}}
+
+
+def require_whole_attentions(model: ir.Model, calls: Calls) -> dict[str, dict[str, dict[str, int]]]:
+    """How many products and attentions a finished graph has, beside what its trunk calls in torch.
+
+    Raises:
+        BuildFailed: An attention of the trunk is in pieces, which no runtime puts together again.
+    """
+    found = products(model)
+    if found.attentions < calls.attentions:
+        raise BuildFailed(
+            "attentions of the backbone fell apart into products, so that they would run many times slower",
+            wanted=f"{calls.attentions} whole attentions, as torch runs",
+            found=f"{found.attentions} in the graph",
+            do="report this with the backbone's name and the versions of torch and onnxscript",
+        )
+    return {"products": {"engine": found._asdict(), "backbone": calls._asdict()}}
 
 
 def _traced(module: torch.nn.Module, backbone: Backbone) -> ir.Model:

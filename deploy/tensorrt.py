@@ -22,11 +22,12 @@ from ..export.targets.tensorrt import builder, folder, library
 from ..export.targets.tensorrt.recipe import Profile, Recipe, default_profiles
 from ..export.targets.tensorrt.session import TensorRTSession
 from ..export.targets.tensorrt.tuner_names import require_nothing_else, tuner_names
+from ..merge.calls import calls_of
 from ..merge.errors import BuildFailed, CheckFailed, UsageError
 from ..merge.files import atomic_folder, canonical_json
 from .begin import begin
 from .check import check_engine
-from .graphs import bank_inputs, finish, graph_of, inputs_of
+from .graphs import bank_inputs, finish, graph_of, inputs_of, require_whole_attentions
 from .numerics import Numerics, Proved, require, shrink
 from .reference import Evidence
 
@@ -131,6 +132,7 @@ def export_tensorrt(
         precision, backbone, evidence, [delta.task for delta in begun.deltas]
     )
     typing = finish(made.model, precision, standard=True, numerics=numerics, bank=exact).typing
+    require_whole_attentions(made.model, calls_of(backbone))
     refit = _refit(begun, backbone, made, precision, numerics) if weights == "refit" else ()
     inputs = inputs_of(backbone, made.model)
     identity = bundles.identity_of(

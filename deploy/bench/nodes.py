@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from ...export.products import is_attention, is_gemm
 from ...export.targets.onnxruntime import OPTIMISED, OnnxRuntimeSession
 from ...merge.errors import UsageError
 from .parts import OTHER, parts
-from .work import is_attention, is_gemm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -19,7 +19,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ...export.engine import BANK_PREFIX, TASK
-from .work import is_attention, is_gemm
+from ...export.products import is_attention, is_gemm
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,17 +8,15 @@ best (`ceilings.py`) are a time that no call is far below (S. Williams et al., R
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...export.macs import count, sized
 from ...export.operands import Operands, operands
+from ...export.products import products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    import onnx_ir as ir
+    from collections.abc import Sequence
 
     from .source import Source
 
@@ -55,8 +53,8 @@ class GraphFacts:
 
     Attributes:
         parameters_bytes: Constants of the graph, and its bank where that is an input.
-        gemms: Products of matrices: MatMul, Gemm, Conv, Einsum of two operands, and the fused forms that hold one.
-        attentions: Attention nodes of any domain.
+        gemms: See `export.products.Products`.
+        attentions: The same.
     """
 
     parameters_bytes: int
@@ -97,35 +95,4 @@ def graph_facts(source: Source) -> GraphFacts:
         for value in model.graph.initializers.values()
         if value.const_value is not None
     )
-    nodes = list(_nodes(model.graph, model))
-    return GraphFacts(
-        parameters_bytes=constants + source.bank_bytes,
-        gemms=sum(is_gemm(node.op_type, _operands(node)) for node in nodes),
-        attentions=sum(is_attention(node.op_type) for node in nodes),
-    )
-
-
-def is_gemm(operator: str, operands: int = 2) -> bool:
-    """Whether a node is a product of matrices; a fused form (`FusedMatMul`, `FusedConv`) is one."""
-    if operator == "Einsum":
-        return operands > 1
-    return re.search("MatMul|Gemm|Conv(?!ert)", operator) is not None
-
-
-def is_attention(operator: str) -> bool:
-    """Whether a node is a whole attention: `Attention` and its forms of other domains."""
-    return operator.endswith("Attention")
-
-
-def _operands(node: ir.Node) -> int:
-    return len([value for value in node.inputs if value is not None])
-
-
-def _nodes(body: Iterable[ir.Node], model: ir.Model) -> Iterator[ir.Node]:
-    """Every node, those of a function in the place of the node that calls it."""
-    for node in body:
-        function = model.functions.get(node.op_identifier())
-        if function is None:
-            yield node
-        else:
-            yield from _nodes(function, model)
+    return GraphFacts(constants + source.bank_bytes, *products(model))

@@ -226,6 +226,11 @@ def command(
     _print_plan(console, bundle.plan, as_json=False)
     rewritten = [f"{name} {times}" for name, times in bundle.plan["rewritten"].items() if times]
     console.result(f"graph passes: {', '.join(rewritten) or 'nothing to rewrite'}")
+    engine, backbone = (bundle.plan["products"][whose] for whose in ("engine", "backbone"))
+    console.result(
+        f"graph: {engine['gemms']} products of matrices and {engine['attentions']} attentions; "
+        f"the backbone alone {backbone['gemms']} and {backbone['attentions']}"
+    )
     for line in numbers_in_words(bundle.plan, bundle.check):
         console.result(line)
     second = bundle.check.get("fan_out", {}).get("comparisons", [])

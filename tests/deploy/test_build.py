@@ -24,7 +24,8 @@ from utune_deploy.export.passes import CPU_PASSES, PASSES
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
 from utune_deploy.merge import methods
 from utune_deploy.merge.bank import fill_row, stack
-from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError
+from utune_deploy.merge.calls import calls_of
+from utune_deploy.merge.errors import BuildFailed, CheckFailed, IncompatibleArtefact, UsageError
 from utune_deploy.merge.lower import lower
 from utune_deploy.merge.tuners.head import NO_CLASS
 
@@ -107,6 +108,34 @@ def test_the_bare_backbone_answers_as_in_torch(vit: Backbone, images: Any) -> No
     session = OnnxRuntimeSession(backbone_engine(vit), Device(threads=1))
     with torch.no_grad():
         close(session.run(images(3)), vit.model(torch.from_numpy(images(3))).numpy())
+
+
+@pytest.mark.parametrize("form", ["constants", "inputs", "merged", "parallel"])
+def test_the_plan_counts_products_and_keeps_attentions_whole(
+    form: str, bundles: Callable[[str], Bundle], vit: Backbone
+) -> None:
+    found = bundles(form).plan["products"]
+    assert found["backbone"] == calls_of(vit)._asdict()
+    assert found["engine"]["attentions"] == found["backbone"]["attentions"] == len(vit.model.blocks)
+    assert found["engine"]["gemms"] >= found["backbone"]["gemms"]
+    if form == "merged":
+        assert found["engine"] == found["backbone"]
+
+
+def test_an_attention_that_fell_apart_is_refused(vit: Backbone) -> None:
+    whole = calls_of(vit)
+    engine = ir.from_proto(onnx.load_from_string(backbone_engine(vit)))
+    assert graphs.require_whole_attentions(engine, whole)
+    for block in vit.model.blocks:
+        block.attn.fused_attn = False
+    try:
+        pieces = ir.from_proto(onnx.load_from_string(backbone_engine(vit)))
+    finally:
+        for block in vit.model.blocks:
+            block.attn.fused_attn = True
+    with pytest.raises(BuildFailed, match="fell apart") as caught:
+        graphs.require_whole_attentions(pieces, whole)
+    assert caught.value.details["found"] == "0 in the graph"
 
 
 # what is written

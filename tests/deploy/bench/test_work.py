@@ -27,10 +27,9 @@ from utune_deploy.deploy.bench.work import (
     GraphFacts,
     Work,
     graph_facts,
-    is_attention,
-    is_gemm,
 )
 from utune_deploy.export.engine import Device
+from utune_deploy.export.products import is_attention, is_gemm
 from utune_deploy.merge.errors import CheckFailed, UsageError
 
 ONE = Device(threads=1)

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from utune_deploy.deploy.bench.alike import KINDS
 from utune_deploy.deploy.bench.case import Case
-from utune_deploy.deploy.bench.compare import compare, judge
+from utune_deploy.deploy.bench.compare import compare
 from utune_deploy.deploy.bench.compare_views import finding, print_comparison, to_markdown
-from utune_deploy.deploy.bench.contrast import Contrast
 from utune_deploy.deploy.bench.report import TIMED_ON_DEVICE
+from utune_deploy.deploy.comparison.verdict import Contrast, judge
 from utune_deploy.deploy.verbs import compare as verb
 from utune_deploy.merge.errors import IncompatibleArtefact
 

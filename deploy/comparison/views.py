@@ -24,9 +24,10 @@ COLOURS = {"slower": "red", "faster": "green", "undecided": "yellow"}
 
 
 def tally(verdicts: Iterable[str]) -> str:
-    """How many there are of each verdict: `2 slower, 7 equal`."""
+    """How many there are of each verdict: `2 slower, 7 equal`; those of one room alone come last."""
     counts = Counter(verdicts)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    order = [*VERDICTS, *sorted(counts.keys() - set(VERDICTS))]
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
 
 
 def percent(share: float) -> str:

@@ -78,8 +78,10 @@ class Share(click.ParamType):
 @click.option(
     "--despite",
     type=click.Choice(tuple(dict.fromkeys(chain(*KINDS.values())))),
+    metavar="KIND",
     multiple=True,
-    help="Compare although this differs; repeatable.",
+    help="Compare although this differs; repeatable. "
+    + " ".join(f"Of {verb}: {', '.join(kinds)}." for verb, kinds in KINDS.items()),
 )
 @click.option("--markdown", type=PATH, help="Also write a table for a pull request.")
 @json_option
@@ -98,9 +100,9 @@ def command(
     as_json: bool,
     force: bool,
 ) -> None:
-    """Hold report B to report A, case by case, and fail where B is slower: two of bench, or two of load.
+    """Hold report B to report A, case by case, and fail where B is slower.
 
-    The two runs are not paired. Where two bench reports both timed the bare backbone, the verdict rests on the ratio
+    Both are of bench, or both of load. The two runs are not paired. Where two bench reports both timed the bare backbone, the verdict rests on the ratio
     of their ratios to it, which cancels how fast the machine was on each day. Loads have no baseline.
     """
     from ...merge.errors import CheckFailed

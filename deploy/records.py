@@ -32,6 +32,36 @@ def plain(value: Any) -> Any:
     return value
 
 
+def read_value(path: Path) -> Any:
+    """The JSON value of a file, or of a folder that holds `report.json`.
+
+    Raises:
+        UsageError: There is no such file.
+        IncompatibleArtefact: It is not JSON.
+    """
+    file = file_of(path)
+    if not file.is_file():
+        raise UsageError(
+            "there is no such report",
+            where=file,
+            do="name a report.json, or a folder that holds one",
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IncompatibleArtefact("the report is not JSON", where=file, found=error) from error
+
+
+def file_of(path: Path) -> Path:
+    """The file that is meant by a path."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def format_of(value: Any) -> str:
+    """The format that a JSON value names; the kind of value where it names none."""
+    return str(value.get("format")) if isinstance(value, dict) else type(value).__name__
+
+
 def read_record(
     path: Path,
     from_value: Callable[[dict[str, Any]], T],
@@ -55,16 +85,8 @@ def read_record(
         UsageError: There is no such file.
         IncompatibleArtefact: It is no such report, of an unknown version, or damaged.
     """
-    file = path / "report.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(
-            "there is no such report", where=file, do=f"name a report.json of `{verb} -o`"
-        )
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IncompatibleArtefact("the report is not JSON", where=file, found=error) from error
-    found = value.get("format") if isinstance(value, dict) else type(value).__name__
+    file, value = file_of(path), read_value(path)
+    found = format_of(value)
     if found not in formats:
         raise IncompatibleArtefact(
             f"the file is no report of {what}",

@@ -7,10 +7,15 @@ one of the `KINDS` stops a comparison unless it is asked for by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ...merge.errors import IncompatibleArtefact
+from ..comparison.alike import (
+    Difference,
+    machine_words,
+    require_despite,
+    require_same,
+    surroundings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -35,29 +40,10 @@ FEW_ROUNDS = 20
 """Below it the bootstrap of a median rests on so few distinct values that its interval is too short."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not the same in two reports.
-
-    Attributes:
-        kind: A key of `KINDS`.
-        a: As the first has it.
-        b: As the second has it.
-    """
-
-    kind: str
-    a: str
-    b: str
-
-    def __str__(self) -> str:
-        """A clause: what differs, and both values."""
-        return f"{self.kind}: {self.a} in A, {self.b} in B"
-
-
 def differences(a: Report, b: Report) -> tuple[Difference, ...]:
     """What differs of the `KINDS`, in their order."""
     pairs = (
-        ("machine", _machine(a.machine), _machine(b.machine)),
+        ("machine", machine_words(a.machine), machine_words(b.machine)),
         ("runtime", _runtime(a.machine), _runtime(b.machine)),
         ("backbone", _fact(a, "backbone"), _fact(b, "backbone")),
         ("engine", *_engines(a, b, (0, 2))),
@@ -80,49 +66,14 @@ def require_alike(a: Report, b: Report, where: str, despite: Collection[str]) ->
     Raises:
         IncompatibleArtefact: They timed different things, or differ in a kind that is not in `despite`.
     """
-    for what, first, second in (
-        ("the two reports timed different things", a.timed, b.timed),
-        ("the two reports read different inputs", _reads(a), _reads(b)),
-    ):
-        if first != second:
-            raise IncompatibleArtefact(
-                what, where=where, wanted=f"as in A: {first}", found=f"in B: {second}"
-            )
-    found = differences(a, b)
-    stopping = [difference for difference in found if difference.kind not in despite]
-    if stopping:
-        flags = " ".join(f"--despite {difference.kind}" for difference in stopping)
-        raise IncompatibleArtefact(
-            "the two reports do not come from the same conditions",
-            where=where,
-            wanted=f"the same {', '.join(difference.kind for difference in stopping)}",
-            found="; ".join(map(str, stopping)),
-            do=f"measure both the same way, or pass {flags} and read the ratios with that in mind",
-        )
-    return tuple(f"Different {difference}." for difference in found)
+    require_same("the two reports timed different things", a.timed, b.timed, where)
+    require_same("the two reports read different inputs", _reads(a), _reads(b), where)
+    return require_despite(differences(a, b), where, despite)
 
 
 def remarks(a: Report, b: Report) -> Iterator[str]:
     """What weakens a comparison without forbidding it, one sentence each."""
-    others = [
-        f"{name} {first or 'absent'} and {second or 'absent'}"
-        for name, first, second in (
-            ("Python", a.machine.python, b.machine.python),
-            ("system", a.machine.system, b.machine.system),
-            *(
-                (name, a.machine.versions.get(name), b.machine.versions.get(name))
-                for name in sorted({*a.machine.versions, *b.machine.versions})
-                if name not in (*RUNTIMES, OWN)
-            ),
-        )
-        if first != second
-    ]
-    if others:
-        yield f"Also different: {'; '.join(others)}."
-    for part in fields(a.settings):
-        first, second = getattr(a.settings, part.name), getattr(b.settings, part.name)
-        if first != second:
-            yield f"The setting {part.name} differs: {first} in A, {second} in B."
+    yield from surroundings(a, b, besides=(*RUNTIMES, OWN))
     rows = {case.case: case.task_rows for case in a.cases}
     other = [c.case.label for c in b.cases if rows.get(c.case, c.task_rows) != c.task_rows]
     if other:
@@ -133,14 +84,6 @@ def remarks(a: Report, b: Report) -> Iterator[str]:
             yield (
                 f"{side} has cases of {fewest} rounds: below {FEW_ROUNDS} the intervals are too short."
             )
-        yield from (f"{side} warned: {warning}" for warning in report.warnings)
-
-
-def _machine(machine: Machine) -> str:
-    gib = round(machine.memory_bytes / (1 << 30))  # the same machine reports some MiB more or less
-    devices = ", ".join(gpu.split(", driver")[0] for gpu in machine.gpus)
-    cores = f"{machine.usable_cores} of {machine.logical_cores} cores"
-    return f"{machine.cpu}, {cores}, {gib} GiB{f', {devices}' if devices else ''}"
 
 
 def _runtime(machine: Machine) -> str:

@@ -1,35 +1,28 @@
 """Two reports side by side: what became slower, what faster, what cannot be told apart.
 
 A case is a subject at a batch size and a mix. Its verdict rests on the ratio of ratios where both reports timed the
-baseline beside it: (B / baseline of B) over (A / baseline of A). Where one did not, on the ratio of medians.
-
-    slower      the whole interval lies above 1
-    faster      the whole interval lies below 1
-    equal       it holds 1, and reaches the threshold on neither side
-    undecided   it holds 1, and reaches past the threshold: a change that large is not ruled out
-
-Too slow, the exit code, is stricter than slower: the whole interval lies above 1 + threshold.
+baseline beside it: (B / baseline of B) over (A / baseline of A). Where one did not, on the ratio of medians. What
+the verdicts mean, `comparison.verdict` says.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...merge.errors import IncompatibleArtefact
+from ..comparison.compared import Compared
+from ..comparison.verdict import THRESHOLD, beyond, judge
 from .alike import remarks, require_alike
-from .contrast import Contrast, contrast
+from .contrast import contrast
 from .subject import BARE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from ..comparison.verdict import Contrast
     from .case import Case
     from .report import CaseResult, Report, Result
-
-FORMAT = "utune-compare"
-VERSION = 1
-THRESHOLD = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,44 +64,36 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Compared):
     """Every case that both reports have.
 
     Attributes:
-        a: The first file.
-        b: The second file.
-        dates: When each began.
-        threshold: A change that matters, a fraction.
-        confidence: Coverage of every interval, a fraction.
         baseline: The subject that ratios of ratios stand beside.
         rows: The cases.
-        only_a: Names of those that only the first has.
-        only_b: Names of those that only the second has.
-        warnings: What a reader should doubt, one sentence each.
     """
 
-    a: str
-    b: str
-    dates: tuple[str, str]
-    threshold: float
-    confidence: float
+    format: ClassVar[str] = "utune-compare"
+    version: ClassVar[int] = 1
+
     baseline: str
     rows: tuple[Row, ...]
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    warnings: tuple[str, ...]
 
     @property
     def too_slow(self) -> tuple[Row, ...]:
         """What fails."""
         return tuple(row for row in self.rows if row.too_slow)
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Every case that fails, with its ratio."""
+        return tuple(f"{row.label}: {row.judged}" for row in self.too_slow)
+
     def to_json(self) -> dict[str, Any]:
         """The JSON value; the rows with what their verdict rests on."""
-        value = asdict(self)
+        value = super().to_json()
         for row, given in zip(value["rows"], self.rows, strict=True):
             row["judged"] = "ratios" if given.ratios else "medians"
-        return {"format": FORMAT, "version": VERSION, **value}
+        return value
 
 
 def compare(
@@ -179,16 +164,6 @@ def compare(
     )
 
 
-def judge(interval: Contrast, threshold: float) -> str:
-    """The verdict of an interval; see the head of the file."""
-    if interval.low > 1:
-        return "slower"
-    if interval.high < 1:
-        return "faster"
-    within = interval.high < 1 + threshold and interval.low > 1 - threshold
-    return "equal" if within else "undecided"
-
-
 def _rows(
     comparison: str,
     a: Report,
@@ -231,7 +206,7 @@ def _rows(
                     medians=medians,
                     ratios=ratios,
                     verdict="baseline" if is_baseline else judge(judged, threshold),
-                    too_slow=not is_baseline and judged.low > 1 + threshold,
+                    too_slow=not is_baseline and beyond(judged, threshold),
                 )
             )
     return rows

@@ -12,32 +12,15 @@ runs, such as where memory came to lie when the engines were opened: that takes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comparison.verdict import Contrast, interval
 from .summary import CONFIDENCE, resampled_medians
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A second run beside a first: 1.0 is the same.
-
-    Attributes:
-        ratio: Median of the second over median of the first.
-        low: Lower end of its bootstrap interval.
-        high: Upper end.
-        confidence: Coverage of the interval, a fraction.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    confidence: float
 
 
 def contrast(
@@ -55,6 +38,4 @@ def contrast(
     # A generator for each side: equal indices on both would pair what is not paired.
     left, right = (np.random.default_rng([seed, side]) for side in (0, 1))
     ratios = resampled_medians(b, right) / resampled_medians(a, left)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, (tail, 1 - tail))
-    return Contrast(float(np.median(b) / np.median(a)), float(low), float(high), confidence)
+    return interval(float(np.median(b) / np.median(a)), ratios, confidence)

@@ -96,15 +96,19 @@ def facts(report: Report) -> tuple[tuple[str, str], ...]:
     )
 
 
+def inputs(report: Report) -> str:
+    """What the model takes: name, datatype and shape of a row."""
+    return "; ".join(
+        f"{given.name} {given.datatype} [{', '.join(map(str, given.shape))}]"
+        for given in report.asked.inputs
+    )
+
+
 def environment(report: Report) -> tuple[tuple[str, str], ...]:
     """Label and text of everything else that the numbers depend on."""
     asked, machine, settings = report.asked, report.machine, report.settings
-    inputs = "; ".join(
-        f"{given.name} {given.datatype} [{', '.join(map(str, given.shape))}]"
-        for given in asked.inputs
-    )
     return (
-        ("inputs", inputs),
+        ("inputs", inputs(report)),
         ("rows", asked.source),
         ("distinct requests", f"{asked.requests:,}, {asked.request_bytes:,} bytes each"),
         *([("task mix", MIXES[asked.mix].says)] if asked.task_rows else []),

@@ -17,7 +17,7 @@ GROUPS = {
         "load": "Load a running server: latency and throughput, step by step.",
         "bench": "Time a bundle against the bare backbone.",
         "cost": "Price a bench report: cost per million images, machines for a load.",
-        "compare": "Hold one bench report to another, and fail where it is slower.",
+        "compare": "Hold one report of bench or load to another, and fail where it is slower.",
     },
     "Look": {
         "inspect": "Say what a delta or a bundle holds.",

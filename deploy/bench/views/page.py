@@ -86,6 +86,7 @@ def _render(
         title=f"{title}: latency",
         about=title,
         overview=overview,
+        links={page["name"]: f"comparison-{number}" for number, page in enumerate(pages, 1)},
         trends=_tables(trends),
         ms=wording.milliseconds,
         rate=wording.rate,

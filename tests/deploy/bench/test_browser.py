@@ -35,10 +35,19 @@ LOOKS = {
     "narrow": {"media": "screen", "scheme": "dark", "width": 390},
 }
 
-# Every problem of the page that geometry and colours show, in words.
+# What is folded away: how many there are, and how many can be seen.
+FOLDS = r"""
+(() => {
+  const folds = [...document.querySelectorAll("details > div")];
+  return [folds.length, folds.filter((fold) => fold.checkVisibility({contentVisibilityAuto: true})).length];
+})()
+"""
+
+# Every problem of the page that geometry and colours show, in words; on a screen with all that is folded away.
 LOOK = r"""
 (() => {
   const found = [];
+  if (matchMedia("screen").matches) for (const fold of document.querySelectorAll("details")) fold.open = true;
   const box = (element) => element.getBoundingClientRect();
   const say = (element) => element.textContent.trim().slice(0, 40);
   const channels = (colour) => {
@@ -72,7 +81,7 @@ LOOK = r"""
       }
     });
   }
-  for (const element of document.querySelectorAll("h1, h2, p, li, dt, dd, th, td, span, pre, strong, b, text")) {
+  for (const element of document.querySelectorAll("h1, h2, p, li, dt, dd, th, td, span, a, pre, strong, b, text")) {
     if (!say(element)) continue;
     const style = getComputedStyle(element);
     const ink = luminance(channels(element.tagName === "text" ? style.fill : style.color));
@@ -147,9 +156,9 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def look(browser):
-    """`look(file, look) -> (console, problems, png)`."""
+    """`look(file, look, expression=LOOK, at="") -> (console, its value, png)`; `at` is a place in the page."""
 
-    async def look(file, media, scheme, width):
+    async def look(file, expression, at, media, scheme, width):
         async with aiohttp.ClientSession() as session:
             async with session.put(f"{browser}/json/new?about:blank") as answer:
                 target = await answer.json()
@@ -165,14 +174,18 @@ def look(browser):
                     "Emulation.setDeviceMetricsOverride",
                     width=width, height=900, deviceScaleFactor=1, mobile=False,
                 )  # fmt: skip
-                await tab.open(file.as_uri())
-                answer = await tab.ask("Runtime.evaluate", expression=LOOK, returnByValue=True)
-                problems = answer["result"]["value"]
+                await tab.open(file.as_uri() + at)
+                answer = await tab.ask(
+                    "Runtime.evaluate", expression=expression, returnByValue=True
+                )
+                value = answer["result"]["value"]
                 shot = await tab.ask("Page.captureScreenshot", captureBeyondViewport=True)
             await session.get(f"{browser}/json/close/{target['id']}")
-        return tab.said, problems, base64.b64decode(shot["data"])
+        return tab.said, value, base64.b64decode(shot["data"])
 
-    return lambda file, name: asyncio.run(look(file, **LOOKS[name]))
+    return lambda file, name, expression=LOOK, at="": asyncio.run(
+        look(file, expression, at, **LOOKS[name])
+    )
 
 
 @pytest.fixture(scope="session")
@@ -231,6 +244,18 @@ def test_the_page_is_readable_and_the_console_silent(
     assert console == []
     assert problems == []
     assert png.startswith(b"\x89PNG")
+
+
+def test_comparisons_are_folded_and_open_for_a_link_and_in_print(look, report, tmp_path):
+    file = tmp_path / "report.html"
+    write_sweep_html({"one": report, "two": report, "three": report}, "nightly", file)
+    for name, at, seen in (
+        ("light", "", 0), ("narrow", "", 0), ("light", "#comparison-2", 1), ("print", "", 3)
+    ):  # fmt: skip
+        console, folds, png = look(file, name, FOLDS, at)
+        keep(f"folded{at.strip('#')}", name, png)
+        assert folds == [3, seen]
+        assert console == []
 
 
 def test_what_is_wrong_with_a_page_is_found(look, report, tmp_path):

@@ -10,10 +10,11 @@ from rich.console import Console
 
 from utune_deploy.deploy.bench.alike import KINDS
 from utune_deploy.deploy.bench.case import Case
-from utune_deploy.deploy.bench.compare import compare, judge
+from utune_deploy.deploy.bench.compare import compare
 from utune_deploy.deploy.bench.compare_views import finding, print_comparison, to_markdown
-from utune_deploy.deploy.bench.contrast import Contrast
 from utune_deploy.deploy.bench.report import TIMED_ON_DEVICE
+from utune_deploy.deploy.comparison.verdict import Contrast, judge
+from utune_deploy.deploy.load.alike import KINDS as LOAD_KINDS
 from utune_deploy.deploy.verbs import compare as verb
 from utune_deploy.merge.errors import IncompatibleArtefact
 
@@ -283,4 +284,5 @@ def test_the_verb_refuses_shares_and_files_that_make_no_sense(cli, files):
 
 
 def test_the_verb_lists_the_kinds_without_loading_the_statistics():
-    assert tuple(KINDS) == verb.KINDS
+    assert tuple(KINDS) == verb.KINDS["bench"]
+    assert tuple(LOAD_KINDS) == verb.KINDS["load"]

@@ -223,3 +223,23 @@ def test_a_sweep_draws_the_overhead_over_all_its_reports(full, tmp_path):
     first = (tmp_path / "x.html").read_text().partition("</main>")[0]
     assert "Overhead against the number of tasks" in first
     assert "Roofline" not in first
+
+
+def test_a_sweep_folds_each_comparison_under_its_name_and_verdict(report, tmp_path):
+    path = tmp_path / "x.html"
+    write_sweep_html({"a": report, "<b>": report}, "nightly", path)
+    html = path.read_text()
+    reader = read(html)
+    assert reader.tags.count("details") == reader.tags.count("summary") == 2
+    assert f"<summary><h2>&lt;b&gt;</h2> <span>{wording.verdict(report)}</span></summary>" in html
+    links = {value for name, value in reader.attributes if name == "href"}
+    assert links == {"#comparison-1", "#comparison-2"}
+    assert {f"#{value}" for name, value in reader.attributes if name == "id"} >= links
+    assert "script" not in reader.tags
+
+
+def test_a_comparison_alone_is_not_folded(report, tmp_path):
+    write_sweep_html({"a": report}, "nightly", tmp_path / "x.html")
+    html = (tmp_path / "x.html").read_text()
+    assert "<details" not in html
+    assert f"<h1>{wording.verdict(report)}</h1>" in html

@@ -340,14 +340,27 @@ def load(
             raise _unnamed(weights)
         tensors = read_tensors(weights)
     arguments = {**(arguments or {}), "num_classes": 0}
-    model = _make(architecture, arguments)
-    head = tensors.get(f"{_classifiers(model, architecture)[0]}.weight")
-    if head is not None:
-        classes = head.shape[0] - getattr(model, "logits_beside_classes", 0)
-        model = _make(architecture, {**arguments, "num_classes": classes})
+    classes = _classes(architecture, arguments, tensors)
+    model = _make(architecture, {**arguments, "num_classes": classes})
     _require_same(weights, model.state_dict(), tensors)
     model.load_state_dict(tensors, assign=True)
     return wrap(model, architecture, arguments)
+
+
+def _classes(
+    architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> int:
+    """The number of classes that a file's tensors are for; 0 where it has no classifier."""
+    beside = 0
+    if _known(architecture) is None:
+        named = timm.get_pretrained_cfg_value(architecture, "classifier")
+        first = named if isinstance(named, str) else next(iter(named or ()), "")
+    else:
+        model = _make(architecture, arguments)
+        first = _classifiers(model, architecture)[0]
+        beside = getattr(model, "logits_beside_classes", 0)
+    head = tensors.get(f"{first}.weight")
+    return 0 if head is None else head.shape[0] - beside
 
 
 def _without_weights(architecture: str | None, arguments: Mapping[str, Any]) -> Backbone:

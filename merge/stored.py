@@ -6,7 +6,7 @@ A thousand tasks' tensors together are many times the backbone; one task's are a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,8 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class _Last:
+    """The file that was read last, mapped: a task's branches are asked for one after the other.
+
+    Its state comes first, so that another thread's file is never taken for one's own.
+    """
+
+    opened: tuple[tuple[Path, tuple[int, int, int]], Any] | None = None
+
+
 class StoredTensors(Mapping[str, Mapping[str, "Tensor"]]):
-    """Each branch's tensors by name, mapped from a file anew each time a branch is asked for.
+    """Each branch's tensors by name, mapped from the file when a branch is asked for.
 
     Args:
         path: A delta's file.
@@ -42,8 +51,10 @@ class StoredTensors(Mapping[str, Mapping[str, "Tensor"]]):
         try:
             if _state(self._path) != self._seen:
                 raise OSError("another size, time or inode")
-            with safe_open(self._path, framework="pt") as file:
-                return {name: file.get_tensor(f"{branch}/{name}") for name in names}
+            which, last = (self._path, self._seen), _Last.opened
+            if last is None or last[0] != which:
+                last = _Last.opened = which, safe_open(self._path, framework="pt")
+            return {name: last[1].get_tensor(f"{branch}/{name}") for name in names}
         except (SafetensorError, OSError) as cause:
             raise IncompatibleArtefact(
                 "the file changed while its tensors were in use",

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 from ..export.bundle import FAN_OUT
 from ..export.graph import Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
-from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, PASSES, rewrite
+from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, HALF_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
 from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
 from ..export.products import products
@@ -223,7 +223,8 @@ def finish(
         UsageError: A pattern of nodes to keep names none.
         CheckFailed: Values leave the range of the precision.
     """
-    rewritten = rewrite(model, APART if precision in QUANTISED else PASSES)
+    narrow = APART if precision in QUANTISED else HALF_PASSES
+    rewritten = rewrite(model, narrow if precision in (*QUANTISED, *HALF) else PASSES)
     clean(model)
     typing = (numerics or Numerics()).typed(model, precision, bank)
     if not standard:

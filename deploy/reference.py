@@ -27,7 +27,7 @@ from ..merge.memory import give_back
 from .liveness import CLOSELY, LOOKS, SAMPLE, Liveness, Slopes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import nn
@@ -203,6 +203,8 @@ class Reference:
         )
         self.liveness = Liveness()
         self.changes: list[Change] = []
+        self._answer_exactly()
+        give_back()
         self._answer()
 
     @property
@@ -266,34 +268,56 @@ class Reference:
         parts = [{IMAGES: pictures[at : at + self.max_batch]} for at in cut]
         return np.concatenate([_run(model, part) for part in parts])
 
+    def _answer_exactly(self) -> None:
+        """Answer the tasks that are held to float64; its trunk is gone before another is needed."""
+        trunk = twin_of(self.backbone.model, torch.float64)
+        for number, delta in enumerate(self.deltas):
+            if not self._is_close(number):
+                continue
+            restored = restore(self.backbone, delta, self.sites).eval()
+            model = in_dtype(torch.float64, restored, trunk)
+            for table, row in self._rows_of(number):
+                self._set(table.exact, row, number, _run(model, self.inputs(table, [row])))
+            del model, restored
+            give_back()
+
     def _answer(self) -> None:
-        """Fill the tables and look at tensors, one task after the other."""
-        double = twin_of(self.backbone.model, torch.float64)
+        """Answer in the engine's precision, the others also in float32, and look at tensors."""
         half = None
         if self.precision in HALF:
             dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
             half = twin_of(self.backbone.model, dtype)
-        tables = [table for table in (self.noise, self.real, self.cells) if table is not None]
         for number, delta in enumerate(self.deltas):
             model = restore(self.backbone, delta, self.sites).eval()
-            exact = in_dtype(torch.float64, model, double) if self._is_close(number) else model
             typed = model if half is None else in_dtype(dtype_of(half), model, half)
-            own = slice(self.classes[number])
+            first = self.inputs(self.shown, [number])
             slopes = Slopes(model) if number in self.looked else None
-            plain = slopes and slopes.add(in_torch(self.inputs(self.shown, [number]), model))
-            for table in tables:
-                for row in np.flatnonzero(table.task == number).tolist():
-                    given = self.inputs(table, [row])
-                    first = table is self.shown and row == number
-                    known = plain if first and typed is model else None
-                    table.exact[row][..., own] = logits = _run(exact, given)[0]
-                    if typed is not exact:
-                        logits = _run(typed, given)[0] if known is None else known[0]
-                    table.typed[row][..., own] = logits
+            plain = slopes and slopes.add(in_torch(first, model))
+            for table, row in self._rows_of(number):
+                given = self.inputs(table, [row])
+                known = plain if table is self.shown and row == number else None
+                if known is None and (typed is model or not table.close[row]):
+                    known = _run(model, given)
+                if known is not None and not table.close[row]:
+                    self._set(table.exact, row, number, known)
+                if known is None or typed is not model:
+                    known = _run(typed, given)
+                self._set(table.typed, row, number, known)
             if slopes is not None and plain is not None:
                 self._look(number, model, slopes, plain)
-            del model, exact, typed, slopes
+            del model, typed, slopes
             give_back()
+
+    def _rows_of(self, number: int) -> Iterator[tuple[Table, int]]:
+        """The rows of every table that a task answers."""
+        for table in (self.noise, self.real, self.cells):
+            if table is not None:
+                for row in np.flatnonzero(table.task == number).tolist():
+                    yield table, row
+
+    def _set(self, into: NDArray[np.float64], row: int, number: int, logits: NDArray) -> None:
+        """Keep a task's logits `[1, ..., K]`; those of absent classes stay 0."""
+        into[row][..., : self.classes[number]] = logits[0]
 
     def _look(self, number: int, model: Tuned, slopes: Slopes, plain: NDArray[np.float64]) -> None:
         """The tensors of a task that move its answer; some of them are really changed.

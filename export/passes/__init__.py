@@ -4,7 +4,7 @@ A pass takes a model, rewrites it in place and returns how often it did. Each id
 arithmetic; `build` checks the rewritten engine against torch afterwards.
 
 The order: `flat_heads` looks for what the exporter wrote, so it comes first. `narrow_tokens` before
-`collapse_linears`: a pick behind two layers then stands in front of both. The joins come last: they
+`collapse_linears`: a pick behind two layers then stands in front of both. `widen_hidden` and the joins come last: they
 hide a layer in wider weights, where neither would see it, and judge by the tokens that are left.
 
 `CPU_PASSES` or `CUDA_PASSES` come after all of these and after the typing pass, for engines of ONNX Runtime
@@ -29,6 +29,7 @@ from .outline_norms import outline_norms
 from .packed_attention import packed_attention
 from .row_biases import row_biases
 from .skip_norms import skip_norms
+from .widen_hidden import widen_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,12 +40,16 @@ PASSES: dict[str, Callable[[ir.Model], int]] = {
     "flat_heads": flat_heads,
     "narrow_tokens": narrow_tokens,
     "collapse_linears": collapse_linears,
+    "widen_hidden": widen_hidden,
     "join_siblings": join_siblings,
     "join_added": join_added,
     "join_biases": join_biases,
 }
 
-APART = {name: step for name, step in PASSES.items() if not name.startswith("join_")} | {
+HALF_PASSES = {name: step for name, step in PASSES.items() if name != "widen_hidden"}
+"""Of engines in half precision, in place of `PASSES`."""
+
+APART = {name: step for name, step in HALF_PASSES.items() if not name.startswith("join_")} | {
     "flat_patches": flat_patches
 }
 """Of engines in eight bits, in place of `PASSES`: the weights of backbone and tuners stay apart, and patches are a

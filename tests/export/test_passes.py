@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from utune_deploy.export.engine import IMAGES, LOGITS
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
 from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, PASSES, rewrite
+from utune_deploy.export.passes.widen_hidden import SCALE
 from utune_deploy.merge import methods
 from utune_deploy.merge.attach import restore
 from utune_deploy.merge.bank import stack
@@ -222,6 +223,26 @@ EMBED = [
     ("Transpose", ["row"], ["tokens"], {"perm": [0, 2, 1]}),
 ]
 CUT = ("Split", ["q", "thirds"], ["q0", "q1", "q2"], {"axis": -1})
+MLPS = {
+    "Wh": weights(8, 20), "bh": weights(20), "Wm": weights(20, 8), "bm": weights(8),
+    "Wd": weights(8, 3), "bd": weights(3), "Wu": weights(3, 8), "bu": weights(8, seed=1),
+}  # fmt: skip
+
+
+def mlps(
+    frozen: Any = ("Gelu",),
+    branch: Any = ("Relu",),
+    *,
+    bias: bool = True,
+    of: str = "x",
+    swap: bool = False,
+) -> list[NODES]:
+    """`act(x Wh + bh) Wm + bm + f(x Wd + bd) Wu + bu`."""  # fmt: skip
+    return [
+        *linear("x", "h", bias=bias), (frozen[0], ["h"], ["g"], *frozen[1:]), *linear("g", "m", bias=bias),
+        *linear(of, "d", bias=bias), (branch[0], ["d"], ["r"], *branch[1:]), *linear("r", "u", bias=bias),
+        ("Add", ["u", "m"] if swap else ["m", "u"], ["s"]), *ENDS,
+    ]  # fmt: skip
 
 
 APPLIES: dict[str, dict[str, tuple[Any, int]]] = {
@@ -243,6 +264,24 @@ APPLIES: dict[str, dict[str, tuple[Any, int]]] = {
     },
     "collapse_linears": {  # more in test_collapse_linears.py
         "two layers in a row": ((X, [*linear("x", "a"), *linear("a", "b")], ROW, ["b"]), 1),
+    },
+    "widen_hidden": {
+        "a ReLU beside a GELU": ((X, mlps(), MLPS, ["end"]), 1),
+        "a GELU beside a GELU": ((X, mlps(branch=("Gelu",)), MLPS, ["end"]), 1),
+        "a ReLU beside a ReLU": ((X, mlps(frozen=("Relu",)), MLPS, ["end"]), 1),
+        "a ReLU beside a GELU by tanh": ((X, mlps(frozen=("Gelu", {"approximate": "tanh"})), MLPS, ["end"]), 1),
+        "the branch first": ((X, mlps(swap=True), MLPS, ["end"]), 1),
+        "no bias": ((X, mlps(bias=False), MLPS, ["end"]), 1),
+        "as wide as a vector": (
+            (X, mlps(), {**MLPS, "Wd": weights(8, 16), "bd": weights(16), "Wu": weights(16, 8)}, ["end"]), 1,
+        ),
+        "two branches": (
+            (
+                X,
+                [*mlps()[:-1], *linear("x", "e"), ("Relu", ["e"], ["f"]), *linear("f", "v"), ("Add", ["s", "v"], ["s2"]), ("Relu", ["s2"], ["end"])],
+                {**MLPS, "We": weights(8, 5), "be": weights(5), "Wv": weights(5, 8), "bv": weights(8)}, ["end"],
+            ), 2,
+        ),
     },
     "join_siblings": {
         "two narrow layers": ((X, [*linear("x", "a"), *linear("x", "b")], AB, ["a", "b"]), 1),
@@ -342,6 +381,19 @@ def test_a_pass_is_exact_where_it_applies(
     assert apply(model, name) == times
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("size", [1e-10, 1e-3, 1.0, 1e3, 1e6])
+def test_a_scaled_gelu_is_a_relu_in_float32(
+    approximate: str, size: float, hand: Callable[..., ir.Model], run_onnx: Callable[..., Any]
+) -> None:
+    model = hand(
+        {"x": ["batch", 64]}, [("Gelu", ["x"], ["y"], {"approximate": approximate})], {}, ["y"]
+    )
+    values = np.float32(size) * weights(3, 64)
+    found = run_onnx(model, {"x": values * np.float32(SCALE)})[0] / np.float32(SCALE)
+    np.testing.assert_allclose(found, np.maximum(values, 0), rtol=2**-24, atol=0.17 / SCALE)
+
+
 LEFT_ALONE: dict[str, dict[str, Any]] = {
     "flat_heads": {
         "keys behind a norm": NormedKeys,
@@ -375,6 +427,15 @@ LEFT_ALONE: dict[str, dict[str, Any]] = {
     },
     "collapse_linears": {
         "an activation between": (X, [*linear("x", "a"), ("Relu", ["a"], ["r"]), ("MatMul", ["r", "Wb"], ["b"])], ROW, ["b"]),
+    },
+    "widen_hidden": {
+        "a GELU beside a ReLU": (X, mlps(("Relu",), ("Gelu",)), MLPS, ["end"]),
+        "another GELU": (X, mlps(branch=("Gelu", {"approximate": "tanh"})), MLPS, ["end"]),
+        "another input": ({**X, "y": ["batch", N, 8]}, mlps(of="y"), MLPS, ["end"]),
+        "an output": (X, mlps()[:-1], MLPS, ["s"]),
+        "hidden units that are read elsewhere": (X, [*mlps(), ("Relu", ["g"], ["o"])], MLPS, ["end", "o"]),
+        "a branch that is read elsewhere": (X, [*mlps(), ("Relu", ["u"], ["o"])], MLPS, ["end", "o"]),
+        "what goes into the activation is read elsewhere": (X, [*mlps(), ("Relu", ["d"], ["o"])], MLPS, ["end", "o"]),
     },
     "join_siblings": {
         "one layer": (X, linear("x", "a"), AB, ["a"]),

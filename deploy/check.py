@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 ISOLATED = 4  # tasks that are asked while others hold garbage
 BESIDE = (
-    8  # tasks that are not asked: their rows stand among the others' and hold garbage each time
+    2  # tasks that are not asked: their rows stand among the others' and hold garbage each time
 )
 SHARE = (
-    1 / 4
-)  # of the backbone: what is read of a bank, by us and by the runtime, between two openings
+    1 / 8
+)  # of the backbone: what a runtime reads of a bank between two openings
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 
@@ -288,6 +288,8 @@ class _Check:
             answers.append(self.asked(table, rows))
             for number, row in zip(rows[rows < self.count], wanted, strict=False):
                 wrong += [f"task row {number}: {n}" for n in self.differing(number, row)]
+            if self.file is not None:
+                self.file.let_go()
             read += sum(tensor[:1].nbytes for tensor in self.tensors.values()) * len(rows)
             if read > SHARE * self.held:
                 self.let_go()

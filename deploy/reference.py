@@ -364,11 +364,13 @@ class Reference:
             self.changes.append(Change(f"{delta.task}: {name}", number, padded, far, visible))
 
     def _looked_at(self) -> list[int]:
-        """Of many tasks an even choice, one of each layout at least."""
+        """Of many tasks some that every batch asks, an even choice of all, and one of each layout at least."""
         if self.evidence.every_tensor or self.count <= CLOSELY:
             return list(range(self.count))
         first = {delta.layout: number for number, delta in reversed(list(enumerate(self.deltas)))}
-        return sorted({*first.values(), *self.choose(self.count, CLOSELY).tolist()})
+        asked = range(min(self.max_batch, CLOSELY // 2))
+        others = self.choose(self.count, CLOSELY - len(asked)).tolist()
+        return sorted({*first.values(), *asked, *others})
 
     def _sample(self, live: Sequence[Live]) -> Sequence[Live]:
         """The tensors of one task to change: all, or an even choice."""

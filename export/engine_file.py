@@ -108,6 +108,11 @@ class EngineFile:
             if tensor.name.startswith(BANK_PREFIX)
         }
 
+    def let_go(self) -> None:
+        """Give back the pages that were read through views of the file; they are read again when they are looked at."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # of a mapping that is only read it loses nothing
+            self._data.madvise(mmap.MADV_DONTNEED)
+
     def _view(self, tensor: onnx.TensorProto) -> NDArray[Any]:
         if tensor.name not in self._places:
             return onnx.numpy_helper.to_array(tensor)

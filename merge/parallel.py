@@ -294,7 +294,11 @@ class _Run:
             )
 
     def close(self) -> None:
-        """Leave what an interrupted pass left open, and give the parameters back."""
+        """Leave what an interrupted pass left open, give the parameters back, and let go of what was tapped.
+
+        The hooks refer to this object and it to them, so what it holds would stay until such circles are collected.
+        """
+        self.taken.clear()
         while self.open:
             self.open.pop().__exit__(None, None, None)
         self.crowd.close()

@@ -272,13 +272,14 @@ class Registry:
                     wanted=f"{count}, as {first} has",
                     found=len(arrays[name]),
                 )
-        if not 1 <= count <= self.max_batch:
-            raise InvalidRequest(
-                "the request has too many rows" if count else "the request has no rows",
+        if not count:
+            raise InvalidRequest("the request has no rows", where=first)
+        if count > self.max_batch:
+            raise InvalidRequest(  # Triton's words
+                f"inference request batch-size must be <= {self.max_batch} for '{self.name}'",
                 where=first,
-                wanted=f"1 to {self.max_batch} rows",
-                found=count,
-                do="split it into several requests" if count else None,
+                found=f"{count} rows",
+                do="split it into several requests",
             )
         return count
 

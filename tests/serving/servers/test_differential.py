@@ -104,6 +104,8 @@ def _get(path: str, method: str = "GET", body: bytes = b"") -> Ask:
 
 
 PACKED = gzip.compress(json.dumps(GOOD).encode())
+_BODY = json.dumps(GOOD).encode()
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(_BODY), _BODY)
 CASES: dict[str, Ask] = {
     # Requests that are answered.
     "flat": Ask(GOOD),
@@ -131,6 +133,14 @@ CASES: dict[str, Ask] = {
     ),
     "gzip out": Ask(GOOD, headers={"Accept-Encoding": "gzip"}),
     "deflate out": Ask(GOOD, headers={"Accept-Encoding": "deflate"}),
+    "chunks and their length": Ask(
+        CHUNKS,
+        headers={
+            "Transfer-Encoding": "chunked",
+            "Content-Length": str(len(CHUNKS)),
+            LENGTH: str(len(_BODY)),
+        },
+    ),
     "priority": _with(priority=0),
     "timeout": _with(timeout=10_000_000),
     "parameters of one's own": _with(mine=1, text="x", flag=True),

@@ -96,7 +96,7 @@ class Registry:
         self.max_batch = engine.max_batch
         self.labelled = all(task.labels for task in bundle.tasks)
         self.inputs: Mapping[str, Tensor] = {t.name: t for t in row_inputs(engine.inputs)}
-        self.takes_rows = any(tensor.name == TASK for tensor in engine.inputs)
+        self.takes_rows = engine.takes_rows
         logits = [size for t in engine.outputs if t.name == LOGITS for size in t.shape]
         answer = logits[2:] if self.fans_out else logits[1:]
         self.answer_shape = tuple(size for size in answer if isinstance(size, int))

@@ -23,6 +23,7 @@ class ChunksCount(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert self.parser is not None  # until the connection is lost
         self.parser.set_dangerous_leniencies(lenient_chunked_length=True)
 
 

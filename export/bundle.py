@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.files import canonical_json, digest
 from ..merge.preprocessing import Preprocessing
-from .engine import BANK_PREFIX, CPU, Tensor
+from .engine import BANK_PREFIX, CPU, TASK, Tensor
 from .mapped import map_file
 from .targets import target
 
@@ -90,6 +90,11 @@ class Engine:
     def reads_bank(self) -> bool:
         """Whether the bank is among its inputs."""
         return any(tensor.name.startswith(BANK_PREFIX) for tensor in self.inputs)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether it wants a bank row for every row."""
+        return any(tensor.name == TASK for tensor in self.inputs)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,7 @@ class TaskModel:
 
         def read() -> Request:
             protocol.check_outputs(registry, asked.outputs)
-            rows = protocol.read_rows(
-                protocol.alias_inputs(registry), registry.inputs, asked.inputs
-            )
+            rows = protocol.read_rows(self.name, protocol.alias_inputs(registry), asked.inputs)
             return registry.check_version(rows, version)
 
         answers = await self._bundle.answer(asked, read)

@@ -155,12 +155,12 @@ def require_model(repository: Repository, name: str, version: str = "") -> Model
     """
     model = repository.find(name)
     if model is None or (version and version not in model.versions):
+        said = f"'{name}' version {version}" if version else f"'{name}'"
         raise UnknownModel(
-            "Request for unknown model",  # Triton's words: its clients look for them
+            f"Request for unknown model: {said} is not found",  # Triton's words: its clients look for them
             wanted=f"version {' or '.join(model.versions)}"
             if model
             else "see /v2/repository/index",
-            found=f"{name} version {version}" if version else name,
         )
     return model
 

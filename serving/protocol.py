@@ -42,7 +42,7 @@ from .tensors import InputTensor, OutputRequest, OutputTensor, TensorFacts, data
 from .watching.counters import TaskTotals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 VERSION = "1"
 SERVER = "utune-deploy"
 ALL_TASKS = "all_tasks"  # the parameter of a Triton model that answers each row with every task
+NO_TRACES, NO_LOGS = (f"settings of {what} are not offered here" for what in ("traces", "logs"))
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -72,49 +73,116 @@ def read_request(registry: Registry, inputs: Sequence[InputTensor]) -> Request:
         InvalidRequest: A tensor is missing, surplus, of the wrong type, or not what its shape says;
             or the service refuses its content.
     """
-    tensors = _named_once(model_inputs(registry), registry.inputs, inputs)
+    known = model_inputs(registry)
+    needed = list(registry.inputs)
+    wanted = None
+    if not registry.all_tasks and len(registry.names) > 1:
+        needed.append(TASK)
+        wanted = f"{TASK}: one of {registry.some_names} for each row"
+    tensors = _named_once(registry.name, known, needed, inputs, wanted=wanted)
     task = tensors.get(TASK)
-    rows = {name: numbers(tensors[name]) for name in registry.inputs}
+    rows = _row_arrays(known, registry.inputs, tensors)
     return registry.check(rows, None if task is None else read_names(task))
 
 
 def read_rows(
-    known: Sequence[TensorFacts], needed: Iterable[str], inputs: Sequence[InputTensor]
+    model: str, known: Sequence[TensorFacts], inputs: Sequence[InputTensor]
 ) -> dict[str, NDArray[Any]]:
     """The row inputs that wire tensors spell, `[n, ...]` by name.
+
+    Args:
+        model: The model's name.
+        known: What it takes, all of them rows.
+        inputs: What came.
 
     Raises:
         InvalidRequest: See `read_request`.
     """
-    tensors = _named_once(known, needed, inputs)
-    return {name: numbers(tensors[name]) for name in needed}
+    needed = [facts.name for facts in known]
+    return _row_arrays(known, needed, _named_once(model, known, needed, inputs))
+
+
+def missing_inputs(
+    model: str,
+    known: Collection[str],
+    needed: Collection[str],
+    given: Collection[str],
+    *,
+    wanted: str | None = None,
+) -> InvalidRequest:
+    """That a request lacks inputs, in Triton's words.
+
+    Args:
+        model: The model's name.
+        known: What it takes.
+        needed: Those that may not be left out.
+        given: What came.
+        wanted: What an input that may be missing holds.
+    """
+    few, most = len(needed), len(known)
+    count = f"{few} inputs" if few == most else f"number of inputs between {few} and {most}"
+
+    def listed(names: Iterable[str]) -> str:
+        return ",".join(f"'{name}'" for name in names)
+
+    return InvalidRequest(
+        f"expected {count} but got {len(given)} inputs for model '{model}'. Got input(s) [{listed(given)}], "
+        f"but missing required input(s) [{listed(name for name in needed if name not in given)}]. Please "
+        "provide all required input(s).",
+        wanted=wanted,
+    )
 
 
 def _named_once(
-    facts: Sequence[TensorFacts], needed: Iterable[str], inputs: Sequence[InputTensor]
+    model: str,
+    facts: Sequence[TensorFacts],
+    needed: Collection[str],
+    inputs: Sequence[InputTensor],
+    *,
+    wanted: str | None = None,
 ) -> dict[str, InputTensor]:
-    """The tensors by name, each known, of the right type, and given once; none that is needed is missing."""
+    """The tensors by name, each known, of the right type, and given once; none that is needed is missing.
+
+    What is wrong is said in Triton's words.
+    """
     known = {each.name: each for each in facts}
     tensors: dict[str, InputTensor] = {}
     for tensor in inputs:
-        if tensor.name not in known or tensor.name in tensors:
+        if tensor.name in tensors:
+            raise InvalidRequest(f"input '{tensor.name}' already exists in request")
+        if tensor.name not in known:
             raise InvalidRequest(
-                "an input is given twice" if tensor.name in tensors else "unknown input",
-                wanted=f"{', '.join(known)}, once each",
-                found=tensor.name,
+                f"unexpected inference input '{tensor.name}' for model '{model}'",
+                wanted=", ".join(known),
             )
-        wanted = known[tensor.name].datatype
-        if tensor.datatype != wanted:
+        if tensor.datatype != (right := known[tensor.name].datatype):
             raise InvalidRequest(
-                "an input has the wrong datatype",
-                where=tensor.name,
-                wanted=wanted,
-                found=tensor.datatype,
+                f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' "
+                f"expects '{right}'"
             )
         tensors[tensor.name] = tensor
     if any(name not in tensors for name in needed):
-        raise InvalidRequest("an input is missing", wanted=", ".join(needed), found=sorted(tensors))
+        raise missing_inputs(model, known, needed, tensors, wanted=wanted)
     return tensors
+
+
+def _row_arrays(
+    known: Sequence[TensorFacts], rows: Collection[str], tensors: Mapping[str, InputTensor]
+) -> dict[str, NDArray[Any]]:
+    """The row inputs by name; their shapes are looked at before their content, as Triton does."""
+    for facts in known:
+        tensor = tensors.get(facts.name)
+        if tensor is not None and facts.name in rows and tensor.shape[1:] != facts.dims:
+            wanted, found = (_sizes(shape) for shape in ((-1, *facts.dims), tensor.shape))
+            raise InvalidRequest(
+                f"unexpected shape for input '{tensor.name}' for model '{tensor.model}'. "
+                f"Expected {wanted}, got {found}"
+            )
+    return {name: numbers(tensors[name]) for name in rows}
+
+
+def _sizes(shape: Iterable[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 def read_names(tensor: InputTensor) -> list[str]:
@@ -157,7 +225,8 @@ def check_outputs(registry: Registry, outputs: Sequence[OutputRequest]) -> None:
     for output in outputs:
         if output.name not in known:
             raise InvalidRequest(
-                "unknown output", wanted=f"one of {', '.join(known)}", found=output.name
+                f"unexpected inference output '{output.name}' for model '{registry.name}'",
+                wanted=f"one of {', '.join(known)}",
             )
         if output.classes < 0 or (output.classes and output.name not in with_classes):
             raise InvalidRequest(

@@ -96,7 +96,7 @@ class Registry:
         self.max_batch = engine.max_batch
         self.labelled = all(task.labels for task in bundle.tasks)
         self.inputs: Mapping[str, Tensor] = {t.name: t for t in row_inputs(engine.inputs)}
-        self.takes_rows = any(tensor.name == TASK for tensor in engine.inputs)
+        self.takes_rows = engine.takes_rows
         logits = [size for t in engine.outputs if t.name == LOGITS for size in t.shape]
         answer = logits[2:] if self.fans_out else logits[1:]
         self.answer_shape = tuple(size for size in answer if isinstance(size, int))
@@ -272,13 +272,14 @@ class Registry:
                     wanted=f"{count}, as {first} has",
                     found=len(arrays[name]),
                 )
-        if not 1 <= count <= self.max_batch:
-            raise InvalidRequest(
-                "the request has too many rows" if count else "the request has no rows",
+        if not count:
+            raise InvalidRequest("the request has no rows", where=first)
+        if count > self.max_batch:
+            raise InvalidRequest(  # Triton's words
+                f"inference request batch-size must be <= {self.max_batch} for '{self.name}'",
                 where=first,
-                wanted=f"1 to {self.max_batch} rows",
-                found=count,
-                do="split it into several requests" if count else None,
+                found=f"{count} rows",
+                do="split it into several requests",
             )
         return count
 

@@ -158,7 +158,7 @@ class Service:
             return cls(bundle, fan_out(), all_tasks=True)
         every = fan_out if bundle.engine_of_all is not None else None
         require_fitting_rows(bundle, rows)
-        if bundle.bank != "inputs" or not Registry(bundle).takes_rows:
+        if bundle.bank != "inputs" or not bundle.engine.takes_rows:
             return cls(bundle, bundle.open_session(device), fan_out=every)
         count = default_rows(bundle, device) if rows is None else rows
         _require_rows(bundle, count)

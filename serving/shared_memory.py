@@ -5,7 +5,8 @@ with `pread` and `pwrite`: an object that its owner cuts short gives a short rea
 end the process.
 
 Who may register regions reads and writes every shared-memory object that the server's user may, so that a
-server offers them only when told to. Source: Triton's extension_shared_memory.
+server offers them only when told to. What clients look for is said in Triton's words.
+Source: Triton's extension_shared_memory.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ _KEY = re.compile(r"/?[^/\0]{1,254}")
 
 class UnknownRegion(UnknownModel):
     """No region of shared memory has that name."""
+
+
+class UnopenedRegion(InvalidRequest):
+    """A region's object cannot be opened. Over gRPC Triton's INTERNAL, as its clients expect it."""
 
 
 @dataclass(frozen=True)
@@ -90,37 +95,18 @@ class Regions:
             size: Bytes of the range.
 
         Raises:
-            InvalidRequest: Not offered; the name is taken; there is no such object, or it is smaller.
+            InvalidRequest: Not offered; the name is taken or empty; the object is smaller.
+            UnopenedRegion: There is no such object.
         """
         self._require()
-        if not name or name in self._regions:
-            raise InvalidRequest(
-                "a shared memory region needs a name that is free", where="name", found=name
-            )
-        if size < 1 or offset < 0:
-            raise InvalidRequest(
-                "a shared memory region is a range of bytes",
-                where=name,
-                wanted="a byte_size above 0 and an offset from 0",
-                found=f"byte_size {size}, offset {offset}",
-            )
-        # One path component: what lies elsewhere on the disk is nobody's shared memory.
-        own = key.removeprefix("/")
-        if not _KEY.fullmatch(key) or own in (".", ".."):
-            raise self._unable(name, key, "no such object")
+        if name in self._regions:
+            raise InvalidRequest(f"shared memory region '{name}' already in manager")
+        file = self._open(key)
         try:
-            file = os.open(FOLDER / own, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as cause:
-            raise self._unable(name, key, cause.strerror) from cause
-        held = os.fstat(file).st_size
-        if offset + size > held:
+            self._require_range(name, key, offset, size, os.fstat(file).st_size)
+        except InvalidRequest:
             os.close(file)
-            raise InvalidRequest(
-                "a shared memory region leaves its object",
-                where=key,
-                wanted=f"at most {held} bytes",
-                found=f"{offset} + {size}",
-            )
+            raise
         self._regions[name] = _Region(name, key, offset, size, file)
 
     def unregister(self, name: str = "") -> None:
@@ -211,20 +197,49 @@ class Regions:
         region = self._regions.get(name)
         if region is None:
             raise UnknownRegion(
-                "Unable to find shared memory region",  # Triton's words, which clients look for
+                f"Unable to find shared memory region: '{name}'",
                 wanted=", ".join(self._regions) or "a region that was registered",
-                found=name,
             )
         return region
 
     @staticmethod
-    def _unable(name: str, key: str, why: object) -> InvalidRequest:
-        return InvalidRequest(
-            f"Unable to open shared memory region: '{name}'",  # Triton's words
-            where=key,
+    def _open(key: str) -> int:
+        """The file of an object."""
+        # One path component: what lies elsewhere on the disk is nobody's shared memory.
+        own = key.removeprefix("/")
+        why, cause = "no such object", None
+        if _KEY.fullmatch(key) and own not in (".", ".."):
+            try:
+                return os.open(
+                    FOLDER / own, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                )
+            except OSError as error:
+                why, cause = error.strerror, error
+        raise UnopenedRegion(
+            f"Unable to open shared memory region: '{key}'",
             wanted=f"an object in {FOLDER}",
             found=why,
-        )
+        ) from cause
+
+    @staticmethod
+    def _require_range(name: str, key: str, offset: int, size: int, held: int) -> None:
+        """Refuse a region that no request could name, and a range that its object of `held` bytes has not."""
+        if not name:
+            raise InvalidRequest("a shared memory region needs a name", where=key)
+        if size < 1 or offset < 0:
+            raise InvalidRequest(
+                "a shared memory region is a range of bytes",
+                where=name,
+                wanted="a byte_size above 0 and an offset from 0",
+                found=f"byte_size {size}, offset {offset}",
+            )
+        if offset + size > held:
+            raise InvalidRequest(
+                "a shared memory region leaves its object",
+                where=key,
+                wanted=f"at most {held} bytes",
+                found=f"{offset} + {size}",
+            )
 
     @staticmethod
     def _cut(place: Place, found: int) -> InvalidRequest:

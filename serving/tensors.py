@@ -1,7 +1,7 @@
 """Tensors as the Open Inference Protocol carries them: bytes, or JSON and protobuf values, and their types.
 
 Source: the tensor data section of https://github.com/kserve/open-inference-protocol, and Triton's extension
-for binary tensors.
+for binary tensors. What is wrong with a size is said in Triton's words, which its suites look for.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ class InputTensor:
         datatype: The protocol's name of its element type.
         shape: Its sizes.
         content: Little-endian bytes, or a list of numbers or strings, flat or nested.
+        model: The model that it was sent to.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     content: bytes | memoryview | Sequence[Any]
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def numbers(tensor: InputTensor) -> NDArray[Any]:
     count = math.prod(tensor.shape)
     if isinstance(tensor.content, (bytes, memoryview)):
         if len(tensor.content) != count * dtype.itemsize:
-            raise _size_error(tensor, f"{count * dtype.itemsize} bytes", len(tensor.content))
+            raise _bytes_error(tensor, count * dtype.itemsize, len(tensor.content))
         return _shaped(np.frombuffer(tensor.content, dtype=dtype), tensor)
     try:
         values = np.asarray(tensor.content)
@@ -166,8 +168,10 @@ def numbers(tensor: InputTensor) -> NDArray[Any]:
         room = np.iinfo(dtype)
         if values.min() < room.min or values.max() > room.max:
             raise _values_error(tensor)
-    if values.size != count or (count and values.ndim != 1 and values.shape != tensor.shape):
-        raise _size_error(tensor, f"{count} elements", f"{values.size} of shape {values.shape}")
+    if values.size != count:
+        raise _bytes_error(tensor, count * dtype.itemsize, values.size * dtype.itemsize)
+    if count and values.ndim != 1 and values.shape != tensor.shape:
+        raise _shape_error(tensor, "a list that is flat or nested as its shape", values.shape)
     with np.errstate(over="ignore"):  # what leaves a float's range becomes infinite
         return _shaped(values.astype(dtype.newbyteorder("=")), tensor)
 
@@ -187,8 +191,16 @@ def texts(tensor: InputTensor) -> list[bytes | str]:
                 elements = [inner for element in elements for inner in element]
         if not all(isinstance(element, (str, bytes)) for element in elements):
             raise _values_error(tensor)
-    if len(elements) != math.prod(tensor.shape):
-        raise _size_error(tensor, f"{math.prod(tensor.shape)} elements", len(elements))
+    count = math.prod(tensor.shape)
+    if len(elements) < count:
+        raise InvalidRequest(
+            f"expected {count} string elements for {_addressed(tensor)}, got {len(elements)}"
+        )
+    if len(elements) > count:  # Triton names the first that is too many
+        raise InvalidRequest(
+            f"unexpected number of string elements {count + 1} for {_addressed(tensor)}, expecting {count}",
+            found=f"{len(elements)} elements",
+        )
     return elements
 
 
@@ -204,7 +216,7 @@ def _shaped(values: NDArray[Any], tensor: InputTensor) -> NDArray[Any]:
     try:
         return values.reshape(tensor.shape)
     except (ValueError, OverflowError) as cause:  # of no elements, and still too large for an array
-        raise _size_error(tensor, "sizes that an array can have", list(tensor.shape)) from cause
+        raise _shape_error(tensor, "sizes that an array can have", tensor.shape) from cause
 
 
 def _split_bytes(tensor: InputTensor) -> list[bytes]:
@@ -212,23 +224,41 @@ def _split_bytes(tensor: InputTensor) -> list[bytes]:
     elements = []
     at = 0
     while at < len(content):
-        end = at + 4
-        if end <= len(content):
-            (length,) = struct.unpack_from("<I", content, at)
-            at, end = end, end + length
-        if end > len(content):
-            raise _size_error(tensor, "elements behind their length in 4 bytes", "a cut element")
-        elements.append(content[at:end])
-        at = end
+        left = len(content) - at
+        if left < 4:
+            raise InvalidRequest(
+                f"incomplete string length indicator for inference input '{tensor.name}', expecting 4 bytes "
+                f"but only {left} bytes available"
+            )
+        (length,) = struct.unpack_from("<I", content, at)
+        at, left = at + 4, left - 4
+        if left < length:
+            raise InvalidRequest(
+                f"incomplete string data for inference input '{tensor.name}', expecting string of length "
+                f"{length} but only {left} bytes available"
+            )
+        elements.append(content[at : at + length])
+        at += length
     return elements
 
 
-def _size_error(tensor: InputTensor, wanted: object, found: object) -> InvalidRequest:
+def _addressed(tensor: InputTensor) -> str:
+    return f"inference input '{tensor.name}' for model '{tensor.model}'"
+
+
+def _bytes_error(tensor: InputTensor, wanted: int, found: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"input byte size mismatch for input '{tensor.name}' for model '{tensor.model}'. "
+        f"Expected {wanted}, got {found}"
+    )
+
+
+def _shape_error(tensor: InputTensor, wanted: str, found: Sequence[int]) -> InvalidRequest:
     return InvalidRequest(
         "an input does not hold what its shape says",
         where=f"{tensor.name} {list(tensor.shape)}",
         wanted=wanted,
-        found=found,
+        found=list(found),
     )
 
 

@@ -49,12 +49,12 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         help="Levels that clients may ask for, 1 the most urgent.",
     )
     @click.option(
-        "--max-queue",
+        "--max-queued",
         type=click.IntRange(0),
         help="Requests that may wait, in `hot` their rows; more are refused.",
     )
     @click.option(
-        "--queue-timeout-ms",
+        "--timeout-ms",
         type=click.FloatRange(0),
         help="Longest that a request waits before it is refused.",
     )
@@ -89,7 +89,6 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--warmup", is_flag=True, help="Run a row of zeros before the model is ready.")
     @click.option(
         "--max-task-queued",
-        "max_task_rows",
         type=click.IntRange(1),
         help="Rows of one task that may wait (hot).",
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MIN_DELAY_US = 100  # microseconds; the delay that was seen to end the stalls, 0 of 2,962 requests
 
-_OF_SERVICE = ("max_task_rows", "weights", "rows", "keep", "task_control")
+_OF_SERVICE = ("max_task_queued", "weights", "rows", "keep", "task_control")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class ModelOptions:
         preferred_batches: Rows of a batch that does not wait any longer.
         priority_levels: Levels that clients may ask for, 1 the most urgent; a request that asks for none
             has the last. 0: all are equal; in `hot`, the three of `FairQueue`.
-        max_queue: Requests that may wait, of each priority; more are refused. 0: any number. In `hot` it counts
+        max_queued: Requests that may wait, of each priority; more are refused. 0: any number. In `hot` it counts
             rows of all requests, and 0 is the batcher's own limit.
-        queue_timeout_ms: Longest that a request waits before it is refused, in milliseconds; a client may
+        timeout_ms: Longest that a request waits before it is refused, in milliseconds; a client may
             ask for less. 0: any time.
         instances: Engines per processor; each holds a backbone of its own.
         gpus: The GPUs that have engines, when the device is CUDA.
@@ -41,7 +41,7 @@ class ModelOptions:
         cache: Answer a repeated request from Triton's response cache.
         resources: Name and count of what an execution takes from Triton's rate limiter.
         warmup: Run a row of zeros before the model is ready.
-        max_task_rows: Rows of one task that may wait. 0: any number. This and what follows is `hot`'s alone.
+        max_task_queued: Rows of one task that may wait. 0: any number. This and what follows is `hot`'s alone.
         weights: A task's share of a busy engine, 1 where it is not named.
         rows: See `Service.open`.
         keep: See `Service.open`.
@@ -53,15 +53,15 @@ class ModelOptions:
     max_delay_ms: float = MAX_DELAY_MS
     preferred_batches: tuple[int, ...] = ()
     priority_levels: int = 0
-    max_queue: int = 0
-    queue_timeout_ms: float = 0
+    max_queued: int = 0
+    timeout_ms: float = 0
     instances: int = 1
     gpus: tuple[int, ...] = (0,)
     keep_versions: int = 1
     cache: bool = False
     resources: tuple[tuple[str, int], ...] = ()
     warmup: bool = False
-    max_task_rows: int = 0
+    max_task_queued: int = 0
     weights: tuple[tuple[str, float], ...] = ()
     rows: int | None = None
     keep: Path | None = None
@@ -76,8 +76,8 @@ class ModelOptions:
             UsageError: A number is out of range.
         """
         for name, low in (
-            ("max_delay_ms", 0), ("priority_levels", 0), ("max_queue", 0), ("queue_timeout_ms", 0),
-            ("instances", 1), ("keep_versions", 1), ("max_task_rows", 0),
+            ("max_delay_ms", 0), ("priority_levels", 0), ("max_queued", 0), ("timeout_ms", 0),
+            ("instances", 1), ("keep_versions", 1), ("max_task_queued", 0),
         ):  # fmt: skip
             if (found := getattr(self, name)) < low:
                 raise UsageError(
@@ -153,9 +153,9 @@ class ModelOptions:
         """
         settings: dict[str, Any] = {
             "max_delay_ms": self.max_delay_ms,
-            "max_queued_rows": self.max_queue or None,
-            "max_task_rows": self.max_task_rows or None,
-            "default_timeout_ms": self.queue_timeout_ms or None,
+            "max_queued_rows": self.max_queued or None,
+            "max_task_rows": self.max_task_queued or None,
+            "default_timeout_ms": self.timeout_ms or None,
             "weights": dict(self.weights),
         }
         if self.priority_levels:
@@ -171,11 +171,11 @@ class ModelOptions:
     def batching(self) -> dict[str, Any]:
         """Triton's `dynamic_batching`."""
         policy: dict[str, Any] = {}
-        if self.max_queue:
-            policy["max_queue_size"] = self.max_queue
-        if self.queue_timeout_ms:
+        if self.max_queued:
+            policy["max_queue_size"] = self.max_queued
+        if self.timeout_ms:
             policy["timeout_action"] = "REJECT"
-            policy["default_timeout_microseconds"] = round(self.queue_timeout_ms * 1e3)
+            policy["default_timeout_microseconds"] = round(self.timeout_ms * 1e3)
             policy["allow_timeout_override"] = True
         fields: dict[str, Any] = {
             "max_queue_delay_microseconds": max(MIN_DELAY_US, round(self.max_delay_ms * 1e3))

@@ -22,6 +22,7 @@ from ..rejections import ServerFailed
 from ..shared_memory import Regions
 from ..tasks.life import fixed
 from ..tasks.resident import row_bytes
+from .framing import ChunksCount, framed
 from .grpc import grpc_server
 from .http import http_app
 from .metrics import metrics_app
@@ -181,7 +182,8 @@ async def carrying(
 def _web(app: Starlette) -> _Uvicorn:
     return _Uvicorn(
         uvicorn.Config(
-            app,
+            framed(app),
+            http=ChunksCount,
             lifespan="off",
             ws="none",
             log_config=None,

@@ -21,7 +21,7 @@ from ...merge.errors import CheckFailed, IncompatibleArtefact, UsageError, Utune
 from .. import protocol
 from ..models import Asked, Decoupled, index, require_model
 from ..rejections import Expired, InvalidRequest, Overloaded, Stopping, UnknownModel, one_line
-from ..shared_memory import EXTENSION, Place, Regions, UnknownRegion
+from ..shared_memory import EXTENSION, Place, Regions, UnknownRegion, UnopenedRegion
 from ..tensors import InputTensor, OutputRequest, OutputTensor
 from .ports import free_port, host_port
 
@@ -179,8 +179,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.name:
-            what = "Unable to find cuda shared memory region"
-            return await _abort(context, UnknownRegion(what, found=request.name))
+            what = f"Unable to find cuda shared memory region: '{request.name}'"
+            return await _abort(context, UnknownRegion(what))
         return service_pb2.CudaSharedMemoryStatusResponse()
 
     async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -193,12 +193,10 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     # Left to the base class, these would be answered with the name of a Python exception.
 
     async def TraceSetting(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "settings of traces are not offered here"
-        )
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, protocol.NO_TRACES)
 
     async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: N802
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "settings of logs are not offered here")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, protocol.NO_LOGS)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         try:
@@ -355,7 +353,12 @@ def _read_inputs(request: Any, regions: Regions) -> list[InputTensor]:
                 where=tensor.name,
                 found=list(tensor.shape),
             )
-        if (is_raw or place) and tensor.HasField("contents"):
+        if is_raw and tensor.HasField("contents"):
+            raise InvalidRequest(  # Triton's words
+                f"contents field must not be specified when using raw_input_contents for '{tensor.name}' for "
+                f"model '{request.model_name}'"
+            )
+        if place and tensor.HasField("contents"):
             raise InvalidRequest("an input has its data twice", where=tensor.name)
         if place:
             content = regions.read(place)
@@ -363,7 +366,10 @@ def _read_inputs(request: Any, regions: Regions) -> list[InputTensor]:
             content = next(raw)
         else:
             content = list(getattr(tensor.contents, _TYPED.get(tensor.datatype, "fp32_contents")))
-        tensors.append(InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), content))
+        shape = tuple(tensor.shape)
+        tensors.append(
+            InputTensor(tensor.name, tensor.datatype, shape, content, request.model_name)
+        )
     return tensors
 
 
@@ -389,6 +395,8 @@ def _classes(output: Any) -> int:
 async def _abort(context: Any, error: UtuneError) -> Any:
     if isinstance(error, UnknownModel):
         code = grpc.StatusCode.NOT_FOUND
+    elif isinstance(error, UnopenedRegion):
+        code = grpc.StatusCode.INTERNAL
     elif isinstance(error, UsageError):
         code = grpc.StatusCode.INVALID_ARGUMENT
     elif isinstance(error, CheckFailed):

@@ -78,6 +78,8 @@ def http_app(
         Route(f"{change}/load", endpoints.load, methods=["POST"]),
         Route(f"{change}/unload", endpoints.unload, methods=["POST"]),
         *memory.routes(),
+        Route("/v2/logging", _no_logs, methods=["GET", "POST"]),
+        Route("/v2/trace/setting", _no_traces, methods=["GET", "POST"]),
     ]
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
@@ -86,6 +88,7 @@ def http_app(
             Route(f"{model}/config", endpoints.config),
             Route(f"{model}/stats", endpoints.statistics),
             Route(f"{model}/infer", endpoints.infer, methods=["POST"]),
+            Route(f"{model}/trace/setting", _no_traces, methods=["GET", "POST"]),
         ]
     app = Starlette(
         routes=routes,
@@ -165,7 +168,7 @@ class _Endpoints:
         forms: dict[str, Form] = {"": True}
         if len(head) or not len(tail):
             message = _read_json(head)
-            inputs = _read_inputs(message, tail, self._regions)
+            inputs = _read_inputs(message, tail, model.name, self._regions)
             outputs, forms = _read_outputs(message, self._regions)
         else:
             message = {}
@@ -254,7 +257,7 @@ class _SharedMemory:
 
     async def _no_status(self, request: Request) -> Response:
         if name := request.path_params.get("region", ""):
-            raise UnknownRegion("Unable to find cuda shared memory region", found=name)
+            raise UnknownRegion(f"Unable to find cuda shared memory region: '{name}'")
         return JSONResponse([])
 
     async def _no_register(self, request: Request) -> Response:
@@ -266,6 +269,14 @@ class _SharedMemory:
 
     async def _no_unregister(self, request: Request) -> Response:
         return Response(status_code=200)
+
+
+async def _no_traces(_request: Request) -> Response:
+    raise UnknownModel(protocol.NO_TRACES)
+
+
+async def _no_logs(_request: Request) -> Response:
+    raise UnknownModel(protocol.NO_LOGS)
 
 
 async def _read_object(request: Request, limit: int) -> dict[str, Any]:
@@ -338,7 +349,7 @@ def _raw_input(model: Model, version: str, content: memoryview) -> InputTensor:
     if len(inputs) != 1:
         raise InvalidRequest(
             "Raw request must only have 1 input (found 1) to be deduced but got "
-            f"{len(inputs)} inputs in '{model.name}'",
+            f"{len(inputs)} inputs in '{model.name}' model configuration",
             do="send a head in JSON",
         )
     name, datatype, shape = (inputs[0][key] for key in ("name", "datatype", "shape"))
@@ -351,7 +362,7 @@ def _raw_input(model: Model, version: str, content: memoryview) -> InputTensor:
                 f"For BYTE datatype raw input '{name}', the model must have input shape [1]",
                 found=shape,
             )
-        return InputTensor(name, datatype, tuple(shape), [bytes(content)])
+        return InputTensor(name, datatype, tuple(shape), [bytes(content)], model.name)
     if len(open_axes) > 1:
         raise InvalidRequest(
             f"The shape of the raw input '{name}' can not be deduced because there are more than one "
@@ -361,11 +372,11 @@ def _raw_input(model: Model, version: str, content: memoryview) -> InputTensor:
     for axis in open_axes:
         step = DATATYPES[datatype].itemsize * math.prod(size for size in shape if size >= 0)
         shape[axis] = len(content) // max(step, 1)
-    return InputTensor(name, datatype, tuple(shape), content)
+    return InputTensor(name, datatype, tuple(shape), content, model.name)
 
 
 def _read_inputs(
-    message: Mapping[str, Any], tail: memoryview, regions: Regions
+    message: Mapping[str, Any], tail: memoryview, model: str, regions: Regions
 ) -> list[InputTensor]:
     """The inputs; binary ones take their bytes from the tail in the order of the list."""
     tensors = []
@@ -389,19 +400,23 @@ def _read_inputs(
             content = regions.read(place)
         elif given:
             size = parameters["binary_data_size"]
-            if not _is_size(size) or size > len(tail):
+            if not _is_size(size):
                 raise InvalidRequest(
-                    "an input's binary data is cut",
-                    where=name,
-                    wanted=size,
-                    found=f"{len(tail)} bytes",
+                    "a parameter is not a size", where=f"{name}, binary_data_size", found=size
+                )
+            if size > len(tail):  # Triton's words
+                raise InvalidRequest(
+                    f"unexpected size for input '{name}', expecting {size - len(tail)} additional bytes for "
+                    f"model '{model}'"
                 )
             content, tail = tail[:size], tail[size:]
         elif not isinstance(content, list):
             raise InvalidRequest("an input has no data", where=name, wanted="a list")
-        tensors.append(InputTensor(name, datatype, tuple(shape), content))
-    if len(tail):
-        raise InvalidRequest("bytes are left behind the last input", found=f"{len(tail)} bytes")
+        tensors.append(InputTensor(name, datatype, tuple(shape), content, model))
+    if len(tail):  # Triton's words
+        raise InvalidRequest(
+            f"unexpected additional input data for model '{model}'", found=f"{len(tail)} bytes"
+        )
     return tensors
 
 

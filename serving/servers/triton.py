@@ -138,9 +138,9 @@ def serve_triton(
     """
     options = ModelOptions(
         max_delay_ms=max_delay_ms,
-        queue_timeout_ms=default_timeout_ms or 0,
-        max_queue=max_queued_rows or 0,
-        max_task_rows=max_task_rows or 0,
+        timeout_ms=default_timeout_ms or 0,
+        max_queued=max_queued_rows or 0,
+        max_task_queued=max_task_rows or 0,
         weights=tuple((weights or {}).items()),
         rows=rows,
         keep=keep,

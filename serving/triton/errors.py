@@ -15,5 +15,9 @@ _CODES = (
 
 
 def code_of(error: BaseException) -> str:
-    """The name of a constant of Triton's `TritonError`, the same statuses as the embedded server's."""
+    """The name of a constant of Triton's `TritonError`, the embedded server's statuses where Triton has them.
+
+    It has nothing like 409 and 422, a check that failed and a task that does not fit: its ALREADY_EXISTS is a 400
+    over HTTP, as INVALID_ARG is.
+    """
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), INTERNAL)

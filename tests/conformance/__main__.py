@@ -329,15 +329,9 @@ SUITES: dict[str, tuple[str, str, Callable[[Bench], Score]]] = {
 
 _TRACES = "settings of traces are not offered"
 _SEQUENCES = "there is no sequence batcher"
-_WORDS = "the request is refused, in other words than Triton's"
 WHY = {
     "test_get_trace_settings": _TRACES,
     "test_update_trace_settings": _TRACES,
-    "test_register_system_shared_memory": "wants INTERNAL for a region without a name; here it is INVALID_ARGUMENT",
-    "test_content_encoding_chunked_manually": "sends Content-Length beside Transfer-Encoding, which a server may refuse "
-    "(RFC 9112, 6.3) and this one does",
-    "test_input_shape_validation": _WORDS,
-    "test_input_string_shape_validation": _WORDS,
     "test_wrong_input_shape_tensor_size": "needs a TensorRT model with shape tensors; fails on both",
     "test_sequence_batch_scheduler_direct": _SEQUENCES,
     "test_sequence_batch_scheduler_oldest": _SEQUENCES,

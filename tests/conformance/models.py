@@ -11,6 +11,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from tritonclient.grpc import model_config_pb2
 
 from utune_deploy.merge.errors import UsageError
+from utune_deploy.serving.protocol import missing_inputs
 from utune_deploy.serving.rejections import (
     InvalidRequest,
     Overloaded,
@@ -92,21 +93,10 @@ class Plain:
         known = {tensor["name"]: tensor for tensor in self._config["input"]}
         needed = [name for name, tensor in known.items() if not tensor.get("optional")]
         given = [tensor.name for tensor in asked.inputs]
-        missing = [name for name in needed if name not in given]
-        if missing:
-            few, most = len(needed), len(known)
-            count = f"{few} inputs" if few == most else f"number of inputs between {few} and {most}"
-
-            def listed(names: list[str]) -> str:
-                return ",".join(f"'{name}'" for name in names)
-
-            raise InvalidRequest(
-                f"expected {count} but got {len(given)} inputs for model '{self.name}'. Got input(s) "
-                f"[{listed(given)}], but missing required input(s) [{listed(missing)}]. Please provide all "
-                "required input(s)."
-            )
+        if not set(needed) <= set(given):
+            raise missing_inputs(self.name, known, needed, given)
         arrays = {}
-        for tensor in asked.inputs:
+        for tensor in reversed(asked.inputs):  # of two that are wrong Triton names the last
             if tensor.name not in known or tensor.datatype != _datatype(known[tensor.name]):
                 raise InvalidRequest("unexpected inference input", where=tensor.name)
             if tensor.datatype == BYTES:

@@ -50,7 +50,7 @@ def test_the_native_graph_answers_as_the_service(
 def test_the_native_layout_from_the_command_line(cli: Any, bundles: Any, tmp_path: Any) -> None:
     folder, models = bundles("constants").path, tmp_path / "models"
     settings = (
-        "--layout", "native", "--aliases", "--pictures", "--warmup", "--max-queue", 9, "--resource", "R=2",
+        "--layout", "native", "--aliases", "--pictures", "--warmup", "--max-queued", 9, "--resource", "R=2",
     )  # fmt: skip
     said = cli("triton", folder, "-o", models, *settings)
     assert said.code == 0, said.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from utune_deploy.export.engine import Device
 from utune_deploy.serving import protocol
 from utune_deploy.serving.protocol import InputTensor, OutputRequest
 from utune_deploy.serving.registry import Registry
-from utune_deploy.serving.rejections import InvalidRequest
+from utune_deploy.serving.rejections import InvalidRequest, one_line
 from utune_deploy.serving.service import Service
 
 SHAPE = (2, 3, 8, 8)
@@ -21,11 +23,11 @@ RAW = PIXELS.tobytes()
 
 
 def _images(content=RAW, shape=SHAPE, datatype="FP32") -> InputTensor:
-    return InputTensor("images", datatype, shape, content)
+    return InputTensor("images", datatype, shape, content, "m")
 
 
 def _task(content=NAMES, shape=(2, 1), datatype="BYTES") -> InputTensor:
-    return InputTensor("task", datatype, shape, content)
+    return InputTensor("task", datatype, shape, content, "m")
 
 
 @pytest.mark.parametrize(
@@ -52,16 +54,28 @@ def test_every_spelling_reads_the_same(service, images, task):
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ([], "an input is missing"),
-        ([_task()], "an input is missing"),
-        ([_images()], "names no task"),
-        ([_images(), _images(), _task()], "given twice"),
-        ([_images(), InputTensor("x", "FP32", (1,), [1])], "unknown input"),
-        ([_images(datatype="FP64"), _task()], "wrong datatype"),
-        ([_images(), _task(datatype="INT64")], "wrong datatype"),
-        ([_images(PIXELS.tobytes()[:-1]), _task()], "does not hold"),
-        ([_images(shape=(2, 3, 8, 9)), _task()], "does not hold"),
-        ([_images(shape=(10**9, 10**9)), _task()], "does not hold"),
+        ([], r"expected 2 inputs but got 0 .* missing required input\(s\) \['images','task'\]"),
+        ([_task()], r"Got input\(s\) \['task'\], but missing required input\(s\) \['images'\]"),
+        ([_images()], r"missing required input\(s\) \['task'\].* one of pets, cars, flowers"),
+        ([_images(), _images(), _task()], "input 'images' already exists in request"),
+        ([_images(), InputTensor("x", "FP32", (1,), [1])], "unexpected inference input 'x'"),
+        (
+            [_images(datatype="FP64"), _task()],
+            "data-type is 'FP64', but model 'tiny' expects 'FP32'",
+        ),
+        (
+            [_images(), _task(datatype="INT64")],
+            "data-type is 'INT64', but model 'tiny' expects 'BYTES'",
+        ),
+        ([_images(PIXELS.tobytes()[:-1]), _task()], "for model 'm'. Expected 1536, got 1535"),
+        ([_images(PIXELS.ravel()[1:].tolist()), _task()], "Expected 1536, got 1532"),
+        ([_images(PIXELS.reshape(2, -1).tolist()), _task()], "does not hold"),
+        ([_images(shape=(2, 3, 8, 9)), _task()], r"Expected \[-1,3,8,8\], got \[2,3,8,9\]"),
+        (
+            [_images(shape=(10**9, 10**9)), _task()],
+            r"unexpected shape .* got \[1000000000,1000000000\]",
+        ),
+        ([_images(shape=()), _task()], r"unexpected shape .* got \[\]"),
         ([_images([[1.0], [1.0, 2.0]]), _task()], "wrong kind"),
         ([_images(["1.5"] * 384), _task()], "wrong kind"),
         ([_images([None] * 384), _task()], "wrong kind"),
@@ -69,10 +83,11 @@ def test_every_spelling_reads_the_same(service, images, task):
         ([_images([10**400] * 384), _task()], "wrong kind"),
         ([_images([1e39] * 384), _task()], "not finite"),
         ([_images([float("nan")] * 384), _task()], "not finite"),
-        ([_images(), _task(NAMES[:-1])], "does not hold"),
-        ([_images(), _task(NAMES[:10])], "does not hold"),
-        ([_images(), _task(b"\xff\xff\xff\xffpets")], "does not hold"),
-        ([_images(), _task(["pets"])], "does not hold"),
+        ([_images(), _task(NAMES[:-1])], "expecting string of length 4 but only 3 bytes"),
+        ([_images(), _task(NAMES[:10])], "length indicator .* expecting 4 bytes but only 2 bytes"),
+        ([_images(), _task(b"\xff\xff\xff\xffpets")], "length 4294967295 but only 4 bytes"),
+        ([_images(), _task(["pets"])], "expected 2 string elements .* for model 'm', got 1"),
+        ([_images(), _task(["pets"] * 4)], "elements 3 for .* expecting 2 .*found: 4 elements"),
         ([_images(), _task([1, 2])], "wrong kind"),
         ([_images(), _task([None, "pets"])], "wrong kind"),
         ([_images(), _task(shape=(1, 2))], "wrong shape"),
@@ -80,8 +95,9 @@ def test_every_spelling_reads_the_same(service, images, task):
     ],
 )
 def test_a_malformed_tensor_has_its_own_sentence(service, inputs, sentence):
-    with pytest.raises(InvalidRequest, match=sentence):
+    with pytest.raises(InvalidRequest) as refusal:
         protocol.read_request(service.registry, inputs)
+    assert re.search(sentence, one_line(refusal.value))
 
 
 def test_outputs_come_in_the_models_order_and_only_those_asked_for(service):
@@ -154,8 +170,8 @@ def test_integers_read_the_same_in_every_spelling(text, content):
 @pytest.mark.parametrize(
     ("ids", "sentence"),
     [
-        (InputTensor("input_ids", "FP32", (2, 6), [1.0] * 12), "wanted: INT64"),
-        (InputTensor("input_ids", "INT64", (2, 6), IDS.tobytes()[:-4]), "wanted: 96 bytes"),
+        (InputTensor("input_ids", "FP32", (2, 6), [1.0] * 12), "expects 'INT64'"),
+        (InputTensor("input_ids", "INT64", (2, 6), IDS.tobytes()[:-4]), "Expected 96, got 92"),
         (InputTensor("input_ids", "INT64", (2, 6), [1.0] * 12), "a list of integers"),
         (InputTensor("input_ids", "INT64", (2, 6), [True] * 12), "a list of integers"),
         (InputTensor("input_ids", "INT64", (2, 6), ["1"] * 12), "a list of integers"),
@@ -163,7 +179,7 @@ def test_integers_read_the_same_in_every_spelling(text, content):
         (InputTensor("input_ids", "INT64", (2, 6), [2**63, -1] * 6), "a list of integers"),
         (InputTensor("input_ids", "INT64", (2, 6), [2**70] * 12), "a list of integers"),
         (InputTensor("input_ids", "INT64", (2, 6), [2**62] * 12), "out of range"),
-        (InputTensor("input_ids", "INT64", (2, 6), [1] * 11), "does not hold"),
+        (InputTensor("input_ids", "INT64", (2, 6), [1] * 11), "Expected 96, got 88"),
     ],
 )
 def test_integers_that_are_none_have_their_own_sentence(text, ids, sentence):
@@ -178,7 +194,7 @@ def test_the_metadata_lists_every_input_in_the_engines_order(text):
         {"name": "visual_feats", "datatype": "FP32", "shape": [-1, 2, 4]},
         {"name": "task", "datatype": "BYTES", "shape": [-1, 1]},
     ]
-    with pytest.raises(InvalidRequest, match="input_ids, attention_mask, visual_feats"):
+    with pytest.raises(InvalidRequest, match=r"missing required input\(s\) \['input_ids','task'\]"):
         protocol.read_request(Registry(text), [MASK, FEATS])
 
 
@@ -210,7 +226,7 @@ def test_all_tasks_are_one_model_more(two_engines):
     for row, answers in enumerate(every.answer_all(PIXELS / 100)):
         assert tensors[0].array[row].tobytes() == answers.logits.tobytes()
         assert [label.decode() for label in tensors[2].array[row]] == list(answers.labels)
-    with pytest.raises(InvalidRequest, match="unknown input"):
+    with pytest.raises(InvalidRequest, match="unexpected inference input 'task'"):
         protocol.read_request(every.registry, [_images(), _task()])
     with pytest.raises(InvalidRequest, match="cannot be given as classes"):
         protocol.check_outputs(every.registry, [OutputRequest("logits", 2)])

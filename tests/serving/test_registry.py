@@ -28,7 +28,11 @@ def _with(value: float) -> np.ndarray:
         (GOOD[0], ["pets"], "wrong shape"),
         (GOOD[:, :, :7], ["pets"] * 2, "wanted: [n, 3, 8, 8]; found: [2, 3, 7, 8]"),
         (GOOD[:0], [], "no rows"),
-        (np.zeros((9, 3, 8, 8), np.float32), ["pets"] * 9, "wanted: 1 to 8 rows; found: 9"),
+        (
+            np.zeros((9, 3, 8, 8), np.float32),
+            ["pets"] * 9,
+            "must be <= 8 for 'tiny' (where: images; found: 9 rows",
+        ),
         (GOOD, ["pets"], "one task per row"),
         (GOOD, None, "names no task"),
         (GOOD, ["pets", "dogs"], "task, row 1; wanted: one of pets, cars, flowers; found: dogs"),
@@ -99,7 +103,10 @@ def test_the_only_task_need_not_be_named_but_must_be_right(single):
             "visual_feats, row 1; wanted: finite float32; found: 8 NaN or infinite values",
         ),
         (lambda g: {k: v[:0] for k, v in g.items()}, "no rows"),
-        (lambda g: {k: np.repeat(v, 5, 0) for k, v in g.items()}, "wanted: 1 to 8 rows; found: 10"),
+        (
+            lambda g: {k: np.repeat(v, 5, 0) for k, v in g.items()},
+            "must be <= 8 for 'tiny' (where: input_ids; found: 10 rows",
+        ),
     ],
 )
 def test_a_named_input_that_is_wrong_is_named(text, sentences, change, sentence):

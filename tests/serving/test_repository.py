@@ -177,7 +177,7 @@ def test_neither_model_is_written_over_unasked(two_engines, bundle, tmp_path):
 def test_options_stand_in_the_configuration(bundle, tmp_path):
     model, config = _native(
         bundle, tmp_path,
-        max_delay_ms=3, preferred_batches=(8, 4), priority_levels=3, max_queue=50, queue_timeout_ms=20,
+        max_delay_ms=3, preferred_batches=(8, 4), priority_levels=3, max_queued=50, timeout_ms=20,
         instances=2, keep_versions=2, cache=True, resources=(("R1", 2), ("R2", 1)), warmup=True,
     )  # fmt: skip
     batching = config.dynamic_batching
@@ -203,7 +203,7 @@ def test_options_stand_in_the_configuration(bundle, tmp_path):
 
 def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
     options = ModelOptions(
-        max_delay_ms=0, priority_levels=2, max_queue=50, queue_timeout_ms=20, max_task_rows=9,
+        max_delay_ms=0, priority_levels=2, max_queued=50, timeout_ms=20, max_task_queued=9,
         weights=(("pets", 2.0),), rows=12, keep=Path("kept"), task_control=True, sockets=tmp_path,
     )  # fmt: skip
     model = write_repository(inputs_bundle, tmp_path, device=Device(threads=2), options=options)
@@ -237,7 +237,9 @@ def test_what_means_nothing_in_the_layout_hot_is_refused(bundle, tmp_path, wrong
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_task_rows": 3}, {"weights": (("pets", 2.0),)}, {"task_control": True}], ids=str
+    "wrong",
+    [{"max_task_queued": 3}, {"weights": (("pets", 2.0),)}, {"task_control": True}],
+    ids=str,
 )
 def test_what_needs_our_service_is_refused_in_the_layout_native(bundle, tmp_path, wrong):
     with pytest.raises(UsageError, match="no code of ours"):
@@ -258,7 +260,7 @@ def test_what_is_not_asked_for_is_not_configured(bundle, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_delay_ms": -1}, {"priority_levels": -1}, {"max_queue": -1}, {"queue_timeout_ms": -0.5},
+        {"max_delay_ms": -1}, {"priority_levels": -1}, {"max_queued": -1}, {"timeout_ms": -0.5},
         {"instances": 0}, {"keep_versions": 0}, {"preferred_batches": (0,)}, {"preferred_batches": (4, 9)},
         {"resources": (("R", 0),)}, {"resources": (("", 1),)}, {"resources": (("R", 1), ("R", 2))},
         {"gpus": ()}, {"gpus": (-1,)}, {"gpus": (1, 1)},
@@ -314,7 +316,7 @@ def test_a_version_that_cannot_be_written_leaves_all_as_it_was(bundle, tmp_path)
     with pytest.raises(OSError, match="no space"):
         write_repository(
             bundle, tmp_path, layout="native", graphs=Full, new_version=True,
-            options=ModelOptions(max_queue=3),
+            options=ModelOptions(max_queued=3),
         )  # fmt: skip
     assert _versions(model) == ["1"]
     assert (model / "config.pbtxt").read_bytes() == config

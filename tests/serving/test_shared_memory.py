@@ -99,7 +99,7 @@ def test_a_link_out_of_the_folder_is_refused(memory, regions, tmp_path):
 
 def test_a_name_is_given_once(memory, regions):
     regions.register("x", memory(b"0123"), 0, 4)
-    with pytest.raises(InvalidRequest, match="name that is free"):
+    with pytest.raises(InvalidRequest, match="'x' already in manager"):
         regions.register("x", memory(b"0123"), 0, 4)
 
 

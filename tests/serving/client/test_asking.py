@@ -127,7 +127,7 @@ def test_a_picture_that_is_refused_is_prepared_again_where_its_task_changed(
     client, tasks, service, picture
 ):
     tasks.table["pets"]["preprocessing"] = Preprocessing((9, 9)).to_json()
-    with pytest.raises(InvalidRequest, match="wrong shape"):
+    with pytest.raises(InvalidRequest, match="unexpected shape"):
         client.ask(picture, task="pets")
     settings = Preprocessing((SIZE, SIZE), mean=(0.1, 0.1, 0.1))
     tasks.table["pets"]["preprocessing"] = settings.to_json()
@@ -283,7 +283,7 @@ def test_an_unknown_model_is_said(client_kind, url, addresses):
         pytest.raises(UnknownModel) as refused,
     ):
         client.ask(np.zeros((3, SIZE, SIZE), np.float32), task="pets")
-    assert refused.value.details["found"] == "other"
+    assert refused.value.what == "Request for unknown model: 'other' is not found"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_an_unknown_model_is_said(client_kind, url, addresses):
         ({"pixels": np.zeros((3, SIZE, SIZE), np.float32)}, "pets", "other inputs"),
         (np.full((3, SIZE, SIZE), np.nan, np.float32), "pets", "not finite"),
         (np.zeros((3, SIZE, SIZE), np.float32), "birds", "unknown task"),
-        (np.zeros((3, SIZE, SIZE), np.float32), None, "names no task"),
+        (np.zeros((3, SIZE, SIZE), np.float32), None, r"missing required input\(s\) \['task'\]"),
     ],
 )
 def test_a_row_that_cannot_be_answered_is_refused(client, source, task, said):

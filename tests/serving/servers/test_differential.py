@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import re
 import zlib
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ def _get(path: str, method: str = "GET", body: bytes = b"") -> Ask:
 
 
 PACKED = gzip.compress(json.dumps(GOOD).encode())
+_BODY = json.dumps(GOOD).encode()
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(_BODY), _BODY)
 CASES: dict[str, Ask] = {
     # Requests that are answered.
     "flat": Ask(GOOD),
@@ -130,6 +133,14 @@ CASES: dict[str, Ask] = {
     ),
     "gzip out": Ask(GOOD, headers={"Accept-Encoding": "gzip"}),
     "deflate out": Ask(GOOD, headers={"Accept-Encoding": "deflate"}),
+    "chunks and their length": Ask(
+        CHUNKS,
+        headers={
+            "Transfer-Encoding": "chunked",
+            "Content-Length": str(len(CHUNKS)),
+            LENGTH: str(len(_BODY)),
+        },
+    ),
     "priority": _with(priority=0),
     "timeout": _with(timeout=10_000_000),
     "parameters of one's own": _with(mine=1, text="x", flag=True),
@@ -273,6 +284,9 @@ CASES: dict[str, Ask] = {
             ("GET", "/v2/cudasharedmemory/status"),
             ("POST", "/v2/cudasharedmemory/unregister"),
             ("GET", "/v2/cudasharedmemory/region/x/status"),
+            ("GET", "/v2/trace/setting"),
+            ("GET", "/v2/models/tiny/trace/setting"),
+            ("GET", "/v2/logging"),
             ("GET", "/v2/nothing"),
             ("GET", "//v2"),
             ("GET", "/v2/models/ti%6Ey"),
@@ -289,6 +303,7 @@ CASES: dict[str, Ask] = {
             ("no key", b'{"byte_size": 4}'),
             ("no size", b'{"key": "/x"}'),
             ("no object", b'{"key": "/utune-no-such", "byte_size": 4}'),
+            ("no name", b'{"key": "", "byte_size": 0}'),
             ("a path", b'{"key": "/../etc/passwd", "byte_size": 4}'),
         )
     },
@@ -314,7 +329,7 @@ ON_PURPOSE: dict[str, tuple[int, int, str]] = {
             *("data of truth values", "data beyond float64", "names numbers"),
             *("a tail of negative size", "a tail's size a text", "a head cut short", "gzip cut"),
             *("index a text", "index a brace", "a region of nothing", "a region of no object"),
-            *("a region of a path",),
+            *("a region of a path", "a region of no name"),
         ),
         (500, 400, MALFORMED),
     ),
@@ -329,6 +344,10 @@ ON_PURPOSE: dict[str, tuple[int, int, str]] = {
     "GET /v2/models/tiny/versions/2/ready": (400, 404, "there is no such version"),
     "GET /v2/models/other/ready": (400, 404, "there is no such model"),
     "GET /v2/models/other/stats": (400, 404, "there is no such model"),
+    **dict.fromkeys(
+        ("GET /v2/trace/setting", "GET /v2/models/tiny/trace/setting", "GET /v2/logging"),
+        (200, 404, "settings of traces and of logs are not offered, and this is said"),
+    ),
     "GET /v2/models/ti%6Ey": (404, 200, "a path's letters may be escaped"),
 }
 BODIES = {
@@ -345,6 +364,30 @@ BODIES = {
     "binary by default but one": "the extension's text has binary_data_output hold for named outputs too",
     "GET /v2/models/tiny/config": "Triton shows every field, we show those that say something",
 }
+
+
+WORDS = (
+    # The refusal is Triton's, word for word, before what we add in brackets.
+    *("an unknown output", "inputs none", "no images", "no task", "an input twice"),
+    *("datatype of another", "shape of another picture", "too many rows"),
+    *("a tail that is not there", "bytes behind the tail", "a cut tail"),
+    *("a head of no length", "another model", "another version", "version 0"),
+    *("GET /v2/models/tiny/versions/2", "GET /v2/models/other", "GET /v2/models/other/config"),
+    *("a region of no object", "a region of a path", "a region of no name"),
+    "GET /v2/cudasharedmemory/region/x/status",
+)
+WORDS_OVER_GRPC = (
+    *("an unknown output", "no inputs", "an input too few", "an input twice", "contents cut"),
+    *("contents too long", "names cut", "typed too few", "typed and raw", "datatype of another"),
+    *("shape of another picture", "another model", "no model", "another version"),
+    "a region unknown",
+)
+
+
+def _same_words(theirs: str, own: str) -> bool:
+    """Whether a refusal of ours begins as Triton's, without its request's id and its advice on configurations."""
+    sentence = re.sub(r"^\[request id: .*?\] |\. NOTE: .*$", "", theirs)
+    return own == sentence or own.startswith(f"{sentence} (")
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +410,8 @@ def test_both_say_the_same_over_http(servers, case):
         assert own_headers["content-type"] == "application/json"  # Triton's is sometimes text/plain
         if CASES[case].method != "HEAD":
             assert isinstance(json.loads(own_body)["error"], str)
+        if case in WORDS:
+            assert _same_words(*(json.loads(told)["error"] for told in (body, own_body)))
         return
     if case in ON_PURPOSE or case in BODIES:
         return
@@ -430,7 +475,8 @@ def _keys(value: Any) -> frozenset[str]:
 
 
 def test_every_difference_is_one_of_a_case():
-    assert {*ON_PURPOSE, *BODIES} <= CASES.keys()
+    assert {*ON_PURPOSE, *BODIES, *WORDS} <= CASES.keys()
+    assert {*CODES_ON_PURPOSE, *WORDS_OVER_GRPC} <= MESSAGES.keys()
 
 
 def _message(**changes: Any) -> Any:
@@ -515,7 +561,7 @@ CODES_ON_PURPOSE: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("case", MESSAGES)
 def test_both_say_the_same_over_grpc(servers, case):
-    codes, answers = [], []
+    codes, answers, words = [], [], []
     for addresses in servers:
         with grpc.insecure_channel(addresses.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -524,8 +570,11 @@ def test_both_say_the_same_over_grpc(servers, case):
                 codes.append("OK")
             except grpc.RpcError as error:
                 codes.append(error.code().name)
+                words.append(error.details())
     wanted = CODES_ON_PURPOSE.get(case, (codes[0], codes[0], ""))[:2]
     assert tuple(codes) == wanted
+    if case in WORDS_OVER_GRPC:
+        assert _same_words(*words), words
     if codes == ["OK", "OK"]:
         theirs, own = answers
         assert own.raw_output_contents == theirs.raw_output_contents
@@ -552,6 +601,14 @@ _CALLS: dict[str, tuple[str, Any]] = {
     ),
     "regions": ("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest()),
     "a region": ("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest(name="x")),
+    "a region without a name": (
+        "SystemSharedMemoryRegister",
+        service_pb2.SystemSharedMemoryRegisterRequest(),
+    ),
+    "a region of no object": (
+        "SystemSharedMemoryRegister",
+        service_pb2.SystemSharedMemoryRegisterRequest(name="x", key="/utune-no-such", byte_size=4),
+    ),
     "forget": ("SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest()),
     "CUDA regions": ("CudaSharedMemoryStatus", service_pb2.CudaSharedMemoryStatusRequest()),
     "a CUDA region": (

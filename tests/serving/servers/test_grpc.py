@@ -149,3 +149,17 @@ def test_a_decoupled_model_brings_any_number_of_answers():
         ("1", "", False, 1),
         ("1", "", True, None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "said"),
+    [
+        ("TraceSetting", service_pb2.TraceSettingRequest(), "settings of traces are not offered"),
+        ("LogSettings", service_pb2.LogSettingsRequest(), "settings of logs are not offered"),
+    ],
+)
+def test_what_is_not_offered_is_said(stub, method, asked, said):
+    with pytest.raises(grpc.RpcError) as refused:
+        getattr(stub, method)(asked, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert said in refused.value.details()

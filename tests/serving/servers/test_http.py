@@ -277,6 +277,16 @@ def test_nothing_is_redirected(address, path, status):
     assert _call(address, "GET", path)[0] == status
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "path", ["/v2/trace/setting", "/v2/models/tiny/versions/1/trace/setting", "/v2/logging"]
+)
+def test_what_is_not_offered_is_said(address, method, path):
+    status, _, reply = _call(address, method, path)
+    assert status == 404
+    assert "are not offered here" in json.loads(reply)["error"]
+
+
 def test_parameters_that_are_null_are_none(address):
     message = {"inputs": [{**IMAGES, "parameters": None}, TASK], "parameters": None}
     assert _infer(address, message)[0] == 200
@@ -300,4 +310,4 @@ def test_a_body_without_a_head_needs_one_input(address):
     headers = {"Inference-Header-Content-Length": "0"}
     status, _, reply = _call(address, "POST", INFER, PIXELS.tobytes(), headers)
     assert status == 400
-    assert "got 2 inputs in 'tiny'" in json.loads(reply)["error"]
+    assert "got 2 inputs in 'tiny' model configuration" in json.loads(reply)["error"]

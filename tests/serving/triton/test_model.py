@@ -213,7 +213,7 @@ def test_priorities_and_timeouts_of_requests_are_heard(start):
 
 
 def test_limits_refuse_and_the_default_timeout_holds(start):
-    model = start(max_queue=3, max_task_rows=2, queue_timeout_ms=50)
+    model = start(max_queued=3, max_task_queued=2, timeout_ms=50)
     ask = Asker(model)
     ask("pets", timeout=60_000_000)
     assert model.engine.entered.wait(30)

@@ -151,7 +151,7 @@ def test_a_version_is_added_under_load(bundle, fewer, service, rows, triton_envi
 
 def test_triton_takes_the_native_configuration(two_engines, triton_environment, tmp_path):
     options = ModelOptions(
-        preferred_batches=(4, 8), priority_levels=3, max_queue=50, queue_timeout_ms=500, cache=True,
+        preferred_batches=(4, 8), priority_levels=3, max_queued=50, timeout_ms=500, cache=True,
         resources=(("engine", 1),), warmup=True,
     )  # fmt: skip
     write_repository(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -29,6 +32,22 @@ def test_an_ordinary_loop_moves_the_branches_and_nothing_else(vit):
     assert {id(p) for p in tuned.trainable()} == {
         id(p) for p in tuned.parameters() if p.requires_grad
     }
+
+
+def test_a_pass_lets_go_of_what_it_tapped_without_a_collection(vit):
+    tuned = attach(vit, dual_adapter(3), classes=4)
+    seen = []
+    hook = vit.model.blocks[1].mlp.register_forward_pre_hook(
+        lambda _, args: seen.append(weakref.ref(args[0]))
+    )
+    gc.disable()
+    try:
+        with torch.no_grad():
+            tuned(vit.example(2))
+        assert [ref() for ref in seen] == [None]
+    finally:
+        gc.enable()
+        hook.remove()
 
 
 def test_prompts_on_a_rotary_backbone_are_refused():

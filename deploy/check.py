@@ -46,9 +46,7 @@ ISOLATED = 4  # tasks that are asked while others hold garbage
 BESIDE = (
     2  # tasks that are not asked: their rows stand among the others' and hold garbage each time
 )
-SHARE = (
-    1 / 8
-)  # of the backbone: what a runtime reads of a bank between two openings
+SHARE = 1 / 8  # of the backbone: what a runtime reads of a bank between two openings
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 import warnings
 from dataclasses import dataclass, field
+from datetime import date, datetime, time, timedelta, timezone
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..delta import Delta
@@ -118,44 +123,89 @@ def differing(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The frozen tensors that a checkpoint holds with other values: its own and the backbone's.
 
-    The classifier is left out. A checkpoint that saves the trunk has all of it.
+    The classifier is left out. A checkpoint that saves the trunk has all of it. One that was saved in half precision
+    holds the same values where the backbone's round to them.
 
     Raises:
         IncompatibleArtefact: One is missing, or has another shape.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    strange = []
+    missing, strange = [], []
     for name, frozen in backbone.model.state_dict().items():
         if backbone.is_classifier(name):
             continue
         own = tensors.get(name)
-        if own is None or own.shape != frozen.shape:
+        if own is None:
+            missing.append(name)
+        elif own.shape != frozen.shape:
             strange.append(name)
-        elif not torch.equal(own.double(), frozen.double()):
+        elif not torch.equal(own.double(), _as_stored(frozen, own.dtype).double()):
             found[name] = own, frozen
+    if missing:
+        raise IncompatibleArtefact(
+            "the checkpoint lacks frozen tensors of the backbone",
+            where=path,
+            wanted=f"all of {backbone.identity.architecture}, which such a checkpoint saves",
+            found=f"no {_some(missing)}",
+            do="save the whole model's state dict, or load the backbone that it was trained on",
+        )
     if strange:
         raise other_backbone(path, backbone, strange)
     return found
 
 
+def _as_stored(frozen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen tensor as a file in half precision stores it."""
+    return frozen.to(dtype) if dtype in (torch.float16, torch.bfloat16) else frozen
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
 def other_backbone(path: Path, backbone: Backbone, names: Sequence[str]) -> IncompatibleArtefact:
     """The error of frozen tensors that are not the backbone's."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return IncompatibleArtefact(
         "frozen tensors are not the backbone's",
         where=path,
         wanted=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
-        found=", ".join(names[:5]) + more,
+        found=_some(names),
         do="load the backbone that it was trained on",
     )
 
 
-def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
-    """A torch checkpoint, tensors and plain containers only; no code in it is run.
+def _plain_classes() -> list[Any]:
+    """What training scripts leave beside tensors, and whose making runs no code of the file.
+
+    Arguments, numbers and arrays of NumPy under both names of its module, paths, times, and dictionaries with a
+    default, which are made of built-in types alone.
+    """
+    array, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    return [
+        argparse.Namespace,
+        (_plain_dict, "collections.defaultdict"),
+        *(dict, float, int, list, set, str, tuple),
+        *(datetime, date, time, timedelta, timezone),
+        *((PurePosixPath, f"pathlib{inner}.PosixPath") for inner in ("", "._local")),
+        *((PureWindowsPath, f"pathlib{inner}.WindowsPath") for inner in ("", "._local")),
+        *(PurePosixPath, PureWindowsPath),
+        *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in np.typecodes["All"])),
+        *((array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    """In place of a dictionary with a default, which torch does not fill."""
+    return {}
+
+
+def read_pickle(path: Path) -> Any:
+    """A torch checkpoint: tensors, plain containers, and what `_plain_classes` names; no code in it is run.
 
     Args:
         path: The file.
-        allowed: Further classes, whose making runs no code of the file.
 
     Raises:
         UsageError: There is no such file.
@@ -166,14 +216,14 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what fails is raised
-            with torch.serialization.safe_globals(list(allowed)):
+            with torch.serialization.safe_globals(_plain_classes()):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as cause:
         raise IncompatibleArtefact(
             "the checkpoint holds objects that would run code when loaded",
             where=path,
             wanted="tensors and plain containers",
-            found=str(cause).partition("\n")[0],
+            found=_refused_class(str(cause)),
             do="save it again as a plain state dict",
         ) from cause
     except Exception as cause:  # damaged bytes end anywhere in pickle, zipfile and torch
@@ -181,6 +231,15 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
         raise IncompatibleArtefact(
             "the checkpoint is damaged", where=path, found=said.removesuffix(": ")
         ) from cause
+
+
+def _refused_class(said: str) -> str:
+    """The class that torch would not make, or what it said about another refusal."""
+    named = re.search(r"GLOBAL (\S+) was not an allowed|allowed global \[?(\S+?)\]? ", said)
+    if named:
+        return named[1] or named[2]
+    reason = said.rpartition("WeightsUnpickler error: ")[2]
+    return re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().partition("\n")[0]
 
 
 def refuse(path: Path, what: str, *, found: object, do: str | None = None) -> IncompatibleArtefact:

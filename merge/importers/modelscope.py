@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 CROP = 224 / 256  # its pipeline resizes to 256 and cuts 224, with ImageNet's mean and deviation
-WRAPPERS = ("module.", "model.")  # of distributed training, of the trainer
+CONTAINERS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = (
+    "module.",
+    "model.",
+    "net.",
+    "_orig_mod.",
+)  # of distributed training, trainers, torch.compile
 ADAPTER = ("adapter.ln1.weight", "adapter.ln1.bias", "adapter.ln2.weight", "adapter.ln2.bias")
 LORA = ("attn.lora.lora_a.weight", "attn.lora.lora_b.weight")
 PREFIX = ("attn.prefix.prefix_key", "attn.prefix.prefix_value")
@@ -78,14 +84,19 @@ def _parts(
     path: Path, saved: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
     """Trunk and head tensors by their names inside, and class names."""
+    inner = [saved[key] for key in CONTAINERS if isinstance(saved, dict) and key in saved]
+    saved = next((part for part in inner if isinstance(part, dict)), saved)
     if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
         trunk, head = (
-            {_unwrapped(key): value for key, value in (saved.get(part) or {}).items()}
+            {
+                _unwrapped(key).removeprefix("backbone."): v
+                for key, v in (saved.get(part) or {}).items()
+            }
             for part in ("backbone_weight", "head_weight")
         )
         classes = saved.get("CLASSES")
         return trunk, head, tuple(map(str, classes)) if classes else None
-    flat = saved.get("state_dict", saved) if isinstance(saved, dict) else {}
+    flat = saved if isinstance(saved, dict) else {}
     flat = {_unwrapped(key): value for key, value in flat.items() if isinstance(value, Tensor)}
     trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
     head = {k.removeprefix("head."): v for k, v in flat.items() if k.startswith("head.")}
@@ -101,7 +112,7 @@ def _parts(
 
 def _unwrapped(key: str) -> str:
     while key.startswith(WRAPPERS):
-        key = key.removeprefix("module.").removeprefix("model.")
+        key = key.partition(".")[2]
     return key
 
 
@@ -193,10 +204,22 @@ def _head(
         raise refuse(
             path, "the checkpoint has no classifier", found="neither head_weight nor head.fc"
         )
+    for layer in (inner, outer):
+        if layer and not {"weight"} <= set(layer) <= {"weight", "bias"}:
+            raise refuse(
+                path,
+                "the checkpoint's classifier is no linear layer",
+                found=", ".join(sorted(layer)[:5]),
+                do=f"wanted: head.fc.weight, or {classifier}weight, with or without a bias",
+            )
     if not inner or not outer:
         one = inner or outer
         found.plant_head(backbone, one["weight"], one.get("bias"))
         return
     weight = outer["weight"].double() @ inner["weight"].double()
-    bias = outer["weight"].double() @ inner["bias"].double() + outer["bias"].double()
+    bias = weight.new_zeros(len(weight))
+    if "bias" in inner:
+        bias = bias + outer["weight"].double() @ inner["bias"].double()
+    if "bias" in outer:
+        bias = bias + outer["bias"].double()
     found.plant_head(backbone, weight, bias)

@@ -7,7 +7,6 @@ tuning differ in what changed and nothing else; see `differences.carry`.
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +25,13 @@ if TYPE_CHECKING:
     from ..backbone import Backbone
     from .settings import Settings
 
-CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_ema")
-WRAPPERS = ("module.", "model.", "_orig_mod.")  # of distributed training, a trainer, torch.compile
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "state_dict_ema", "model_ema")
+WRAPPERS = (
+    "module.",
+    "model.",
+    "backbone.",
+    "_orig_mod.",
+)  # of distributed training, trainers, torch.compile
 
 
 def read_timm(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
@@ -76,10 +80,7 @@ def _state_dict(path: Path, chosen: str | None) -> Mapping[str, Tensor]:
         IncompatibleArtefact: The file holds none.
     """
     saved: Any
-    if path.suffix == ".safetensors":
-        saved = read_tensors(path)
-    else:
-        saved = read_pickle(path, [argparse.Namespace])  # the arguments beside timm's state dict
+    saved = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if not isinstance(saved, dict):
         raise refuse(path, "the file holds no state dict", found=type(saved).__name__)
     parts = {key: saved[key] for key in CONTAINERS if isinstance(saved.get(key), dict)}

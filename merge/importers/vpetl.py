@@ -46,7 +46,8 @@ SETTINGS = (
     "ffn_adapter_layernorm_option",
 )
 DROPPED = "relative_position_index"  # a constant of the geometry
-WRAPPERS = ("module.", "_orig_mod.")
+CONTAINERS = ("model", "module", "state_dict", "model_state_dict")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
@@ -62,7 +63,7 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
             released code.
     """
     settings.allow(*SETTINGS)
-    saved = read_pickle(path, [argparse.Namespace])
+    saved = read_pickle(path)
     tensors, arguments = _parts(path, saved)
     found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, arguments))
     _require_softmax(path, settings, arguments)
@@ -88,20 +89,23 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
 
 def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The model's tensors without the constants, and the run's arguments."""
-    model = saved.get("model", saved) if isinstance(saved, dict) else None
+    parts = (saved.get(name) for name in CONTAINERS) if isinstance(saved, dict) else ()
+    model = next((part for part in parts if isinstance(part, dict)), saved)
     tensors: dict[str, Tensor] = {}
     for key, value in model.items() if isinstance(model, dict) else ():
         if not isinstance(value, Tensor):
             continue
         while key.startswith(WRAPPERS):
-            key = key.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+            key = key.partition(".")[2]
         if not key.endswith(DROPPED):
             tensors[key] = value
     if not any(".blocks." in f".{key}" for key in tensors):
         raise refuse(
             path,
             "the file is no checkpoint of V-PETL",
-            found=", ".join(list(tensors)[:3]) or type(saved).__name__,
+            found=", ".join(list(tensors)[:3]) or ", ".join(map(str, saved))[:80]
+            if isinstance(saved, dict)
+            else type(saved).__name__,
             do="wanted: {model, args, ...} as its training script saves it",
         )
     arguments = saved.get("args") or {}

@@ -9,7 +9,12 @@ import argparse
 import json
 import pickle
 import random
+from collections import defaultdict
+from datetime import datetime
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -38,6 +43,34 @@ def test_code_in_a_checkpoint_is_never_run(vit, tmp_path, capsys):
     assert "never" not in capsys.readouterr().out
 
 
+BESIDE = {
+    "arguments": argparse.Namespace(lr=0.1, inner=argparse.Namespace(x=1)),
+    "numpy's number": np.float64(0.9),
+    "numpy's array": np.arange(3.0),
+    "a path": Path("runs/best"),
+    "a dictionary with a default": defaultdict(list, loss=[1.0]),
+    "a time": datetime(2026, 1, 1),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_training_scripts_leave_beside_tensors_is_read(what, tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "beside": BESIDE[what]}, tmp_path / "c.pth")
+    saved = read_pickle(tmp_path / "c.pth")
+    assert torch.equal(saved["model"]["w"], torch.ones(2))
+    if what == "a path":
+        assert str(saved["beside"]) == str(BESIDE[what])
+    else:
+        assert np.array_equal(saved["beside"], BESIDE[what])
+
+
+def test_the_refusal_names_the_class(tmp_path):
+    torch.save({"a": Fraction(1, 2)}, tmp_path / "c.pth")
+    with pytest.raises(IncompatibleArtefact) as caught:
+        read_pickle(tmp_path / "c.pth")
+    assert caught.value.details["found"] == "fractions.Fraction"
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "plain"])
 def test_a_damaged_checkpoint_is_no_traceback(kind, tmp_path):
     """Bytes changed and cut off anywhere: tensors, or an error that a user can act on."""
@@ -57,7 +90,7 @@ def test_a_damaged_checkpoint_is_no_traceback(kind, tmp_path):
             damaged = damaged[: chance.randrange(len(damaged))]
         path.write_bytes(damaged)
         try:
-            read_pickle(path, [argparse.Namespace])
+            read_pickle(path)
         except IncompatibleArtefact as answer:
             refused.append(str(answer))
     assert refused
@@ -69,6 +102,43 @@ def modelscope_file(path, vit, features=48, **changes):
     head = {"fc.weight": torch.randn(3, features), "fc.bias": torch.randn(3)}
     torch.save({"backbone_weight": {**trunk, **changes}, "head_weight": head}, path)
     return path
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda f: {"model": f},
+        lambda f: {"model_state_dict": f, "CLASSES": None},
+        lambda f: {**f, "backbone_weight": {f"module._orig_mod.{k}": v for k, v in f["backbone_weight"].items()}},
+        lambda f: {**f, "backbone_weight": {f"backbone.{k}": v for k, v in f["backbone_weight"].items()}},
+        lambda f: {**f, "backbone_weight": {k: v.half() for k, v in f["backbone_weight"].items()}},
+    ],
+    ids=["model", "model_state_dict", "compiled", "backbone", "half"],
+)  # fmt: skip
+def test_a_checkpoint_is_read_however_it_was_wrapped(wrapped, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    saved = torch.load(file)
+    torch.save(wrapped(saved), file)
+    found = read("modelscope", file, vit)
+    head = found.tensors[next(n for n, b in found.branches.items() if b.tuner.answers)]
+    assert torch.equal(head["weight"], saved["head_weight"]["fc.weight"])
+    assert len(found.branches) == 1
+
+
+@pytest.mark.parametrize("layer", [{"linear.weight": 0}, {"fc.weight": 0, "fc.scale": 0}])
+def test_a_head_that_is_no_linear_layer_is_refused_by_name(layer, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    saved = torch.load(file)
+    torch.save({**saved, "head_weight": {k: torch.ones(3, 48) for k in layer}}, file)
+    with pytest.raises(IncompatibleArtefact, match="no linear layer"):
+        read("modelscope", file, vit)
+
+
+def test_tuners_alone_lack_the_trunk(vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    torch.save({**torch.load(file), "backbone_weight": {"x": torch.ones(1)}}, file)
+    with pytest.raises(IncompatibleArtefact, match="lacks frozen tensors"):
+        read("modelscope", file, vit)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +379,7 @@ def test_a_norm_in_an_adapter_asks_for_its_place(vit, tmp_path):
         assert foreign.branches["blocks.1.mlp/adaptformer"].tuner.norm == place
 
 
-def test_a_namespace_is_the_only_object_that_is_made(vit, tmp_path, capsys):
+def test_an_object_inside_a_namespace_is_not_made(vit, tmp_path, capsys):
     path = vpetl_file(tmp_path / "v.pth", vit, {}, {"att_prefix_mode": Exploit()})
     with pytest.raises(IncompatibleArtefact, match="would run code"):
         read("vpetl", path, vit)

@@ -14,7 +14,7 @@ from ..foreign import Foreign, read_pickle
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil
 from .mdetr import read_mdetr
-from .parts import weights_of
+from .parts import options_of, weights_of
 from .vse import read_vse
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     Raises:
         IncompatibleArtefact: The file is none of UniPT's, or of another backbone.
     """
-    saved = weights_of(path, read_pickle(path))
+    file = read_pickle(path)
+    saved, options = weights_of(path, file), options_of(file)
     merged = {key: tensor for state in saved for key, tensor in state.items()}
     if any(key.startswith(("image_adapter.", "text_adapter.")) for key in merged):
         return read_clip4clip(path, backbone, merged)
@@ -39,7 +40,7 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     if any(key.startswith("transformer.side_") for key in merged):
         return read_mdetr(path, backbone, merged)
     if any(key.startswith(("side_tuning_module.", "gpool.", "image_encoder.")) for key in merged):
-        return read_vse(path, backbone, saved, settings)
+        return read_vse(path, backbone, saved, options, settings)
     raise IncompatibleArtefact(
         "the file is no checkpoint of UniPT",
         where=path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def weights_of(path: Path, saved: Any) -> list[dict[str, Tensor]]:
     """
     inner = saved
     if isinstance(saved, dict):
-        for key in ("model_ema", "model", "state_dict"):
+        for key in ("model_ema", "model", "state_dict", "model_state_dict"):
             if isinstance(saved.get(key), (dict, list, tuple)):
                 inner = saved[key]
                 break
@@ -174,6 +175,16 @@ def weights_of(path: Path, saved: Any) -> list[dict[str, Tensor]]:
             found=_some(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__,
         )
     return found
+
+
+def options_of(saved: Any) -> dict[str, Any]:
+    """What the run was called with, where the file says it: `opt` of VSE-infinity, `args` of MDETR."""
+    if not isinstance(saved, dict):
+        return {}
+    options = next((saved[key] for key in ("opt", "args") if saved.get(key) is not None), {})
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    return dict(options) if isinstance(options, dict) else {}
 
 
 def _plain(key: str) -> str:

@@ -7,7 +7,7 @@ their epsilons in the code: 1e-8 in the L1 norms and in the length.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import IncompatibleArtefact
 from ...methods.side_networks import hidden_states
@@ -41,7 +41,11 @@ EPS = 1e-8
 
 
 def read_vse(
-    path: Path, backbone: Backbone, saved: Sequence[Mapping[str, Tensor]], settings: Settings
+    path: Path,
+    backbone: Backbone,
+    saved: Sequence[Mapping[str, Tensor]],
+    options: Mapping[str, Any],
+    settings: Settings,
 ) -> Foreign:
     """Branches of one side of a VSE-infinity checkpoint.
 
@@ -49,7 +53,9 @@ def read_vse(
         path: The file.
         backbone: The text's or the pictures' trunk; it decides which side is read.
         saved: The states in the file.
-        settings: `no_norm`: the vector's length is left as it is.
+        options: Of the run. `no_txtnorm` leaves the length of a text's vector as it is; that of a picture's is always
+            one, whatever `no_imgnorm` says.
+        settings: `no_norm`, in place of the options.
 
     Raises:
         IncompatibleArtefact: The file has no such side, or is of another backbone.
@@ -67,7 +73,8 @@ def read_vse(
         out, tap = _side_network(file, states, add, found), add
     pool = next((p for p in POOLS.values() if f"{p}.linear.weight" in state), POOLS[side])
     _gpo(file, pool, states, tap, add, found)
-    unit = not (settings.get("no_norm", bool) or False)
+    said = {"no_norm": options.get("no_txtnorm")} if side == "text" else {}
+    unit = not (settings.get("no_norm", bool, said) or False)
     answer = Branch(Embedding(out, unit, EPS), add, Point(add.module, "output"))
     found.plant(f"{add.module}/embedding", answer, {})
     trunk = {

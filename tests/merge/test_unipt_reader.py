@@ -328,7 +328,7 @@ def test_another_trunk(kind, file):
     changed = {**whole, name: whole[name] + 1e-3}
     refused(file(changed), own, "not the backbone's", found=name, wanted=print_of)
     fewer = {n: t for n, t in whole.items() if n != name}
-    refused(file(fewer), own, "not the backbone's", found=name)
+    refused(file(fewer), own, "lacks frozen tensors of the backbone", found=f"no {name}")
     layer = name.rpartition(".")[0] + "_2.weight"
     refused(file({**whole, layer: whole[name]}), own, "not the backbone's", found=layer)
 

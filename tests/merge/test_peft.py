@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from utune_deploy.merge.attach import Tuned
 from utune_deploy.merge.backbone import load, wrap
@@ -542,6 +544,34 @@ def test_a_pickled_adapter(peft, made, vit64, error, tmp_path):
     (path / "adapter_model.bin").unlink()
     with pytest.raises(UsageError, match="no such file"):
         read_peft(path, vit64)
+
+
+class Wrapper(nn.Module):
+    """A model around another, as transformers has one around timm's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.timm_model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.timm_model(images)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_adapter_of_a_wrapped_backbone(distributed, peft, made, vit64, error, tmp_path):
+    config = config_of(
+        peft, "Lora", r=2, target_modules=["qkv", "fc1"],
+        alpha_pattern={r"^timm_model\.blocks\.0\.attn\.qkv": 9}, modules_to_save=["head"],
+    )  # fmt: skip
+    wrapped = replace(vit64, model=Wrapper(vit64.model))
+    path, images, logits = made(wrapped, config)
+    if distributed:
+        tensors = load_file(path / "adapter_model.safetensors")
+        named = {f"module.{name}": tensor for name, tensor in tensors.items()}
+        save_file(named, path / "adapter_model.safetensors")
+    delta = through_a_file(path, vit64, tmp_path)
+    assert error(tuned(vit64, delta, images), logits) <= FLOAT64
+    assert "timm_model." in delta.provenance["wrapper"]
 
 
 # what is refused

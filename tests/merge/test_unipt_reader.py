@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -294,6 +296,18 @@ def test_pooling_alone(file):
     state.gpo("gpool")
     found = read("unipt", file(state), tokens(), {"no_norm": "true"})
     assert list(found.branches) == ["head/gpo", "head/embedding"]
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+def test_the_options_of_the_run_are_read(said, kind, file):
+    """`model_best.pth` holds them as argparse made them."""
+    options = kind(no_txtnorm=said, no_imgnorm=True, lr=1e-4)
+    path = file({"model": [dict(vse_text())], "opt": options, "best_rsum": np.float64(500)})
+    for given, unit in (({}, not said), ({"no_norm": "true"}, False), ({"no_norm": "false"}, True)):
+        found = read("unipt", path, tokens(), given)
+        (head,) = (b.tuner for b in found.branches.values() if b.tuner.answers)
+        assert head.unit == unit
 
 
 def test_settings_that_nothing_asks_for(file):

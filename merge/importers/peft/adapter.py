@@ -28,6 +28,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+DISTRIBUTED = "module."
 
 HARMLESS = frozenset(
     {  # what was done while training, or what the tensors say themselves
@@ -53,6 +54,8 @@ class Adapter:
         tensors: Tensors that nobody has read yet, by their names without PEFT's prefix.
         backbone: The frozen backbone.
         found: The branches so far.
+        wrapper: What stood in front of the backbone's names when it was trained inside another module, such as
+            `timm_model.` of transformers' wrapper; PEFT's patterns are of names with it.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class Adapter:
     tensors: dict[str, Tensor]
     backbone: Backbone
     found: Foreign
+    wrapper: str = ""
 
     @classmethod
     def open(cls, path: Path, backbone: Backbone) -> Adapter:
@@ -94,7 +98,29 @@ class Adapter:
         flat = read_pickle(self.path / PICKLE) if pickled else read_tensors(self.path / TENSORS)
         if not isinstance(flat, dict) or not all(isinstance(t, Tensor) for t in flat.values()):
             raise refuse(self.path / PICKLE, "the file is no state dict", found=type(flat).__name__)
-        self.tensors = {str(name).removeprefix(PREFIX): tensor for name, tensor in flat.items()}
+        self.tensors = {
+            str(name).removeprefix(DISTRIBUTED).removeprefix(PREFIX): tensor
+            for name, tensor in flat.items()
+        }
+        self.wrapper = self._wrapper()
+        if self.wrapper:
+            self.tensors = {n.removeprefix(self.wrapper): t for n, t in self.tensors.items()}
+            self.found.notes["wrapper"] = f"names begin with {self.wrapper}, which was left out"
+
+    def _wrapper(self) -> str:
+        """What all names begin with in front of the backbone's; empty where they are no backbone's behind it either."""
+        own = {name for name, _ in self.backbone.model.named_children()}
+        names, wrapper = list(self.tensors), ""
+        while names:
+            first = {name.partition(".")[0] for name in names}
+            if first & own:
+                return wrapper
+            if len(first) > 1:
+                return ""
+            (part,) = first
+            wrapper += f"{part}."
+            names = [name.partition(".")[2] for name in names if "." in name]
+        return ""
 
     def allow(self, *settings: str) -> None:
         """Refuse every setting that is on, that the reader does not read, and that could matter.
@@ -142,8 +168,9 @@ class Adapter:
             IncompatibleArtefact: It is missing or no number, or a pattern cannot be read.
         """
         table = self.config.get(patterns) or {}
+        full = self.wrapper + module
         try:
-            values = [float(v) for p, v in table.items() if re.match(rf"(.*\.)?({p})$", module)]
+            values = [float(v) for p, v in table.items() if re.match(rf"(.*\.)?({p})$", full)]
         except (AttributeError, TypeError, ValueError, re.error) as cause:
             raise IncompatibleArtefact(
                 "the adapter's configuration is malformed",

@@ -43,6 +43,7 @@ def _feeds_forward(adapter: Adapter, module: str) -> bool:
         IncompatibleArtefact: It cannot be read.
     """
     named = adapter.config.get("feedforward_modules") or []
+    module = adapter.wrapper + module
     try:
         if isinstance(named, str):
             return re.fullmatch(named, module) is not None

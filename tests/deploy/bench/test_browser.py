@@ -43,6 +43,20 @@ FOLDS = r"""
 })()
 """
 
+# What can be seen of the second subject, and of the third: series in charts, rows of tables; before and after the second
+# is left out.
+SEEN = r"""
+(() => {
+  const seen = (index) => [
+    [...document.querySelectorAll(`.filtered g.s${index}`)].filter((g) => g.getClientRects().length).length,
+    [...document.querySelectorAll(`.filtered tr:has(.s${index})`)].filter((row) => row.offsetHeight > 2).length,
+  ];
+  const before = [seen(1), seen(2)];
+  document.querySelector("input.show2").click();
+  return [before, [seen(1), seen(2)]];
+})()
+"""
+
 # Every problem of the page that geometry and colours show, in words; on a screen with all that is folded away.
 LOOK = r"""
 (() => {
@@ -273,3 +287,13 @@ def test_what_is_wrong_with_a_page_is_found(look, report, tmp_path):
     assert any("Content Security Policy" in said for said in console)
     assert '"some words" and "other words" touch' in problems
     assert any("contrast" in problem for problem in problems)
+
+
+def test_subjects_can_be_left_out(look, report, crowded, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(render_html(crowded(report)), encoding="utf-8")
+    console, (before, after), png = look(file, "light", SEEN)
+    keep("filtered", "light", png)
+    assert console == []
+    assert all(count > 0 for counts in before for count in counts)
+    assert after == [before[0], [0, 0]]

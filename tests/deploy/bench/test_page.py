@@ -10,7 +10,7 @@ from utune_deploy.deploy.bench import wording
 from utune_deploy.deploy.bench.views.page import Section, render_html, write_html, write_sweep_html
 from utune_deploy.deploy.page.drawing import Axis
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 SVG_EMPTY = {"line", "circle", "rect", "path", "polygon", "polyline"}
 
 

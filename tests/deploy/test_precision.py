@@ -18,7 +18,7 @@ from utune_deploy.deploy.graphs import bank_inputs
 from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
-from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, PASSES
+from utune_deploy.export.passes import CPU_PASSES, CUDA_PASSES, HALF_PASSES, PASSES
 from utune_deploy.merge import methods
 from utune_deploy.merge.errors import UsageError
 
@@ -122,7 +122,7 @@ def test_a_bundle_in_half_says_what_was_done_and_has_passed(
     )  # the classifier's bias, if not in a Gemm
     assert (typing["clipped"], typing["flushed"]) == ({}, {})  # nor are classes that a task lacks
     assert 0 < typing["error"] < 2.0**-11
-    assert set(bundle.plan["rewritten"]) == {*PASSES, *CUDA_PASSES}
+    assert set(bundle.plan["rewritten"]) == {*HALF_PASSES, *CUDA_PASSES}
     assert bundle.plan["rewritten"]["packed_attention"] == (2 if len(bundle.tasks) == 1 else 0)
     assert open_bundle(bundle.path) == bundle
     (answer,) = bundle.engine.outputs

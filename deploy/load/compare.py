@@ -9,7 +9,8 @@ two runs. What fails of a step:
     failed      the share of failed requests rose by more than FAIL_SHARE, with the whole interval
 
 p90 is judged and fails nothing: it lies between two that do. A step in which either client set the pace is not judged.
-Nor are latencies at a rate that either does not hold: its queue grows for as long as one measures.
+Nor are latencies at a rate that either does not hold: its queue grows for as long as one measures. A step that is not
+stable in either run fails only beyond the threshold and the tenth by which the parts of a stable run may differ.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..comparison.verdict import THRESHOLD, beyond, judge
 from .alike import remarks, require_alike
 from .contrast import PERCENTILES, contrasts, sparse
 from .failures import FAIL_SHARE, rise
+from .numbers import STABLE
 from .step import CLOSED
 from .wording import label
 
@@ -212,6 +214,7 @@ def _measures(
     enough = not any(sparse(*side) for side in zip((a, b), seconds, strict=True))
     changes = contrasts(a, b, seconds, seed, confidence) if enough else {}
     judged = enough and not _unjudged(a, b)
+    limit = threshold if a.stable and b.stable else (1 + threshold) * (1 + STABLE) - 1
     if a.latency and b.latency:
         fewest = min(a.latency.samples, b.latency.samples)
         for percentile in PERCENTILES:
@@ -224,11 +227,11 @@ def _measures(
                 getattr(b.latency, f"{name}_ms"),
                 change,
                 judge(change, threshold) if told and change else SHOWN,
-                bool(told and change and percentile != 90 and beyond(change, threshold)),
+                bool(told and change and percentile != 90 and beyond(change, limit)),
             )
     bound = a.client_bound or b.client_bound
     if closed:
-        yield _rate(a, b, rows, changes.get("rate"), threshold, judged=not bound)
+        yield _rate(a, b, rows, changes.get("rate"), threshold, limit, judged=not bound)
     else:
         yield _held(a, b, judged=not bound)
     if a.failed or b.failed:
@@ -241,6 +244,7 @@ def _rate(
     rows: int,
     change: Contrast | None,
     threshold: float,
+    limit: float,
     *,
     judged: bool,
 ) -> Measure:
@@ -249,7 +253,7 @@ def _rate(
     verdict, fails = ("slower", True) if ceased and judged else (SHOWN, False)
     if change is not None and judged:
         slower = change.inverse
-        verdict, fails = judge(slower, threshold), beyond(slower, threshold)
+        verdict, fails = judge(slower, threshold), beyond(slower, limit)
     per_second = a.answered_per_second * rows, b.answered_per_second * rows
     return Measure("rows/s", *per_second, change, verdict, fails)
 

@@ -280,6 +280,16 @@ def test_more_failed_requests_are_warned_of_and_fail_beyond_one_in_a_hundred(
     assert any("More requests failed" in w for w in comparison.warnings) == (verdict == "more")
 
 
+@pytest.mark.parametrize(("slower", "fails"), [(1.1, False), (1.3, True)])
+def test_an_unstable_step_fails_beyond_what_it_wanders_itself(run, slower, fails):
+    stable, wanders = run(1, slower=slower), run(1, slower=slower, stable=False)
+    assert compare(run(0), stable).failures
+    found = compare(run(0), wanders)
+    assert bool(found.failures) == fails
+    (pair,) = found.steps
+    assert next(m.verdict for m in pair.measures if m.name == "p50") == "slower"
+
+
 def test_an_unstable_step_is_judged_and_warned_of(run):
     comparison = compare(run(0), run(1, slower=1.2, stable=False))
     assert comparison.failures

@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     Bank = Mapping[str, NDArray[Any]] | Path
 
 ISOLATED = 4  # tasks that are asked while others hold garbage
-BESIDE = (
-    2  # tasks that are not asked: their rows stand among the others' and hold garbage each time
-)
+BESIDE = 2  # tasks that are not asked: their rows stand among the others' and hold garbage
 SHARE = 1 / 8  # of the backbone: what a runtime reads of a bank between two openings
 GARBAGE = 3.0  # standard deviation of what replaces other tasks' tensors
 

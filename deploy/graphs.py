@@ -223,8 +223,8 @@ def finish(
         UsageError: A pattern of nodes to keep names none.
         CheckFailed: Values leave the range of the precision.
     """
-    narrow = APART if precision in QUANTISED else HALF_PASSES
-    rewritten = rewrite(model, narrow if precision in (*QUANTISED, *HALF) else PASSES)
+    passes = APART if precision in QUANTISED else HALF_PASSES if precision in HALF else PASSES
+    rewritten = rewrite(model, passes)
     clean(model)
     typing = (numerics or Numerics()).typed(model, precision, bank)
     if not standard:

@@ -290,19 +290,16 @@ class Reference:
         for number, delta in enumerate(self.deltas):
             model = restore(self.backbone, delta, self.sites).eval()
             typed = model if half is None else in_dtype(dtype_of(half), model, half)
-            first = self.inputs(self.shown, [number])
             slopes = Slopes(model) if number in self.looked else None
-            plain = slopes and slopes.add(in_torch(first, model))
+            plain = slopes and slopes.add(in_torch(self.inputs(self.shown, [number]), model))
             for table, row in self._rows_of(number):
                 given = self.inputs(table, [row])
-                known = plain if table is self.shown and row == number else None
-                if known is None and (typed is model or not table.close[row]):
-                    known = _run(model, given)
-                if known is not None and not table.close[row]:
-                    self._set(table.exact, row, number, known)
-                if known is None or typed is not model:
-                    known = _run(typed, given)
-                self._set(table.typed, row, number, known)
+                known = plain if typed is model and table is self.shown and row == number else None
+                logits = _run(typed, given) if known is None else known
+                self._set(table.typed, row, number, logits)
+                if not table.close[row]:
+                    whole = logits if typed is model else _run(model, given)
+                    self._set(table.exact, row, number, whole)
             if slopes is not None and plain is not None:
                 self._look(number, model, slopes, plain)
             del model, typed, slopes
@@ -352,10 +349,11 @@ class Reference:
                 for n in moves
                 if moved[n][0] > 2 * visible
             ]
+        first = self.inputs(table, [number])
         for name, parameter, step in self._sample(live):
             before = parameter.data
             parameter.data = before + step
-            logits = _run(model, self.inputs(table, [number]))
+            logits = _run(model, first)
             parameter.data = before
             self.liveness.changed += 1
             padded = np.zeros((1, *self.inner, max(self.classes)))

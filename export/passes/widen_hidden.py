@@ -12,15 +12,12 @@ New hidden units come in multiples of `WIDTH`, those without weights being zeros
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from .linear import Linear, initializer, linear_to, only_reader, shaped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SCALE = 2.0**40
 WIDTH = 16  # float32 numbers of a vector register or a cache line
@@ -47,23 +44,21 @@ def widen_hidden(model: ir.Model) -> int:
     for node in list(graph):
         if node.graph is None or node.op_type != "Add" or node.outputs[0].is_graph_output():
             continue
-        for frozen, branch in _pairs(node):
-            scale = _scale(frozen, branch)
-            if scale is not None:
-                _widen(graph, node, frozen, branch, scale)
-                done += 1
-                break
+        frozen, branch = _pair(node)
+        scale = _scale(frozen, branch) if frozen and branch else None
+        if frozen and branch and scale is not None:
+            _widen(graph, node, frozen, branch, scale)
+            done += 1
     return done
 
 
-def _pairs(add: ir.Node) -> Iterator[tuple[Mlp, Mlp]]:
-    """The two MLPs that a sum adds, the wider one first; none where it adds something else."""
-    found = [_mlp(value) for value in add.inputs]
-    first, second = found if len(found) == 2 else (None, None)
+def _pair(add: ir.Node) -> tuple[Mlp, Mlp] | tuple[None, None]:
+    """The two MLPs that a sum adds, the wider one first; nothing where it adds something else."""
+    first, second = (_mlp(value) for value in add.inputs)
     if first is None or second is None or first.outer.matmul is second.outer.matmul:
-        return
+        return None, None
     widths = first.inner.weight.shape[1], second.inner.weight.shape[1]
-    yield (first, second) if widths[0] >= widths[1] else (second, first)
+    return (first, second) if widths[0] >= widths[1] else (second, first)
 
 
 def _mlp(value: ir.Value | None) -> Mlp | None:

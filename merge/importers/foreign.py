@@ -20,7 +20,7 @@ from ..methods import head_branch
 from ..tuner import bind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -146,7 +146,7 @@ def differing(
             "the checkpoint lacks frozen tensors of the backbone",
             where=path,
             wanted=f"all of {backbone.identity.architecture}, which such a checkpoint saves",
-            found=f"no {_some(missing)}",
+            found=f"no {some(missing)}",
             do="save the whole model's state dict, or load the backbone that it was trained on",
         )
     if strange:
@@ -159,9 +159,23 @@ def _as_stored(frozen: Tensor, dtype: torch.dtype) -> Tensor:
     return frozen.to(dtype) if dtype in (torch.float16, torch.bfloat16) else frozen
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def some(names: Iterable[str]) -> str:
+    """The first of them, and how many more."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+
+
+def contained(saved: Any, containers: Sequence[str]) -> Any:
+    """What a script put the state into: the first of these entries that is a dictionary, or the file's object itself."""
+    parts = (saved.get(name) for name in containers) if isinstance(saved, dict) else ()
+    return next((part for part in parts if isinstance(part, dict)), saved)
+
+
+def bare_name(key: str, wrappers: tuple[str, ...]) -> str:
+    """A name without what wrappers put before it, each a part that ends in a dot, however many there are."""
+    while key.startswith(wrappers):
+        key = key.partition(".")[2]
+    return key
 
 
 def other_backbone(path: Path, backbone: Backbone, names: Sequence[str]) -> IncompatibleArtefact:
@@ -170,7 +184,7 @@ def other_backbone(path: Path, backbone: Backbone, names: Sequence[str]) -> Inco
         "frozen tensors are not the backbone's",
         where=path,
         wanted=f"{backbone.identity.architecture} {backbone.identity.fingerprint[:16]}",
-        found=_some(names),
+        found=some(names),
         do="load the backbone that it was trained on",
     )
 

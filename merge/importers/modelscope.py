@@ -20,7 +20,15 @@ from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prefix import Prefix
-from .foreign import Foreign, differing, other_backbone, read_pickle, refuse
+from .foreign import (
+    Foreign,
+    bare_name,
+    contained,
+    differing,
+    other_backbone,
+    read_pickle,
+    refuse,
+)
 from .prompts import plant_prompts
 from .side_tuning import plant_side_network
 
@@ -84,12 +92,11 @@ def _parts(
     path: Path, saved: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
     """Trunk and head tensors by their names inside, and class names."""
-    inner = [saved[key] for key in CONTAINERS if isinstance(saved, dict) and key in saved]
-    saved = next((part for part in inner if isinstance(part, dict)), saved)
+    saved = contained(saved, CONTAINERS)
     if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
         trunk, head = (
             {
-                _unwrapped(key).removeprefix("backbone."): v
+                bare_name(key, WRAPPERS).removeprefix("backbone."): v
                 for key, v in (saved.get(part) or {}).items()
             }
             for part in ("backbone_weight", "head_weight")
@@ -97,7 +104,9 @@ def _parts(
         classes = saved.get("CLASSES")
         return trunk, head, tuple(map(str, classes)) if classes else None
     flat = saved if isinstance(saved, dict) else {}
-    flat = {_unwrapped(key): value for key, value in flat.items() if isinstance(value, Tensor)}
+    flat = {
+        bare_name(key, WRAPPERS): value for key, value in flat.items() if isinstance(value, Tensor)
+    }
     trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
     head = {k.removeprefix("head."): v for k, v in flat.items() if k.startswith("head.")}
     if not trunk:
@@ -108,12 +117,6 @@ def _parts(
             do="wanted: backbone_weight and head_weight, or model.backbone.* and model.head.*",
         )
     return trunk, head, None
-
-
-def _unwrapped(key: str) -> str:
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
-    return key
 
 
 def _biases(path: Path, backbone: Backbone, trunk: Mapping[str, Tensor], found: Foreign) -> None:

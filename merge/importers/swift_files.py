@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backbone import read_tensors
 from ..errors import IncompatibleArtefact, UsageError
 from ..preprocessing import Preprocessing
-from .foreign import Foreign, named_module, read_pickle, refuse
+from .foreign import Foreign, bare_name, named_module, read_pickle, refuse
 from .modelscope import CROP
 
 if TYPE_CHECKING:
@@ -249,8 +249,7 @@ def state_dict(file: Path) -> dict[str, Tensor]:
 
 def unwrapped(key: str) -> tuple[str, bool]:
     """A key without the models around the backbone, and whether it was in a `backbone` of theirs."""
-    while key.startswith(WRAPPERS):
-        key = key.partition(".")[2]
+    key = bare_name(key, WRAPPERS)
     return key.removeprefix("backbone."), key.startswith("backbone.")
 
 

@@ -18,7 +18,16 @@ from ..methods import adapters
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
-from .foreign import Foreign, differing, other_backbone, read_pickle, refuse
+from .foreign import (
+    Foreign,
+    bare_name,
+    contained,
+    differing,
+    other_backbone,
+    read_pickle,
+    refuse,
+    some,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,23 +98,15 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
 
 def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The model's tensors without the constants, and the run's arguments."""
-    parts = (saved.get(name) for name in CONTAINERS) if isinstance(saved, dict) else ()
-    model = next((part for part in parts if isinstance(part, dict)), saved)
-    tensors: dict[str, Tensor] = {}
-    for key, value in model.items() if isinstance(model, dict) else ():
-        if not isinstance(value, Tensor):
-            continue
-        while key.startswith(WRAPPERS):
-            key = key.partition(".")[2]
-        if not key.endswith(DROPPED):
-            tensors[key] = value
+    model = contained(saved, CONTAINERS)
+    state = model if isinstance(model, dict) else {}
+    named = {bare_name(key, WRAPPERS): v for key, v in state.items() if isinstance(v, Tensor)}
+    tensors = {key: tensor for key, tensor in named.items() if not key.endswith(DROPPED)}
     if not any(".blocks." in f".{key}" for key in tensors):
         raise refuse(
             path,
             "the file is no checkpoint of V-PETL",
-            found=", ".join(list(tensors)[:3]) or ", ".join(map(str, saved))[:80]
-            if isinstance(saved, dict)
-            else type(saved).__name__,
+            found=some(map(str, tensors or state)) or type(saved).__name__,
             do="wanted: {model, args, ...} as its training script saves it",
         )
     arguments = saved.get("args") or {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import IncompatibleArtefact
 from ...tuner import Point
-from ..foreign import Foreign, differing, other_backbone
+from ..foreign import Foreign, differing, other_backbone, some
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,7 +135,7 @@ class Checkpoint:
                 "the checkpoint holds tensors of no known tuner",
                 where=self.path,
                 wanted="tensors of UniPT's release, and no others",
-                found=_some(left),
+                found=some(left),
             )
 
     def _beside(self, key: str) -> str:
@@ -143,7 +143,7 @@ class Checkpoint:
         while key:
             key = key.rpartition(".")[0]
             if near := sorted(k for k in self.tensors if k.startswith(f"{key}." if key else "")):
-                return _some(near)
+                return some(near)
         return "no tensors"
 
 
@@ -172,7 +172,7 @@ def weights_of(path: Path, saved: Any) -> list[dict[str, Tensor]]:
             "the file holds no tensors",
             where=path,
             wanted="a state dict, alone or under model_ema, model or state_dict",
-            found=_some(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__,
+            found=some(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__,
         )
     return found
 
@@ -241,9 +241,3 @@ def require_trunk(
     changed += [k for k in more if not k.startswith(outside) and not k.endswith(SKIPPED)]
     if changed:
         raise other_backbone(path, backbone, changed)
-
-
-def _some(names: Any) -> str:
-    """The first of them, and how many more."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

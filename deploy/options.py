@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,44 @@ def device_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         return verb(*args, device=Device(provider, threads, kernels), **kwargs)
 
     return with_device
+
+
+def memory_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """`--prepared`, `--arena` and `--device-memory-mb`, added to `device`; stands below `device_options`."""
+
+    @click.option(
+        "--prepared",
+        type=PATH,
+        metavar="FOLDER",
+        envvar="UTUNE_PREPARED",
+        show_envvar=True,
+        help="Keep engines here as ONNX Runtime prepares them for this processor: the next one that opens the engine "
+        "maps the file, and processes share it.",
+    )
+    @click.option(
+        "--arena/--no-arena",
+        default=True,
+        show_default=True,
+        help="Whether an engine on the CPU keeps the memory of a call for the next one.",
+    )
+    @click.option(
+        "--device-memory-mb",
+        type=click.IntRange(1),
+        help="The most that ONNX Runtime takes of a CUDA device, in MiB.",
+    )
+    @functools.wraps(verb)
+    def with_memory(
+        *args: Any,
+        device: Device,
+        prepared: Path | None,
+        arena: bool,
+        device_memory_mb: int | None,
+        **kwargs: Any,
+    ) -> Any:
+        device = replace(device, prepared=prepared, arena=arena, memory_mb=device_memory_mb)
+        return verb(*args, device=device, **kwargs)
+
+    return with_memory
 
 
 @dataclass(frozen=True)

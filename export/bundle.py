@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ class Bundle:
         identity: SHA-256 over everything that decides its answers; also inside the engine files.
         fan_out: A second engine, which answers every task for every row; None where there is none, and
             in mode `fan-out`, whose `engine` does so.
+        digests: SHA-256 of its files by name, which opening it has verified.
     """
 
     path: Path
@@ -129,6 +130,7 @@ class Bundle:
     versions: Mapping[str, str]
     identity: str
     fan_out: Engine | None = None
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def engine_of_all(self) -> Engine | None:
@@ -204,6 +206,7 @@ class Bundle:
             bank=bank,
             tf32=engine.precision == "tf32",
             cuda_graph=cuda_graph,
+            digest=self.digests.get(engine.file),
         )
         if session.metadata.get(IDENTITY) != self.identity:
             raise IncompatibleArtefact(
@@ -319,7 +322,7 @@ def open_bundle(path: Path) -> Bundle:
         )
     try:
         files = {str(name): str(facts["sha256"]) for name, facts in manifest["files"].items()}
-        bundle = _read(path, manifest)
+        bundle = _read(path, manifest, files)
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
         raise IncompatibleArtefact(
             "the manifest lacks a field", where=manifest_path, found=str(cause)
@@ -404,7 +407,7 @@ def _require_one_kind(bundle: Bundle) -> None:
         )
 
 
-def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:
+def _read(path: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> Bundle:
     return Bundle(
         path=path,
         name=manifest["name"],
@@ -418,6 +421,7 @@ def _read(path: Path, manifest: Mapping[str, Any]) -> Bundle:
         versions=manifest["versions"],
         identity=manifest["identity"],
         fan_out=_engine(manifest["fan_out"]) if "fan_out" in manifest else None,
+        digests=digests,
     )
 
 

@@ -103,11 +103,19 @@ class Device:
         provider: `cpu` or `cuda`; never another silently.
         threads: Threads inside one operator; None lets the runtime choose.
         kernels: A library of fused operators for the provider, see `export/kernels`; None for standard ones.
+        prepared: A folder where engine files are kept as ONNX Runtime prepares them, see `targets/prepared.py`; of the
+            provider `cpu`.
+        arena: Keep the memory that a call took for the next one; without it the system gives and takes it. Of the
+            provider `cpu`.
+        memory_mb: The most that the runtime takes of a CUDA device, in MiB; None sets no limit.
     """
 
     provider: str = "cpu"
     threads: int | None = None
     kernels: Path | None = None
+    prepared: Path | None = None
+    arena: bool = True
+    memory_mb: int | None = None
 
 
 CPU = Device()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,10 @@ def _options(source: Source) -> list[object]:
         *("--provider", device.provider),
         *(["--threads", device.threads] if device.threads else []),
         *(["--kernels", device.kernels] if device.kernels else []),
+        # a model in memory is no engine that is opened again
+        *(["--prepared", device.prepared] if source.file and device.prepared else []),
+        *([] if device.arena else ["--no-arena"]),
+        *(["--memory-mb", device.memory_mb] if device.memory_mb else []),
     ]
 
 
@@ -126,8 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kernels", type=Path)
+    parser.add_argument("--prepared", type=Path)
+    parser.add_argument("--no-arena", dest="arena", action="store_false")
+    parser.add_argument("--memory-mb", type=int)
     options = parser.parse_args(arguments)
-    device = Device(options.provider, options.threads, options.kernels)
+    device = Device(**{field.name: getattr(options, field.name) for field in fields(Device)})
     with np.load(options.rows) as stored:
         given = {name: stored[name] for name in stored.files}
     task = given.pop(TASK, None)

@@ -47,7 +47,7 @@ SETTINGS = {
     "seed": "seed",
 }
 """A setting of the recipe, and the field of `Settings` that it is."""
-DEVICE = ("provider", "threads", "kernels", "resident")
+DEVICE = ("provider", "threads", "kernels", "prepared", "arena", "memory_mb", "resident")
 BUNDLE = ("folder", "weights", "deltas")
 COMPARISON = ("name", "bundle", "against", "beside", "batches", "mixes", "nodes")
 PROVIDERS = ("cpu", "cuda")
@@ -266,13 +266,19 @@ def _settings(place: _Place, value: Any) -> Settings:
 def _device(place: _Place, value: Any) -> tuple[Device, bool]:
     given = place.mapping(value, DEVICE)
     provider = place.at("provider").text(given.get("provider", "cpu"), PROVIDERS)
-    threads, kernels = given.get("threads"), given.get("kernels")
-    if threads is not None:
-        threads = place.at("threads").number(threads, whole=True, least=1)
-    if kernels is not None:
-        kernels = place.path.parent / place.at("kernels").text(kernels)
+    numbers: dict[str, Any] = {
+        name: place.at(name).number(given[name], whole=True, least=1)
+        for name in ("threads", "memory_mb")
+        if given.get(name) is not None
+    }
+    paths: dict[str, Any] = {
+        name: place.path.parent / place.at(name).text(given[name])
+        for name in ("kernels", "prepared")
+        if given.get(name) is not None
+    }
+    arena = place.at("arena").switch(given.get("arena", True))
     resident = place.at("resident").switch(given.get("resident", False))
-    return Device(provider, threads, kernels), resident
+    return Device(provider, **numbers, **paths, arena=arena), resident
 
 
 def _comparisons(

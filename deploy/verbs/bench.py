@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ..bench.beside import KINDS, Beside
-from ..options import PATH, device_options, force_option, json_option
+from ..options import PATH, device_options, force_option, json_option, memory_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,7 @@ if TYPE_CHECKING:
 @click.option("--fresh", is_flag=True, help="With --recipe: run again what is there already.")
 @click.option("-o", "--output", type=PATH, help="Folder for report.json and report.html.")
 @device_options
+@memory_options
 @json_option
 @force_option
 @click.pass_context

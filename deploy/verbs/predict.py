@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PATH, device_options, json_option
+from ..options import PATH, device_options, json_option, memory_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,7 @@ SHOWN_NUMBERS = 4
 )
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Labels per row.")
 @device_options
+@memory_options
 @json_option
 @click.option("--force", is_flag=True, help="Replace the file of logits.")
 @click.pass_obj

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, device_options, triton_env_option, weight
+from ..options import PATH, device_options, memory_options, triton_env_option, weight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,6 +118,7 @@ if TYPE_CHECKING:
 )
 @triton_env_option
 @device_options
+@memory_options
 @click.pass_obj
 def command(
     console: Console,

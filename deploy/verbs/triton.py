@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PATH, device_options, force_option, setting, weight
+from ..options import PATH, device_options, force_option, memory_options, setting, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,6 +144,7 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--new-version", is_flag=True, help="Add a version beside those that are there.")
 @device_options
+@memory_options
 @model_options
 @force_option
 @click.pass_obj

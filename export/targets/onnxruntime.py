@@ -18,8 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from ...merge.errors import IncompatibleArtefact, MissingDependency, UsageError
+from ...merge.files import digest as sha256_of
 from ..engine import CPU, LOGITS, TASK, by_name, is_row_input
 from .onnxruntime_rows import BFLOAT16, DeviceRows, HostRows, host_value
+from .prepared import prepared
 from .private import ort
 
 if TYPE_CHECKING:
@@ -52,12 +54,13 @@ class OnnxRuntimeSession:
         as_written: bool = False,
         folder: Path | None = None,
         in_place: bool = False,
+        digest: str | None = None,
     ) -> None:
         """Open a model.
 
         Args:
             model: Path or serialised bytes.
-            device: Its provider is a key of `PROVIDERS`.
+            device: Its provider is a key of `PROVIDERS`. What `prepared` keeps are models of a path, without a `profile`.
             bank: Task tensors by input name, for an engine whose bank is an input; None where `reserve` follows.
             tf32: Let the device round float32 products to TF32.
             cuda_graph: Record the kernels of each batch size that is bound and replay them; such a session
@@ -68,21 +71,16 @@ class OnnxRuntimeSession:
             folder: Where the data lies that a serialised model leaves outside.
             in_place: On the CPU, read a bank where its arrays lie, which then must not change; otherwise it is
                 copied.
+            digest: SHA-256 of the file at `model`, where it is known; otherwise taken when it is needed.
 
         Raises:
-            UsageError: Unknown provider name, or an option that the provider does not have.
+            UsageError: Unknown provider name, an option that the provider does not have, or a folder of prepared
+                engines that cannot be written to.
             MissingDependency: The provider cannot be loaded.
             IncompatibleArtefact: The model cannot be loaded, or the bank is not the engine's.
         """
-        provider, threads, kernels = device.provider, device.threads, device.kernels
-        if provider not in PROVIDERS:
-            raise UsageError("unknown provider", wanted=sorted(PROVIDERS), found=provider)
-        if provider != "cuda" and (tf32 or cuda_graph or kernels):
-            raise UsageError(
-                "TF32, CUDA graphs and fused kernels are the CUDA provider's",
-                found=f"provider {provider}",
-                do="use --provider cuda, or leave them out",
-            )
+        provider = device.provider
+        _require_own_options(device, tf32=tf32, cuda_graph=cuda_graph)
         self.provider = PROVIDERS[provider]
         self.device = provider
         if self.provider not in ort.get_available_providers():
@@ -94,34 +92,31 @@ class OnnxRuntimeSession:
         ort.set_default_logger_severity(4)  # what matters is raised below
         if provider == "cuda":
             _preload_cuda()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
-        if as_written:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if threads:
-            options.intra_op_num_threads = threads
+        options = _options(device, as_written=as_written)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "profile")
             options.optimized_model_filepath = str(profile / OPTIMISED)
+        elif device.prepared is not None and isinstance(model, Path):
+            settings = {"as_written": as_written}
+            known = digest or sha256_of(model)
+            model = prepared(model, device.prepared, known, options, settings)
+            options = _options(device, as_written=as_written)
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if folder is not None:
             options.add_session_config_entry(DATA_FOLDER, str(folder))
-        settings: list[Any] = [self.provider]
+        settings_of_provider: list[Any] = [self.provider]
         if provider == "cuda":
-            settings = [
-                (
-                    self.provider,
-                    {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))},
-                )
+            settings_of_provider = [
+                (self.provider, _cuda(device, tf32=tf32, cuda_graph=cuda_graph))
             ]
-        if kernels is not None:
-            _register(options, kernels)
+        if device.kernels is not None:
+            _register(options, device.kernels)
         try:
             self._session = ort.InferenceSession(
                 str(model) if not isinstance(model, bytes) else model,
                 options,
-                providers=settings,
+                providers=settings_of_provider,
             )
         except Exception as cause:
             raise IncompatibleArtefact(
@@ -290,6 +285,47 @@ class OnnxRuntimeBound:
 
 
 open_session = OnnxRuntimeSession
+
+
+def _require_own_options(device: Device, *, tf32: bool, cuda_graph: bool) -> None:
+    """Refuse what the provider does not have."""
+    if device.provider not in PROVIDERS:
+        raise UsageError("unknown provider", wanted=sorted(PROVIDERS), found=device.provider)
+    if device.provider != "cuda" and (tf32 or cuda_graph or device.kernels or device.memory_mb):
+        raise UsageError(
+            "TF32, CUDA graphs, fused kernels and a limit of device memory are the CUDA provider's",
+            found=f"provider {device.provider}",
+            do="use --provider cuda, or leave them out",
+        )
+    if device.provider != "cpu" and (device.prepared is not None or not device.arena):
+        raise UsageError(
+            "prepared engines and memory without an arena are the CPU provider's",
+            found=f"provider {device.provider}",
+            do="use --provider cpu, or leave --prepared and --no-arena out",
+        )
+
+
+def _options(device: Device, *, as_written: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle means idle
+    if as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if device.threads:
+        options.intra_op_num_threads = device.threads
+    if not device.arena:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False  # a pattern is one allocation for all that a call needs
+    return options
+
+
+def _cuda(device: Device, *, tf32: bool, cuda_graph: bool) -> dict[str, str]:
+    """Options of the CUDA provider, in its own names."""
+    options = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(cuda_graph))}
+    if device.memory_mb:
+        options["gpu_mem_limit"] = str(device.memory_mb << 20)
+        options["arena_extend_strategy"] = "kSameAsRequested"  # its own doubles what it has
+    return options
 
 
 def _register(options: ort.SessionOptions, kernels: Path) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,7 @@ class Hot:
         fields["backend"] = self.backend
         del fields["dynamic_batching"]
         settings = Settings(
-            provider=device.provider,
-            threads=device.threads or 0,
-            kernels=device.kernels,
+            device=replace(device, prepared=device.prepared and device.prepared.absolute()),
             rows=options.rows,
             keep=options.keep and options.keep.absolute(),
             task_control=options.task_control,

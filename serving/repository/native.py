@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...export.engine import TASK, VALID
+from ...merge.errors import UsageError
 from .config import as_parameters
 
 if TYPE_CHECKING:
@@ -63,17 +64,29 @@ class Native:
             if tensor["name"] == TASK:
                 tensor.pop("optional", None)
         fields["output"].append({"name": VALID, "data_type": "TYPE_BOOL", "dims": [1]})
+        if device.prepared is not None:
+            raise UsageError(
+                "Triton's own ONNX Runtime keeps no prepared engines",
+                found="layout native",
+                do="leave --prepared out, or use the layout `hot`",
+            )
         if device.threads:
             fields["parameters"] |= as_parameters({"intra_op_thread_count": str(device.threads)})
+        if not device.arena:
+            fields["parameters"] |= as_parameters(
+                {"enable_mem_arena": "0", "enable_mem_pattern": "0"}
+            )
         if device.provider != "cpu":
             bundle = registry.bundle
             engine = bundle.require_fan_out() if registry.all_tasks else bundle.engine
-            tf32 = str(int(engine.precision == "tf32"))  # the provider's own default is to round
+            # the provider's own default is to round
+            parameters = {"use_tf32": str(int(engine.precision == "tf32"))}
+            if device.memory_mb:
+                parameters["gpu_mem_limit"] = str(device.memory_mb << 20)
+                parameters["arena_extend_strategy"] = "kSameAsRequested"
             fields["optimization"] = {
                 "execution_accelerators": {
-                    "gpu_execution_accelerator": [
-                        {"name": "cuda", "parameters": {"use_tf32": tf32}}
-                    ]
+                    "gpu_execution_accelerator": [{"name": "cuda", "parameters": parameters}]
                 }
             }
         if device.kernels is not None:

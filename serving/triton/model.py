@@ -17,7 +17,7 @@ import numpy as np
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]
 
 from ...export.bundle import open_bundle
-from ...export.engine import TASK, Device
+from ...export.engine import TASK
 from ...merge.errors import UtuneError
 from ..protocol import ALL_TASKS, task_names, write_answers
 from ..queueing.threaded import ThreadedBatcher, as_ours
@@ -50,7 +50,7 @@ class TritonPythonModel:
         settings = Settings.read(parameters)
         self._service = Service.open(
             open_bundle(settings.bundle or folder / "bundle"),
-            Device(settings.provider, settings.threads or None, settings.kernels),
+            settings.device,
             all_tasks=ALL_TASKS in parameters,
             rows=settings.rows,
             keep=settings.keep,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...export.engine import CPU, Device
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -14,6 +16,8 @@ PRIORITY = "utune_priority"
 """The parameter of a request that says its priority: that of the protocol does not reach Triton's Python backend."""
 
 SOCKETS = "sockets"
+OF_DEVICE = ("threads", "kernels", "prepared", "memory_mb")
+"""Fields of `Device` that are left out where they are None."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,7 @@ class Settings:
     """How a model in Triton is served.
 
     Attributes:
-        provider: Of the engine.
-        threads: Of the engine; 0 lets the runtime choose.
-        kernels: See `Device`.
+        device: Where the engine runs.
         rows: See `Service.open`.
         keep: See `Service.open`.
         task_control: Whether clients may change the tasks.
@@ -32,9 +34,7 @@ class Settings:
         queueing: Settings of `Batcher`; None there is its own default.
     """
 
-    provider: str = "cpu"
-    threads: int = 0
-    kernels: Path | None = None
+    device: Device = CPU
     rows: int | None = None
     keep: Path | None = None
     task_control: bool = False
@@ -44,10 +44,14 @@ class Settings:
 
     def write(self) -> dict[str, str]:
         """The parameters."""
-        texts = {"provider": self.provider, "threads": str(self.threads)}
-        for name in ("kernels", "rows", "keep", SOCKETS, "bundle"):
-            if (value := getattr(self, name)) is not None:
-                texts[name] = str(value)
+        texts = {"provider": self.device.provider, "arena": json.dumps(self.device.arena)}
+        for holder, names in (
+            (self.device, OF_DEVICE),
+            (self, ("rows", "keep", SOCKETS, "bundle")),
+        ):
+            for name in names:
+                if (value := getattr(holder, name)) is not None:
+                    texts[name] = str(value)
         texts["task_control"] = json.dumps(self.task_control)
         texts["queueing"] = json.dumps(self.queueing, sort_keys=True)
         return texts
@@ -59,11 +63,19 @@ class Settings:
         def path(name: str) -> Path | None:
             return Path(texts[name]) if name in texts else None
 
+        def number(name: str) -> int | None:
+            return int(texts[name]) if name in texts else None
+
         return cls(
-            provider=texts["provider"],
-            threads=int(texts["threads"]),
-            kernels=path("kernels"),
-            rows=int(texts["rows"]) if "rows" in texts else None,
+            device=Device(
+                provider=texts["provider"],
+                threads=number("threads"),
+                kernels=path("kernels"),
+                prepared=path("prepared"),
+                arena=texts.get("arena") != "false",
+                memory_mb=number("memory_mb"),
+            ),
+            rows=number("rows"),
             keep=path("keep"),
             task_control=texts.get("task_control") == "true",
             sockets=path(SOCKETS),

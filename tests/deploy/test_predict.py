@@ -104,6 +104,23 @@ def test_an_embedding_is_printed_with_its_size_and_first_numbers(
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_a_prepared_engine_answers_the_same(cli, write, rows, tmp_path, monkeypatch) -> None:
+    bundle = write([WIDTH])
+    save_file(rows, tmp_path / "rows.safetensors")
+    asked = ("predict", bundle.path, "--tensor", tmp_path / "rows.safetensors", "--json")
+    wanted = cli(*asked).json
+    assert cli(*asked, "--prepared", tmp_path / "kept", "--no-arena").json == wanted
+    (entry,) = (tmp_path / "kept").iterdir()
+    made = (entry / "model.onnx").stat().st_mtime_ns
+    monkeypatch.setenv("UTUNE_PREPARED", str(tmp_path / "kept"))
+    assert cli(*asked).json == wanted
+    assert [e / "model.onnx" for e in (tmp_path / "kept").iterdir()] == [entry / "model.onnx"]
+    assert (entry / "model.onnx").stat().st_mtime_ns == made
+    said = cli(*asked, "--device-memory-mb", "100")
+    assert said.code == 2
+    assert "the CUDA provider's" in said.err
+
+
 def test_an_array_is_cut_to_the_tasks_own_width(cli, write, rows, tmp_path) -> None:
     bundle = write([2, 3], width=2)
     save_file(rows, tmp_path / "rows.safetensors")

@@ -206,11 +206,12 @@ def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
         max_delay_ms=0, priority_levels=2, max_queued=50, timeout_ms=20, max_task_queued=9,
         weights=(("pets", 2.0),), rows=12, keep=Path("kept"), task_control=True, sockets=tmp_path,
     )  # fmt: skip
-    model = write_repository(inputs_bundle, tmp_path, device=Device(threads=2), options=options)
+    device = Device(threads=2, prepared=Path("prepared"), arena=False)
+    model = write_repository(inputs_bundle, tmp_path, device=device, options=options)
     config = _parsed((model / "config.pbtxt").read_text())
     texts = {name: value.string_value for name, value in config.parameters.items()}
     assert Settings.read(texts) == Settings(
-        provider="cpu", threads=2, rows=12, keep=Path("kept").absolute(), task_control=True, sockets=tmp_path,
+        device=Device(threads=2, prepared=Path("prepared").absolute(), arena=False), rows=12, keep=Path("kept").absolute(), task_control=True, sockets=tmp_path,
         queueing={
             "max_delay_ms": 0, "max_queued_rows": 50, "max_task_rows": 9, "default_timeout_ms": 20,
             "weights": {"pets": 2.0}, "priority_levels": 2, "default_priority": 2,

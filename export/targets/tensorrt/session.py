@@ -48,6 +48,7 @@ class TensorRTSession:
         tf32: bool = False,
         cuda_graph: bool = False,
         identity: str | None = None,
+        digest: str | None = None,
     ) -> None:
         """Open a plan.
 
@@ -58,6 +59,7 @@ class TensorRTSession:
             tf32: Whether the engine may round float32 products to TF32. It was decided when it was built.
             cuda_graph: Record the kernels of each batch size that is bound and replay them.
             identity: That of the tasks and the backbone that the plan must be of; None: any.
+            digest: SHA-256 of the file, which no plan needs.
 
         Raises:
             UsageError: There is no such plan, or something is asked of it that it was not built for.
@@ -66,11 +68,12 @@ class TensorRTSession:
                 bank is not the engine's.
             UtuneError: TensorRT refuses.
         """
-        if device.provider != "cuda" or device.kernels or device.threads:
+        del digest
+        if device != CUDA:
             raise UsageError(
-                "a TensorRT engine runs on a CUDA device, with its own kernels and threads",
+                "a TensorRT engine runs on a CUDA device, with its own kernels, threads and memory",
                 found=device,
-                do="use --provider cuda, without --kernels and --threads",
+                do="use --provider cuda, without options of ONNX Runtime",
             )
         trt = library.tensorrt()
         self.plan = read_plan(plan)

@@ -5,8 +5,8 @@ memory that each session has for itself, as large as the weights. Kept in a file
 engine again maps the packed weights, so that sessions and processes on one machine share them.
 
     FOLDER/KEY/
-      model.onnx      the graph as it runs
-      weights.bin     its weights, packed
+      model.onnx      the graph as it runs, with its small weights
+      weights.bin     the others, packed
       entry.json      what the key is made of, and the sizes of the two files
 
 The key is a digest of everything that decides what ONNX Runtime makes: the engine's own digest, the runtime's build, the
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 GRAPH, WEIGHTS, ENTRY = "model.onnx", "weights.bin", "entry.json"
-SMALLEST = 1024  # bytes; smaller weights stay in the graph's file
+SMALLEST = (1 << 20) + 1
+"""Bytes of a weight; smaller ones stay in the graph's file. ONNX Runtime 1.31 begins what is larger on a page, and the rest
+wherever the last one ended, from where its products read past a processor's boundary and end the process."""
+ALIGNMENT = 64  # bytes, of what is packed: as wide as a register of AVX-512
+PACKED = re.compile(
+    rb"\+\d+\|(\d+);\d+;\d"
+)  # one packed weight in the graph's file: where it begins in WEIGHTS
 PROCESSOR = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 """Of Linux' /proc/cpuinfo, on x86 and on Arm: what decides which products ONNX Runtime has."""
 
@@ -93,6 +100,13 @@ def _prepare(
                 "ONNX Runtime cannot prepare the engine", where=model, found=str(cause).splitlines()[0],
                 do=f"make sure that {entry.parent} has room for a copy of it, or leave --prepared out",
             ) from cause  # fmt: skip
+        astray = [at for at in PACKED.findall((fresh / GRAPH).read_bytes()) if int(at) % ALIGNMENT]
+        if astray:
+            raise IncompatibleArtefact(
+                "ONNX Runtime kept packed weights where the processor cannot read them",
+                where=model, wanted=f"multiples of {ALIGNMENT} bytes", found=f"{len(astray)} that are none",
+                do="leave --prepared out",
+            )  # fmt: skip
         sizes = {file.name: file.stat().st_size for file in sorted(fresh.iterdir())}
         (fresh / ENTRY).write_text(json.dumps({**facts, "bytes": sizes}, indent=2) + "\n")
 

@@ -159,6 +159,19 @@ def test_a_folder_that_cannot_hold_it_is_a_usage_error(engine: Path, tmp_path: P
     assert str(tmp_path / "file") in str(caught.value)
 
 
+def test_packed_weights_that_begin_beside_a_boundary_are_not_kept(
+    engine: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No processor has registers as wide as this one."""
+    monkeypatch.setattr(room, "ALIGNMENT", 1 << 40)
+    with pytest.raises(
+        IncompatibleArtefact, match="where the processor cannot read them"
+    ) as caught:
+        OnnxRuntimeSession(engine, device)
+    assert "2 that are none" in str(caught.value)
+    assert not entries(device)
+
+
 def test_an_engine_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, device: Device) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(IncompatibleArtefact, match="cannot prepare") as caught:

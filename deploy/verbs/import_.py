@@ -68,7 +68,7 @@ def command(
     unipt no_norm (the vector keeps its length). A unipt file of two sides is read for the side that the backbone
     is of.
     """
-    from ...merge.delta import require_backbone, save_delta
+    from ...merge.delta import require_backbone, save_delta, validate
     from ...merge.files import refuse_existing
     from ...merge.importers import read
     from ...merge.sites import measure
@@ -79,6 +79,7 @@ def command(
     foreign = read(source, file, backbone, dict(map(setting, settings)))
     delta = foreign.delta(task, backbone, labels=names)
     require_backbone(delta, backbone, measure(backbone), where=file)
+    validate(delta, where=f"{file} with the classes of {labels}" if labels else file)
     save_delta(output, delta, force=force)
     kinds = sorted({name.rpartition("/")[2] for name in delta.branches})
     found = {

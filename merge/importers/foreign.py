@@ -147,7 +147,8 @@ def differing(
             where=path,
             wanted=f"all of {backbone.identity.architecture}, which such a checkpoint saves",
             found=f"no {some(missing)}",
-            do="save the whole model's state dict, or load the backbone that it was trained on",
+            do="save the whole model's state dict or what was trained alone, or load the backbone that it was "
+            "trained on",
         )
     if strange:
         raise other_backbone(path, backbone, strange)

@@ -1,7 +1,7 @@
 """modelscope's `vision_efficient_tuning`, the code of U-Tuning's authors (arXiv 2303.00690).
 
 Two layouts: a hub file with `backbone_weight` and `head_weight`, and a trainer's flat state dict with
-`model.backbone.*` and `model.head.*`. Tuners are found by their keys, whatever combination there is:
+`model.backbone.*` and `model.head.*`; either with the frozen tensors or without. Tuners are found by their keys, whatever combination there is:
 adapter (serial behind the FFN, GELU), LoRA on qkv (scale 1), prefix, prompts (deep, shallow, of unequal
 lengths), side networks, and biases that differ from the frozen ones (BitFit).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -24,13 +25,13 @@ from .foreign import (
     Foreign,
     bare_name,
     contained,
-    differing,
     other_backbone,
     read_pickle,
     refuse,
 )
 from .prompts import plant_prompts
 from .side_tuning import plant_side_network
+from .trunk import require_known, trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,11 +80,8 @@ def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Forei
     if side:
         plant_side_network(path, backbone, side, found)
         known |= {f"{SIDE}{name}" for name in side}
-    left = sorted(k for k in trunk if k not in known and not backbone.is_classifier(k))
-    if left:
-        raise refuse(
-            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
-        )
+    known |= {name for name in trunk if backbone.is_classifier(name)}
+    require_known(path, trunk, known, found)
     _head(path, backbone, trunk, head, found)
     return found
 
@@ -101,15 +99,14 @@ def _parts(
             }
             for part in ("backbone_weight", "head_weight")
         )
-        classes = saved.get("CLASSES")
-        return trunk, head, tuple(map(str, classes)) if classes else None
+        return trunk, head, _labels(path, saved.get("CLASSES"))
     flat = saved if isinstance(saved, dict) else {}
     flat = {
         bare_name(key, WRAPPERS): value for key, value in flat.items() if isinstance(value, Tensor)
     }
     trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
     head = {k.removeprefix("head."): v for k, v in flat.items() if k.startswith("head.")}
-    if not trunk:
+    if not trunk and ("fc.weight" not in head or len(head) < len(flat)):  # a head alone is a probe
         raise refuse(
             path,
             "the file is no checkpoint of modelscope's vision_efficient_tuning",
@@ -119,9 +116,27 @@ def _parts(
     return trunk, head, None
 
 
+def _labels(path: Path, classes: Any) -> tuple[str, ...] | None:
+    """The names of the classes, in the order of the logits.
+
+    Raises:
+        IncompatibleArtefact: They are in no order.
+    """
+    if classes is None:
+        return None
+    if not isinstance(classes, (list, tuple, np.ndarray)):
+        raise refuse(
+            path,
+            "the names of the classes are no list",
+            found=f"CLASSES, a {type(classes).__name__}",
+            do="save it as a list in the order of the logits, or leave it out and give --labels",
+        )
+    return tuple(map(str, classes)) or None
+
+
 def _biases(path: Path, backbone: Backbone, trunk: Mapping[str, Tensor], found: Foreign) -> None:
     """Shifts beside the biases that differ; every other frozen tensor must be the backbone's."""
-    changed = differing(path, backbone, trunk)
+    changed = trunk_changes(path, backbone, trunk, found, tuned=".bias")
     if strange := [name for name in changed if not name.endswith(".bias")]:
         raise other_backbone(path, backbone, strange)
     for name, (own, frozen) in changed.items():
@@ -205,7 +220,10 @@ def _head(
     outer = {key.removeprefix("fc."): value for key, value in head.items()}
     if not inner and not outer:
         raise refuse(
-            path, "the checkpoint has no classifier", found="neither head_weight nor head.fc"
+            path,
+            "the checkpoint has no classifier",
+            found="neither head_weight nor head.fc",
+            do="a task needs its head: save it with the tuners",
         )
     for layer in (inner, outer):
         if layer and not {"weight"} <= set(layer) <= {"weight", "bias"}:

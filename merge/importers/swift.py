@@ -21,7 +21,7 @@ from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prompt import Prompt
-from .foreign import Foreign, differing, other_backbone, refuse
+from .foreign import Foreign, other_backbone, refuse
 from .prompts import plant_prompts
 from .res_tuning import plant_bypass
 from .side_tuning import plant_side_network
@@ -42,6 +42,7 @@ from .swift_files import (
 )
 from .swift_heads import plant_heads, reads_logits
 from .swift_lora import IN_LORA, plant_lora, read_lora, ungrouped
+from .trunk import trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -342,13 +343,15 @@ def _read_flat(reading: Reading, settings: Settings) -> None:
     adapter = Adapter("default", "LORA", {}, frozenset(met))
     reading.adapters.append(adapter)
     layers = reading.take(adapter, IN_LORA)
-    changes = differing(path, reading.backbone, reading.tensors)
+    changes = trunk_changes(
+        path, reading.backbone, reading.tensors, reading.found, tuned=".bias"
+    )
     if strange := [name for name in changes if not name.endswith(".bias")]:
         raise other_backbone(path, reading.backbone, strange)
     _plant_changes(reading, {n: own.double() - kept.double() for n, (own, kept) in changes.items()})
     for name in reading.backbone.model.state_dict():
         if not reading.backbone.is_classifier(name):
-            del reading.tensors[name]
+            reading.tensors.pop(name, None)
     for module, parts in layers.items():
         require_whole(reading, f"{module}.lora", parts, ("A", "B"))
         enabled = [word == "true" for word in words]

@@ -1,8 +1,8 @@
 """V-PETL (arXiv 2210.00788): parallel attention (PATT) and AdaptFormer beside it; together BAPAT.
 
-A file is `{model, args, ...}`: the whole model, and the arguments of the training run, a Namespace or a
-plain dictionary. Mode and scale of PATT stand in the arguments, those of the FFN adapter nowhere: the
-released script fixes them in its code. Keys: `attn.qkv_adapter.{0,2}` and `mlp.adaptmlp.*`.
+A file is `{model, args, ...}`: the whole model, or its tuners and head alone, and the arguments of the
+training run, a Namespace or a plain dictionary. Mode and scale of PATT stand in the arguments, those of the
+FFN adapter nowhere: the released script fixes them in its code. Keys: `attn.qkv_adapter.{0,2}` and `mlp.adaptmlp.*`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .foreign import (
     Foreign,
     bare_name,
     contained,
-    differing,
     other_backbone,
     read_pickle,
     refuse,
     some,
 )
+from .trunk import require_known, trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,7 +76,7 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     tensors, arguments = _parts(path, saved)
     found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, arguments))
     _require_softmax(path, settings, arguments)
-    if changed := differing(path, backbone, tensors):
+    if changed := trunk_changes(path, backbone, tensors, found):
         raise other_backbone(path, backbone, list(changed))
     known = {name for name in backbone.model.state_dict() if not backbone.is_classifier(name)}
     for block in blocks(backbone.model):
@@ -85,12 +85,14 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     classifiers = (HEAD, *backbone.classifiers)
     head = next((name for name in classifiers if f"{name}.weight" in tensors), None)
     if head is None:
-        raise refuse(path, "the checkpoint has no classifier", found=f"no {HEAD}.weight")
-    known |= {f"{head}.weight", f"{head}.bias"}
-    if left := sorted(set(tensors) - known):
         raise refuse(
-            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
+            path,
+            "the checkpoint has no classifier",
+            found=f"no {HEAD}.weight",
+            do=f"a task needs its head: save {HEAD} with the tuners",
         )
+    known |= {f"{head}.weight", f"{head}.bias"}
+    require_known(path, tensors, known, found)
     found.plant_head(backbone, tensors[f"{head}.weight"].flatten(1), tensors.get(f"{head}.bias"))
     found.notes |= {name: str(value) for name, value in settings.found.items()}
     return found
@@ -102,7 +104,7 @@ def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]
     state = model if isinstance(model, dict) else {}
     named = {bare_name(key, WRAPPERS): v for key, v in state.items() if isinstance(v, Tensor)}
     tensors = {key: tensor for key, tensor in named.items() if not key.endswith(DROPPED)}
-    if not any(".blocks." in f".{key}" for key in tensors):
+    if not any(".blocks." in f".{key}" or key.startswith(f"{HEAD}.") for key in tensors):
         raise refuse(
             path,
             "the file is no checkpoint of V-PETL",

@@ -134,11 +134,86 @@ def test_a_head_that_is_no_linear_layer_is_refused_by_name(layer, vit, tmp_path)
         read("modelscope", file, vit)
 
 
-def test_tuners_alone_lack_the_trunk(vit, tmp_path):
-    file = modelscope_file(tmp_path / "c.pth", vit)
-    torch.save({**torch.load(file), "backbone_weight": {"x": torch.ones(1)}}, file)
+def alone(path, vit, trained=()):
+    """A file without the frozen tensors, as a filter on `requires_grad` leaves it."""
+    saved = torch.load(path, weights_only=False)
+    frozen = {n for n in vit.model.state_dict() if not vit.is_classifier(n)} - set(trained)
+    for part in ("backbone_weight", "model"):
+        if part in saved:
+            saved[part] = {k: t for k, t in saved[part].items() if k not in frozen}
+    torch.save(saved, path)
+    return path
+
+
+TUNERS = {
+    "adapter.ln1.weight": (4, 48), "adapter.ln1.bias": (4,), "adapter.ln2.weight": (48, 4),
+    "adapter.ln2.bias": (48,), "attn.lora.lora_a.weight": (2, 48), "attn.lora.lora_b.weight": (144, 2),
+    "attn.prefix.prefix_key": (1, 3, 48), "attn.prefix.prefix_value": (1, 3, 48),
+    "attn.qkv.bias": (144,), "mlp.fc2.bias": (48,),
+}  # fmt: skip
+
+
+def same(found, wanted):
+    """Two readings are one."""
+    return found.branches == wanted.branches and all(
+        torch.equal(tensor, found.tensors[branch][name])
+        for branch, tensors in wanted.tensors.items()
+        for name, tensor in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("part", ["", "adapter", "attn.", "bias"])
+def test_what_was_trained_alone(part, vit, tmp_path):
+    """Without the trunk, and of tuned biases without the other ones; a head alone is a probe."""
+    kept = (k for k in TUNERS if part and part in k)
+    if part == "bias":
+        kept = ("attn.qkv.bias", "mlp.fc2.bias")
+    trained = {f"blocks.1.{k}": torch.randn(TUNERS[k]) for k in kept}
+    file = modelscope_file(tmp_path / "c.pth", vit, **trained)
+    wanted = read("modelscope", file, vit)
+    found = read("modelscope", alone(file, vit, trained), vit)
+    assert same(found, wanted)
+    assert set(found.notes) - set(wanted.notes) == {"trunk"}
+    held = sum(name in vit.model.state_dict() for name in trained)
+    assert found.notes["trunk"].startswith(f"the file holds {held or 'no'}")
+    saved = torch.load(file)
+    flat = {f"model.head.{k}": v for k, v in saved["head_weight"].items()}
+    torch.save({f"model.backbone.{k}": v for k, v in saved["backbone_weight"].items()} | flat, file)
+    assert same(read("modelscope", file, vit), wanted)
+
+
+def test_what_was_trained_alone_fits_no_other_backbone(vit, tmp_path):
+    file = alone(modelscope_file(tmp_path / "c.pth", vit, **{"x": torch.ones(1)}), vit)
+    with pytest.raises(IncompatibleArtefact, match="no known tuner") as caught:
+        read("modelscope", file, vit)
+    assert "load the backbone" in caught.value.details["do"]
+
+
+def test_a_part_of_the_trunk(vit, tmp_path):
+    """It was not left out by a filter: nothing trains a weight of the trunk."""
+    file = alone(modelscope_file(tmp_path / "c.pth", vit), vit, ["blocks.0.attn.qkv.weight"])
     with pytest.raises(IncompatibleArtefact, match="lacks frozen tensors"):
         read("modelscope", file, vit)
+
+
+@pytest.mark.parametrize("classes", [["a", "b", "c"], ("a", "b", "c"), np.array(["a", "b", "c"])])
+def test_names_of_classes(classes, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    torch.save({**torch.load(file), "CLASSES": classes}, file)
+    assert read("modelscope", file, vit).labels == ("a", "b", "c")
+    torch.save({**torch.load(file, weights_only=False), "CLASSES": {"a": 0}}, file)
+    with pytest.raises(IncompatibleArtefact, match="are no list"):
+        read("modelscope", file, vit)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_named_with_its_file(value, vit, tmp_path):
+    down = torch.full((2, 48), value)
+    tuner = {"blocks.0.attn.lora.lora_a.weight": down, "blocks.0.attn.lora.lora_b.weight": torch.ones(144, 2)}
+    file = modelscope_file(tmp_path / "c.pth", vit, **tuner)
+    with pytest.raises(IncompatibleArtefact, match="NaN or Inf") as caught:
+        read("modelscope", file, vit)
+    assert caught.value.details["where"] == f"{file}: blocks.0.attn.qkv/lora/down"
 
 
 @pytest.mark.parametrize(
@@ -363,6 +438,16 @@ def test_a_vpetl_checkpoint_that_does_not_fit(tuners, changes, sentence, vit, tm
     path = vpetl_file(tmp_path / "v.pth", vit, tuners, args, **changes)
     with pytest.raises(IncompatibleArtefact, match=sentence):
         read("vpetl", path, vit)
+
+
+def test_what_vpetl_trained_alone(vit, tmp_path):
+    args = {"att_prefix_mode": "patt_kv", "att_prefix_scale": 0.2, **FFN}
+    for tuners in ({**PATT, **ADAPTER}, {}):
+        file = vpetl_file(tmp_path / "v.pth", vit, tuners, args)
+        wanted = read("vpetl", file, vit)
+        found = read("vpetl", alone(file, vit), vit)
+        assert same(found, wanted)
+        assert "no frozen tensors" in found.notes["trunk"]
 
 
 def test_a_norm_in_an_adapter_asks_for_its_place(vit, tmp_path):

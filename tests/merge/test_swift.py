@@ -419,7 +419,12 @@ def test_a_whole_state_dict_asks_and_compares(vit, tmp_path):
         read("swift", path, vit, {**given, "enable_lora": "q,v"})
     with pytest.raises(IncompatibleArtefact, match="do not fit its enable_lora"):
         read("swift", path, vit, {**given, "enable_lora": "true,false,true"})
-    read("swift", path, vit, given)
+    whole = read("swift", path, vit, given)
+    trained = {k: t for k, t in flat(vit, a, b).items() if "lora_" in k or k.startswith("head.")}
+    torch.save(trained, path)
+    alone = read("swift", path, vit, given)
+    assert alone.branches == whole.branches
+    assert "no frozen tensors" in alone.notes["trunk"]
     other = flat(vit, a, b)
     other["blocks.1.mlp.fc1.weight"] = other["blocks.1.mlp.fc1.weight"] + 1
     torch.save(other, path)

@@ -343,9 +343,7 @@ def _read_flat(reading: Reading, settings: Settings) -> None:
     adapter = Adapter("default", "LORA", {}, frozenset(met))
     reading.adapters.append(adapter)
     layers = reading.take(adapter, IN_LORA)
-    changes = trunk_changes(
-        path, reading.backbone, reading.tensors, reading.found, tuned=".bias"
-    )
+    changes = trunk_changes(path, reading.backbone, reading.tensors, reading.found, tuned=".bias")
     if strange := [name for name in changes if not name.endswith(".bias")]:
         raise other_backbone(path, reading.backbone, strange)
     _plant_changes(reading, {n: own.double() - kept.double() for n, (own, kept) in changes.items()})

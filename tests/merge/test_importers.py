@@ -183,7 +183,7 @@ def test_what_was_trained_alone(part, vit, tmp_path):
 
 
 def test_what_was_trained_alone_fits_no_other_backbone(vit, tmp_path):
-    file = alone(modelscope_file(tmp_path / "c.pth", vit, **{"x": torch.ones(1)}), vit)
+    file = alone(modelscope_file(tmp_path / "c.pth", vit, x=torch.ones(1)), vit)
     with pytest.raises(IncompatibleArtefact, match="no known tuner") as caught:
         read("modelscope", file, vit)
     assert "load the backbone" in caught.value.details["do"]
@@ -209,7 +209,10 @@ def test_names_of_classes(classes, vit, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_named_with_its_file(value, vit, tmp_path):
     down = torch.full((2, 48), value)
-    tuner = {"blocks.0.attn.lora.lora_a.weight": down, "blocks.0.attn.lora.lora_b.weight": torch.ones(144, 2)}
+    tuner = {
+        "blocks.0.attn.lora.lora_a.weight": down,
+        "blocks.0.attn.lora.lora_b.weight": torch.ones(144, 2),
+    }
     file = modelscope_file(tmp_path / "c.pth", vit, **tuner)
     with pytest.raises(IncompatibleArtefact, match="NaN or Inf") as caught:
         read("modelscope", file, vit)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 
+MASKS = "detr."  # in front of MDETR's names where a model that draws masks holds it
+MDETR = ("transformer.side_", f"{MASKS}transformer.side_")
+
+
 def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     """Branches of a UniPT checkpoint.
 
@@ -34,11 +38,12 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     saved, options = weights_of(path, file), options_of(file)
     merged = {key: tensor for state in saved for key, tensor in state.items()}
     if any(key.startswith(("image_adapter.", "text_adapter.")) for key in merged):
-        return read_clip4clip(path, backbone, merged)
+        return read_clip4clip(path, backbone, merged, settings)
     if any("encoder.side_" in key for key in merged):
         return read_clip_vil(path, backbone, merged)
-    if any(key.startswith("transformer.side_") for key in merged):
-        return read_mdetr(path, backbone, merged)
+    if any(key.startswith(MDETR) for key in merged):
+        inner = {key.removeprefix(MASKS): tensor for key, tensor in merged.items()}
+        return read_mdetr(path, backbone, inner, options)
     if any(key.startswith(("side_tuning_module.", "gpool.", "image_encoder.")) for key in merged):
         return read_vse(path, backbone, saved, options, settings)
     raise IncompatibleArtefact(

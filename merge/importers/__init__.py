@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..delta import require_finite
 from ..errors import UsageError
+from ..tuner import bind
 from .modelscope import read_modelscope
 from .peft import read_peft
 from .settings import Settings
@@ -67,7 +68,8 @@ def read(
     given = Settings(settings)
     foreign = IMPORTERS[source](path, backbone, given)
     given.require_used()
-    for branch, tensors in foreign.tensors.items():
-        for name, tensor in tensors.items():
-            require_finite(tensor, where=f"{path}: {branch}/{name}")
+    for name, branch in foreign.branches.items():
+        bind(branch.tuner.shapes, foreign.tensors[name], where=f"{path}: {name}")
+        for key, tensor in foreign.tensors[name].items():
+            require_finite(tensor, where=f"{path}: {name}/{key}")
     return foreign

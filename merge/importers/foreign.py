@@ -166,12 +166,6 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
-def contained(saved: Any, containers: Sequence[str]) -> Any:
-    """What a script put the state into: the first of these entries that is a dictionary, or the file's object itself."""
-    parts = (saved.get(name) for name in containers) if isinstance(saved, dict) else ()
-    return next((part for part in parts if isinstance(part, dict)), saved)
-
-
 def bare_name(key: str, wrappers: tuple[str, ...]) -> str:
     """A name without what wrappers put before it, each a part that ends in a dot, however many there are."""
     while key.startswith(wrappers):

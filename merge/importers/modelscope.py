@@ -21,12 +21,11 @@ from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prefix import Prefix
+from .containers import contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
-    contained,
     other_backbone,
-    read_pickle,
     refuse,
 )
 from .prompts import plant_prompts
@@ -62,7 +61,7 @@ def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Forei
         IncompatibleArtefact: No modelscope checkpoint, another backbone, or prompts that overwrite
             image tokens or enter a pooled mean.
     """
-    trunk, head, labels = _parts(path, read_pickle(path))
+    trunk, head, labels = _parts(path, read_saved(path), settings)
     found = Foreign(
         "modelscope vision_efficient_tuning",
         labels=labels,
@@ -87,15 +86,16 @@ def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Forei
 
 
 def _parts(
-    path: Path, saved: Any
+    path: Path, saved: Any, settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
     """Trunk and head tensors by their names inside, and class names."""
-    saved = contained(saved, CONTAINERS)
+    saved = contained(path, saved, CONTAINERS, settings)
     if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
         trunk, head = (
             {
                 bare_name(key, WRAPPERS).removeprefix("backbone."): v
                 for key, v in (saved.get(part) or {}).items()
+                if isinstance(v, Tensor)
             }
             for part in ("backbone_weight", "head_weight")
         )
@@ -158,8 +158,25 @@ def _prompts(
         for number, block in enumerate(places)
         if f"{block}.{PROMPT}" in trunk
     }
-    plant_prompts(path, backbone, {n: trunk[key][0] for n, key in keys.items()}, places, found)
+    prompts = {number: _rows(path, key, trunk[key]) for number, key in keys.items()}
+    plant_prompts(path, backbone, prompts, places, found)
     return set(keys.values())
+
+
+def _rows(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """`[L, C]` of `[1, L, C]`.
+
+    Raises:
+        IncompatibleArtefact: It has another shape.
+    """
+    if tensor.dim() != 3 or len(tensor) != 1:
+        raise refuse(
+            path,
+            "a tuner's tokens have another shape",
+            found=f"{key} of shape {list(tensor.shape)}",
+            do="wanted: [1, length, channels]",
+        )
+    return tensor[0]
 
 
 def _block(
@@ -188,9 +205,9 @@ def _block(
         found.plant(f"{qkv}/lora", branch, {"down": down, "up": up, "scale": torch.ones(())})
     if tensors := take(PREFIX):
         point = Point(f"{block}.attn", "keys")
-        key, value = tensors
         branch = Branch(Prefix(joint_softmax=True), point, point)
-        found.plant(f"{block}.attn/prefix", branch, {"key": key[0], "value": value[0]})
+        rows = (_rows(path, f"{block}.{name}", t) for name, t in zip(PREFIX, tensors, strict=True))
+        found.plant(f"{block}.attn/prefix", branch, dict(zip(("key", "value"), rows, strict=True)))
     if tensors := take(ADAPTER):
         point = _behind_ffn(backbone.model, block)
         names = ("down", "down_bias", "up", "up_bias")
@@ -237,6 +254,13 @@ def _head(
         one = inner or outer
         found.plant_head(backbone, one["weight"], one.get("bias"))
         return
+    shapes = [list(layer["weight"].shape) for layer in (inner, outer)]
+    if any(len(shape) != 2 for shape in shapes) or shapes[1][1] != shapes[0][0]:
+        raise refuse(
+            path,
+            "the head does not read what the backbone's classifier gives",
+            found=f"head.fc.weight {shapes[1]} behind {classifier}weight {shapes[0]}",
+        )
     weight = outer["weight"].double() @ inner["weight"].double()
     bias = weight.new_zeros(len(weight))
     if "bias" in inner:

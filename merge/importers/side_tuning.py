@@ -69,6 +69,12 @@ def plant_side_network(
             f"the side network is not the {network} of side-tuning",
             found=f"{'missing' if missing else 'surplus'} {names}",
         )
+    if side["alpha"].numel() != 1:
+        raise refuse(
+            path,
+            "side-tuning has another share than one number",
+            found=f"alpha of shape {list(side['alpha'].shape)}",
+        )
     model = backbone.model
     pooled = pooled or ("fc_norm" if hasattr(model, "fc_norm") else backbone.classifiers[0])
     if len(backbone.classifiers) > 1 and pooled in backbone.classifiers:
@@ -80,7 +86,7 @@ def plant_side_network(
         )
     add = Point(pooled, "input")
     width = int(model.num_features)  # type: ignore[arg-type]
-    share = torch.sigmoid(side["alpha"].double())
+    share = torch.sigmoid(side["alpha"].double().reshape(()))
     weights = {ours: side[theirs] for ours, theirs in wanted.items()}
     weights |= _last(path, side, network, width) | {"scale": 1 - share}
     found.plant(

@@ -7,7 +7,6 @@ FFN adapter nowhere: the released script fixes them in its code. Keys: `attn.qkv
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,11 @@ from ..methods import adapters
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
+from .containers import arguments_of, contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
-    contained,
     other_backbone,
-    read_pickle,
     refuse,
     some,
 )
@@ -54,7 +52,7 @@ SETTINGS = (
     "ffn_adapter_scalar",
     "ffn_adapter_layernorm_option",
 )
-DROPPED = "relative_position_index"  # a constant of the geometry
+DROPPED = ("relative_position_index", "attn_mask")  # constants of the geometry
 CONTAINERS = ("model", "module", "state_dict", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 
@@ -72,9 +70,8 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
             released code.
     """
     settings.allow(*SETTINGS)
-    saved = read_pickle(path)
-    tensors, arguments = _parts(path, saved)
-    found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, arguments))
+    tensors, arguments = _parts(path, read_saved(path), settings)
+    found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, settings, arguments))
     _require_softmax(path, settings, arguments)
     if changed := trunk_changes(path, backbone, tensors, found):
         raise other_backbone(path, backbone, list(changed))
@@ -83,6 +80,7 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
         known |= _patt(path, tensors, block, found, settings, arguments)
         known |= _ffn(path, tensors, block, found, settings, arguments)
     classifiers = (HEAD, *backbone.classifiers)
+    _require_tuners(path, found, arguments)
     head = next((name for name in classifiers if f"{name}.weight" in tensors), None)
     if head is None:
         raise refuse(
@@ -98,9 +96,27 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     return found
 
 
-def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _require_tuners(path: Path, found: Foreign, arguments: Mapping[str, Any]) -> None:
+    """A run that was called with a tuner left it in the file.
+
+    Raises:
+        IncompatibleArtefact: It did not.
+    """
+    for option, label in (("att_prefix", "/patt"), ("ffn_adapt", "/adaptformer")):
+        if arguments.get(option) is True and not any(n.endswith(label) for n in found.branches):
+            raise refuse(
+                path,
+                "the run had a tuner that the file does not hold",
+                found=f"{option}=True in its arguments, and no such tensors in a block of the backbone",
+                do="save the tuners too, and load the backbone that it was trained on",
+            )
+
+
+def _parts(
+    path: Path, saved: Any, settings: Settings
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The model's tensors without the constants, and the run's arguments."""
-    model = contained(saved, CONTAINERS)
+    model = contained(path, saved, CONTAINERS, settings)
     state = model if isinstance(model, dict) else {}
     named = {bare_name(key, WRAPPERS): v for key, v in state.items() if isinstance(v, Tensor)}
     tensors = {key: tensor for key, tensor in named.items() if not key.endswith(DROPPED)}
@@ -111,12 +127,13 @@ def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]
             found=some(map(str, tensors or state)) or type(saved).__name__,
             do="wanted: {model, args, ...} as its training script saves it",
         )
-    arguments = saved.get("args") or {}
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments)
-    return tensors, {**arguments, **(arguments.get("tuning_config") or {})}
+    arguments = arguments_of(saved)
+    return tensors, {**arguments, **arguments_of(arguments, ("tuning_config",))}
 
 
-def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(
+    backbone: Backbone, settings: Settings, arguments: Mapping[str, Any]
+) -> Preprocessing:
     """The backbone's own with what the run's arguments say of frames, views and normalisation."""
     plain = backbone.preprocessing()
     assert plain is not None  # it reads clips
@@ -124,8 +141,8 @@ def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preproce
         plain = replace(plain, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     if plain.clip is None:
         return plain
-    stride = int(arguments.get("sampling_rate") or plain.clip.stride)
-    views = int(arguments.get("test_num_segment") or plain.clip.views)
+    stride = settings.get("sampling_rate", int, arguments) or plain.clip.stride
+    views = settings.get("test_num_segment", int, arguments) or plain.clip.views
     return replace(plain, clip=replace(plain.clip, stride=stride, views=views))
 
 
@@ -161,6 +178,8 @@ def _patt(
     scale = settings.need(
         "att_prefix_scale", float, arguments, hint="the factor of PATT, such as 0.2"
     )
+    if any(own[name].dim() != 2 for name in ("0.weight", "2.weight")):
+        raise refuse(path, "a PATT tuner is no pair of linear layers", found=stem)
     width = own["0.weight"].shape[1]
     if own["2.weight"].shape[0] != width * len(THIRDS[mode]):
         raise refuse(
@@ -213,7 +232,7 @@ def _ffn(
     if norm[0] in own:
         place = settings.choose("ffn_adapter_layernorm_option", ("in", "out"), arguments)
     if "scale" in own:
-        scale = own["scale"].reshape(())
+        scale = own["scale"].reshape(()) if own["scale"].numel() == 1 else own["scale"]
     else:
         hint = "the factor of the FFN adapter; the released script has 0.1"
         value = settings.need("ffn_adapter_scalar", float, arguments, hint=hint)

@@ -10,17 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
-from ..foreign import Foreign, read_pickle
+from ..containers import arguments_of, read_saved
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil
 from .mdetr import read_mdetr
-from .parts import options_of, weights_of
+from .parts import weights_of
 from .vse import read_vse
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ...backbone import Backbone
+    from ..foreign import Foreign
     from ..settings import Settings
 
 
@@ -34,8 +35,8 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
     Raises:
         IncompatibleArtefact: The file is none of UniPT's, or of another backbone.
     """
-    file = read_pickle(path)
-    saved, options = weights_of(path, file), options_of(file)
+    file = read_saved(path)
+    saved, options = weights_of(path, file), arguments_of(file, ("opt", "args"))
     merged = {key: tensor for state in saved for key, tensor in state.items()}
     if any(key.startswith(("image_adapter.", "text_adapter.")) for key in merged):
         return read_clip4clip(path, backbone, merged, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -175,16 +174,6 @@ def weights_of(path: Path, saved: Any) -> list[dict[str, Tensor]]:
             found=some(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__,
         )
     return found
-
-
-def options_of(saved: Any) -> dict[str, Any]:
-    """What the run was called with, where the file says it: `opt` of VSE-infinity, `args` of MDETR."""
-    if not isinstance(saved, dict):
-        return {}
-    options = next((saved[key] for key in ("opt", "args") if saved.get(key) is not None), {})
-    if isinstance(options, argparse.Namespace):
-        options = vars(options)
-    return dict(options) if isinstance(options, dict) else {}
 
 
 def _plain(key: str) -> str:

@@ -483,6 +483,26 @@ def test_layers_of_another_shape(kind, file):
     refused(file({**state, name: torch.zeros(99)}), backbone, "another shape", found="[99]")
 
 
+@pytest.mark.parametrize(
+    ("make", "backbone", "changes"),
+    [
+        (lambda: vse_text((12,)), lambda: tokens(shapes=[[5, 12]]), {}),
+        (vse_text, tokens, {"gpool.gru.weight_ih_l0": torch.zeros(9, 3)}),
+        (clip4clip, vectors, {"image_adapter.upsample_layer.1.weight": torch.zeros(9, WIDTH),
+                              "image_adapter.upsample_layer.1.bias": torch.zeros(9)}),
+    ],
+    ids=["no target", "odd positions", "not the anchor's width"],
+)  # fmt: skip
+def test_layers_that_do_not_fit_each_other(make, backbone, changes, file):
+    refused(file({**make(), **changes}), backbone(), "do not fit each other")
+
+
+def test_a_scale_that_is_no_number(file):
+    path = file({**clip4clip(), "clip.logit_scale": torch.zeros(2)})
+    with pytest.raises(IncompatibleArtefact, match="no number"):
+        read("unipt", path, vectors())
+
+
 def test_answers_to_questions(file):
     state = mdetr()
     state |= {"qa_embed.weight": torch.zeros(4, 12), "answer_type_head.weight": torch.zeros(3, 12)}

@@ -15,7 +15,7 @@ from ...tuner import Branch, Point
 from ...tuners.embedding import Embedding
 from ...tuners.unipt import UniPT
 from ..foreign import Foreign, refuse, some
-from .parts import Checkpoint, require_states, require_trunk
+from .parts import Checkpoint, made, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +83,9 @@ def read_clip4clip(
             do="load the backbone of that side; one of text marks its end token (states: mask=true and end=true)",
         )
     width, embedding = w["anchor_weight"].shape
-    tuner = UniPT(
+    tuner = made(
+        path,
+        UniPT,
         widths=tuple(w[f"target{n}_weight"].shape[1] for n in range(depth)),
         anchor=embedding,
         width=width,
@@ -104,6 +106,8 @@ def read_clip4clip(
     answer = Branch(Embedding(tuner.out), add, Point(add.module, "output"))
     found.plant(f"{add.module}/embedding", answer, {})
     if (scale := state.get("clip.logit_scale")) is not None:
+        if scale.numel() != 1:
+            raise refuse(path, "clip.logit_scale is no number", found=list(scale.shape))
         found.notes["logit_scale"] = repr(float(scale))
     _require_trunk(path, backbone, state, found)
     file.require_seen(*(f"{other}_adapter." for other in SIDES if other != side), "clip.", *over)

@@ -15,7 +15,7 @@ from ...tuners.perceptron import Perceptron
 from ...tuners.unipt import UniPT
 from ..foreign import Foreign
 from .mdetr_run import require_carried
-from .parts import Checkpoint, outputs, require_trunk
+from .parts import Checkpoint, made, outputs, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def read_mdetr(
     file = Checkpoint(path, state)
     w = _network(file, "encoder")
     targets = _targets(path, encoder)
-    tuner = _tuner(w, len(targets), masked=True)
+    tuner = _tuner(path, w, len(targets), masked=True)
     found.plant(
         "side_memory/unipt",
         Branch(tuner, targets[0], memory, (*targets[1:], encoder[-1], mask)),
@@ -78,7 +78,7 @@ def read_mdetr(
     final = f"{SIDE}final_upsample"
     w |= file.linear(f"{final}.1", "up", norm=f"{final}.2")
     targets = _targets(path, decoder)
-    tuner = _tuner(w, len(targets), crossed=True)
+    tuner = _tuner(path, w, len(targets), crossed=True)
     found.plant(
         "features/unipt",
         Branch(
@@ -131,10 +131,14 @@ def _network(file: Checkpoint, half: str) -> Weights:
     return w | file.linear(f"{project}.2", "project", norm=f"{project}.3")
 
 
-def _tuner(w: Weights, depth: int, *, masked: bool = False, crossed: bool = False) -> UniPT:
+def _tuner(
+    path: Path, w: Weights, depth: int, *, masked: bool = False, crossed: bool = False
+) -> UniPT:
     width, hidden = w["anchor_weight"].shape
     up = w.get("up_weight")
-    return UniPT(
+    return made(
+        path,
+        UniPT,
         widths=(hidden,) * depth,
         anchor=hidden,
         width=width,

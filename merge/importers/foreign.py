@@ -251,6 +251,13 @@ def _refused_class(said: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().partition("\n")[0]
 
 
+def is_linear_layer(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """They are a linear layer's `[out, in]` and, where there is one, `[out]`."""
+    if weight is None or weight.dim() != 2:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
+
+
 def refuse(path: Path, what: str, *, found: object, do: str | None = None) -> IncompatibleArtefact:
     """The error of a tuner that cannot be carried."""
     return IncompatibleArtefact(what, where=path, found=found, do=do)

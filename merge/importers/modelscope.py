@@ -25,8 +25,10 @@ from .containers import contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
+    is_linear_layer,
     other_backbone,
     refuse,
+    some,
 )
 from .prompts import plant_prompts
 from .side_tuning import plant_side_network
@@ -243,11 +245,12 @@ def _head(
             do="a task needs its head: save it with the tuners",
         )
     for layer in (inner, outer):
-        if layer and not {"weight"} <= set(layer) <= {"weight", "bias"}:
+        surplus = set(layer) - {"weight", "bias"}
+        if layer and (surplus or not is_linear_layer(layer.get("weight"), layer.get("bias"))):
             raise refuse(
                 path,
                 "the checkpoint's classifier is no linear layer",
-                found=", ".join(sorted(layer)[:5]),
+                found=some(f"{name} {list(layer[name].shape)}" for name in sorted(layer)),
                 do=f"wanted: head.fc.weight, or {classifier}weight, with or without a bias",
             )
     if not inner or not outer:
@@ -255,7 +258,7 @@ def _head(
         found.plant_head(backbone, one["weight"], one.get("bias"))
         return
     shapes = [list(layer["weight"].shape) for layer in (inner, outer)]
-    if any(len(shape) != 2 for shape in shapes) or shapes[1][1] != shapes[0][0]:
+    if shapes[1][1] != shapes[0][0]:
         raise refuse(
             path,
             "the head does not read what the backbone's classifier gives",

@@ -9,7 +9,7 @@ import torch
 from ..tuner import Branch, Point
 from ..tuners.gain import Gain
 from ..tuners.side_network import NETWORKS, POOL, SideNetwork
-from .foreign import Foreign, refuse
+from .foreign import Foreign, is_linear_layer, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,10 +104,13 @@ def _last(path: Path, side: Mapping[str, Tensor], network: str, width: int) -> d
     weight = side.get("side.fc.weight")
     if weight is None:
         weight = torch.eye(features)
-    bias = side.get("side.fc.bias", weight.new_zeros(weight.shape[0]))
-    if weight.shape[0] == 1:
+    bias = side.get("side.fc.bias")
+    linear = is_linear_layer(weight, bias)
+    if linear and bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    if linear and weight.shape[0] == 1:
         weight, bias = weight.expand(width, -1).clone(), bias.expand(width).clone()
-    if weight.shape != (width, features):
+    if bias is None or weight.shape != (width, features) or not linear:
         raise refuse(
             path,
             "the side network does not give the backbone's features",

@@ -21,6 +21,7 @@ from .containers import arguments_of, contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
+    is_linear_layer,
     other_backbone,
     refuse,
     some,
@@ -91,7 +92,15 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
         )
     known |= {f"{head}.weight", f"{head}.bias"}
     require_known(path, tensors, known, found)
-    found.plant_head(backbone, tensors[f"{head}.weight"].flatten(1), tensors.get(f"{head}.bias"))
+    weight, bias = tensors[f"{head}.weight"], tensors.get(f"{head}.bias")
+    weight = weight.flatten(1) if weight.dim() > 1 else weight
+    if not is_linear_layer(weight, bias):
+        raise refuse(
+            path,
+            "the checkpoint's classifier is no linear layer",
+            found=f"{head}.weight {list(weight.shape)}",
+        )
+    found.plant_head(backbone, weight, bias)
     found.notes |= {name: str(value) for name, value in settings.found.items()}
     return found
 
@@ -178,8 +187,12 @@ def _patt(
     scale = settings.need(
         "att_prefix_scale", float, arguments, hint="the factor of PATT, such as 0.2"
     )
-    if any(own[name].dim() != 2 for name in ("0.weight", "2.weight")):
-        raise refuse(path, "a PATT tuner is no pair of linear layers", found=stem)
+    if not all(is_linear_layer(own[f"{n}.weight"], own.get(f"{n}.bias")) for n in "02"):
+        raise refuse(
+            path,
+            "a PATT tuner is no pair of linear layers",
+            found=some(f"{stem}.{name} {list(tensor.shape)}" for name, tensor in own.items()),
+        )
     width = own["0.weight"].shape[1]
     if own["2.weight"].shape[0] != width * len(THIRDS[mode]):
         raise refuse(

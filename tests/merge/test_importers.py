@@ -198,6 +198,7 @@ SHAPES = {
     "blocks.0.prompt.prompt_token": [(), (3, 48), (2, 3, 48)],
     "blocks.0.attn.prefix.prefix_key": [(), (3, 48)],
     "sidetune.alpha": [(2,)],
+    "sidetune.side.fc.weight": [(), (1, 48, 64)],
     "head.weight": [(4, 48), (48,)],  # the head behind it reads 48
 }
 
@@ -213,16 +214,23 @@ def test_tensors_of_another_shape(key, shape, vit, tmp_path):
             changes |= {
                 f"sidetune.side.conv{n}.1.{p}": torch.zeros(out) for p in ("weight", "bias")
             }
-        changes["sidetune.side.fc.weight"] = torch.zeros(48, 64)
+        changes = {
+            "sidetune.alpha": torch.zeros(()),
+            "sidetune.side.fc.weight": torch.zeros(48, 64),
+            **changes,
+        }
     file = modelscope_file(tmp_path / "c.pth", vit, **changes)
     with pytest.raises(IncompatibleArtefact) as caught:
         read("modelscope", file, vit)
     assert str(file) in caught.value.details["where"]
 
 
-def test_a_head_of_one_axis(vit, tmp_path):
-    file = modelscope_file(tmp_path / "c.pth", vit)
-    torch.save({**torch.load(file), "head_weight": {"fc.weight": torch.zeros(48)}}, file)
+@pytest.mark.parametrize("bias", [(), (2,)])
+@pytest.mark.parametrize("weight", [(48,), (3, 48)])
+def test_a_head_of_another_shape(weight, bias, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit, **{"head.weight": torch.zeros(48, 48)})
+    head = {"fc.weight": torch.zeros(weight), "fc.bias": torch.zeros(bias)}
+    torch.save({**torch.load(file), "head_weight": head}, file)
     with pytest.raises(IncompatibleArtefact) as caught:
         read("modelscope", file, vit)
     assert str(file) in caught.value.details["where"]

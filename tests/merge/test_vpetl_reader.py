@@ -87,7 +87,11 @@ def test_broken_modes_are_refused_with_the_reason(mode, tuners, vit, tmp_path):
 @pytest.mark.parametrize(
     ("tuners", "changes", "sentence"),
     [
-        (PATT, {"blocks.1.attn.qkv_adapter.2.weight": torch.ones(144, 4)}, "the size of its mode"),
+        (
+            {**PATT, "blocks.1.attn.qkv_adapter.2.weight": torch.ones(144, 4)},
+            {"blocks.1.attn.qkv_adapter.2.bias": torch.ones(144)},
+            "the size of its mode",
+        ),
         ({**PATT}, {"blocks.0.attn.qkv.weight": torch.zeros(144, 48)}, "not the backbone's"),
         ({**PATT}, {"blocks.1.attn.novel": torch.zeros(2)}, "of no known tuner"),
         ({k: v for k, v in PATT.items() if "2.bias" not in k}, {}, "not whole"),
@@ -136,9 +140,11 @@ def test_an_object_inside_a_namespace_is_not_made(vit, tmp_path, capsys):
     ("tuners", "changes"),
     [
         (PATT, {"blocks.1.attn.qkv_adapter.0.weight": torch.zeros(48)}),
+        (PATT, {"blocks.1.attn.qkv_adapter.2.bias": torch.zeros(97)}),
         (ADAPTER, {"blocks.1.mlp.adaptmlp.scale": torch.zeros(2)}),
+        (PATT, {"fc.0.weight": torch.zeros(48)}),
     ],
-    ids=["patt", "scale"],
+    ids=["patt", "bias", "scale", "head"],
 )
 def test_vpetl_tensors_of_another_shape(tuners, changes, vit, tmp_path):
     args = {"att_prefix_mode": "patt_kv", "att_prefix_scale": 0.2, **FFN}

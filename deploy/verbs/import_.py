@@ -65,9 +65,9 @@ def command(
     Settings that some files lack: vpetl att_prefix_mode, att_prefix_scale, ffn_option,
     ffn_adapter_scalar, ffn_adapter_layernorm_option; swift order, lora_alpha, enable_lora, head; timm rank
     or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file);
-    unipt no_norm (the vector keeps its length) and frames_alone (of CLIP4Clip with layers over frames, the vectors
-    in front of them). A unipt file of two sides is read for the side that the backbone
-    is of.
+    modelscope and vpetl weights too; unipt no_norm (the vector keeps its length) and frames_alone (of CLIP4Clip
+    with layers over frames, the vectors in front of them). A unipt file of two sides is read for the side that
+    the backbone is of.
     """
     from ...merge.delta import require_backbone, save_delta, validate
     from ...merge.files import refuse_existing

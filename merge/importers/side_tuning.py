@@ -106,11 +106,11 @@ def _last(path: Path, side: Mapping[str, Tensor], network: str, width: int) -> d
         weight = torch.eye(features)
     bias = side.get("side.fc.bias")
     linear = is_linear_layer(weight, bias)
-    if linear and bias is None:
-        bias = weight.new_zeros(weight.shape[0])
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[:1])
     if linear and weight.shape[0] == 1:
         weight, bias = weight.expand(width, -1).clone(), bias.expand(width).clone()
-    if bias is None or weight.shape != (width, features) or not linear:
+    if not linear or weight.shape != (width, features):
         raise refuse(
             path,
             "the side network does not give the backbone's features",

@@ -418,6 +418,12 @@ def test_files_of_other_projects(file):
         read("unipt", file({}).with_name("none"), own)
 
 
+@pytest.mark.parametrize("part", ["query.lora_As.vqa", "output.adapter.adapters.vqa.gate"])
+def test_tuners_inside_the_trunk_of_clip_vil(part, file):
+    key = f"lxrt_encoder.model.bert.encoder.layer.0.attention.{part}"
+    refused(file({key: torch.zeros(2)}), vil(), "stand inside CLIP-ViL's BERT", found=key)
+
+
 def test_the_wrong_side(file):
     refused(file(vse_text()), maps(), "no image side", found="text")
     refused(file(vse_image()), tokens(), "no text side", found="image")

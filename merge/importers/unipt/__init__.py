@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
 from ..containers import arguments_of, read_saved
+from ..foreign import some
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil
 from .mdetr import read_mdetr
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 
+INSIDE = (".adapter.adapters.", ".lora_As.", ".lora_Bs.")  # of --use_adapter and --use_lora
 MASKS = "detr."  # in front of MDETR's names where a model that draws masks holds it
 MDETR = ("transformer.side_", f"{MASKS}transformer.side_")
 
@@ -47,6 +49,13 @@ def read_unipt(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
         return read_mdetr(path, backbone, inner, options)
     if any(key.startswith(("side_tuning_module.", "gpool.", "image_encoder.")) for key in merged):
         return read_vse(path, backbone, saved, options, settings)
+    if inner := sorted(key for key in merged if any(part in key for part in INSIDE)):
+        raise IncompatibleArtefact(
+            "the tuners of this file stand inside CLIP-ViL's BERT, and only its side network is read",
+            where=path,
+            wanted="a run with --use_side_transformers",
+            found=some(inner),
+        )
     raise IncompatibleArtefact(
         "the file is no checkpoint of UniPT",
         where=path,

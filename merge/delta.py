@@ -245,13 +245,7 @@ def validate(delta: Delta, *, where: object) -> None:
                     wanted="float16, bfloat16, float32 or float64",
                     found=tensor.dtype,
                 )
-            if not torch.isfinite(tensor).all():
-                raise IncompatibleArtefact(
-                    "a tensor holds NaN or Inf",
-                    where=f"{where}: {name}/{key}",
-                    found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
-                    do="train again, or save an earlier step",
-                )
+            require_finite(tensor, where=f"{where}: {name}/{key}")
     if not delta.labels and any(delta.branches[name].tuner.kind != "head" for name in heads):
         return
     counts = {name: delta.answer_width(name) for name in heads}
@@ -268,6 +262,21 @@ def validate(delta: Delta, *, where: object) -> None:
             where=where,
             wanted=f"{classes} different labels",
             found=f"{len(delta.labels)} labels, {len(set(delta.labels))} different",
+        )
+
+
+def require_finite(tensor: Tensor, *, where: object) -> None:
+    """No value is NaN or Inf.
+
+    Raises:
+        IncompatibleArtefact: One is.
+    """
+    if not torch.isfinite(tensor).all():
+        raise IncompatibleArtefact(
+            "a tensor holds NaN or Inf",
+            where=where,
+            found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values",
+            do="train again, or save an earlier step",
         )
 
 

@@ -65,10 +65,11 @@ def command(
     Settings that some files lack: vpetl att_prefix_mode, att_prefix_scale, ffn_option,
     ffn_adapter_scalar, ffn_adapter_layernorm_option; swift order, lora_alpha, enable_lora, head; timm rank
     or energy (the best low-rank LoRA instead of the full difference) and weights (of several in one file);
-    unipt no_norm (the vector keeps its length). A unipt file of two sides is read for the side that the backbone
-    is of.
+    modelscope and vpetl weights too; unipt no_norm (the vector keeps its length) and frames_alone (of CLIP4Clip
+    with layers over frames, the vectors in front of them). A unipt file of two sides is read for the side that
+    the backbone is of.
     """
-    from ...merge.delta import require_backbone, save_delta
+    from ...merge.delta import require_backbone, save_delta, validate
     from ...merge.files import refuse_existing
     from ...merge.importers import read
     from ...merge.sites import measure
@@ -79,6 +80,7 @@ def command(
     foreign = read(source, file, backbone, dict(map(setting, settings)))
     delta = foreign.delta(task, backbone, labels=names)
     require_backbone(delta, backbone, measure(backbone), where=file)
+    validate(delta, where=f"{file} with the classes of {labels}" if labels else file)
     save_delta(output, delta, force=force)
     kinds = sorted({name.rpartition("/")[2] for name in delta.branches})
     found = {

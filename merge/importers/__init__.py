@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..delta import require_finite
 from ..errors import UsageError
+from ..tuner import bind
 from .modelscope import read_modelscope
 from .peft import read_peft
 from .settings import Settings
@@ -51,7 +53,7 @@ def read(
     Raises:
         UsageError: No such source or file; a setting that is missing, unreadable or unknown.
         IncompatibleArtefact: The file is unsafe, malformed, of another backbone, or holds a tuner
-            that cannot be carried.
+            that cannot be carried, or NaN or Inf in one.
     """
     if source not in IMPORTERS:
         raise UsageError("unknown source", wanted=f"one of {sorted(IMPORTERS)}", found=source)
@@ -66,4 +68,8 @@ def read(
     given = Settings(settings)
     foreign = IMPORTERS[source](path, backbone, given)
     given.require_used()
+    for name, branch in foreign.branches.items():
+        bind(branch.tuner.shapes, foreign.tensors[name], where=f"{path}: {name}")
+        for key, tensor in foreign.tensors[name].items():
+            require_finite(tensor, where=f"{path}: {name}/{key}")
     return foreign

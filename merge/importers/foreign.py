@@ -147,7 +147,8 @@ def differing(
             where=path,
             wanted=f"all of {backbone.identity.architecture}, which such a checkpoint saves",
             found=f"no {some(missing)}",
-            do="save the whole model's state dict, or load the backbone that it was trained on",
+            do="save the whole model's state dict or what was trained alone, or load the backbone that it was "
+            "trained on",
         )
     if strange:
         raise other_backbone(path, backbone, strange)
@@ -163,12 +164,6 @@ def some(names: Iterable[str]) -> str:
     """The first of them, and how many more."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-
-
-def contained(saved: Any, containers: Sequence[str]) -> Any:
-    """What a script put the state into: the first of these entries that is a dictionary, or the file's object itself."""
-    parts = (saved.get(name) for name in containers) if isinstance(saved, dict) else ()
-    return next((part for part in parts if isinstance(part, dict)), saved)
 
 
 def bare_name(key: str, wrappers: tuple[str, ...]) -> str:
@@ -254,6 +249,13 @@ def _refused_class(said: str) -> str:
         return named[1] or named[2]
     reason = said.rpartition("WeightsUnpickler error: ")[2]
     return re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().partition("\n")[0]
+
+
+def is_linear_layer(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """They are a linear layer's `[out, in]` and, where there is one, `[out]`."""
+    if weight is None or weight.dim() != 2:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def refuse(path: Path, what: str, *, found: object, do: str | None = None) -> IncompatibleArtefact:

@@ -1,7 +1,7 @@
 """modelscope's `vision_efficient_tuning`, the code of U-Tuning's authors (arXiv 2303.00690).
 
 Two layouts: a hub file with `backbone_weight` and `head_weight`, and a trainer's flat state dict with
-`model.backbone.*` and `model.head.*`. Tuners are found by their keys, whatever combination there is:
+`model.backbone.*` and `model.head.*`; either with the frozen tensors or without. Tuners are found by their keys, whatever combination there is:
 adapter (serial behind the FFN, GELU), LoRA on qkv (scale 1), prefix, prompts (deep, shallow, of unequal
 lengths), side networks, and biases that differ from the frozen ones (BitFit).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -20,17 +21,18 @@ from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prefix import Prefix
+from .containers import contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
-    contained,
-    differing,
+    is_linear_layer,
     other_backbone,
-    read_pickle,
     refuse,
+    some,
 )
 from .prompts import plant_prompts
 from .side_tuning import plant_side_network
+from .trunk import require_known, trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +63,7 @@ def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Forei
         IncompatibleArtefact: No modelscope checkpoint, another backbone, or prompts that overwrite
             image tokens or enter a pooled mean.
     """
-    trunk, head, labels = _parts(path, read_pickle(path))
+    trunk, head, labels = _parts(path, read_saved(path), settings)
     found = Foreign(
         "modelscope vision_efficient_tuning",
         labels=labels,
@@ -79,37 +81,34 @@ def read_modelscope(path: Path, backbone: Backbone, settings: Settings) -> Forei
     if side:
         plant_side_network(path, backbone, side, found)
         known |= {f"{SIDE}{name}" for name in side}
-    left = sorted(k for k in trunk if k not in known and not backbone.is_classifier(k))
-    if left:
-        raise refuse(
-            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
-        )
+    known |= {name for name in trunk if backbone.is_classifier(name)}
+    require_known(path, trunk, known, found)
     _head(path, backbone, trunk, head, found)
     return found
 
 
 def _parts(
-    path: Path, saved: Any
+    path: Path, saved: Any, settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...] | None]:
     """Trunk and head tensors by their names inside, and class names."""
-    saved = contained(saved, CONTAINERS)
+    saved = contained(path, saved, CONTAINERS, settings)
     if isinstance(saved, dict) and isinstance(saved.get("backbone_weight"), dict):
         trunk, head = (
             {
                 bare_name(key, WRAPPERS).removeprefix("backbone."): v
                 for key, v in (saved.get(part) or {}).items()
+                if isinstance(v, Tensor)
             }
             for part in ("backbone_weight", "head_weight")
         )
-        classes = saved.get("CLASSES")
-        return trunk, head, tuple(map(str, classes)) if classes else None
+        return trunk, head, _labels(path, saved.get("CLASSES"))
     flat = saved if isinstance(saved, dict) else {}
     flat = {
         bare_name(key, WRAPPERS): value for key, value in flat.items() if isinstance(value, Tensor)
     }
     trunk = {k.removeprefix("backbone."): v for k, v in flat.items() if k.startswith("backbone.")}
     head = {k.removeprefix("head."): v for k, v in flat.items() if k.startswith("head.")}
-    if not trunk:
+    if not trunk and ("fc.weight" not in head or len(head) < len(flat)):  # a head alone is a probe
         raise refuse(
             path,
             "the file is no checkpoint of modelscope's vision_efficient_tuning",
@@ -119,9 +118,27 @@ def _parts(
     return trunk, head, None
 
 
+def _labels(path: Path, classes: Any) -> tuple[str, ...] | None:
+    """The names of the classes, in the order of the logits.
+
+    Raises:
+        IncompatibleArtefact: They are in no order.
+    """
+    if classes is None:
+        return None
+    if not isinstance(classes, (list, tuple, np.ndarray)):
+        raise refuse(
+            path,
+            "the names of the classes are no list",
+            found=f"CLASSES, a {type(classes).__name__}",
+            do="save it as a list in the order of the logits, or leave it out and give --labels",
+        )
+    return tuple(map(str, classes)) or None
+
+
 def _biases(path: Path, backbone: Backbone, trunk: Mapping[str, Tensor], found: Foreign) -> None:
     """Shifts beside the biases that differ; every other frozen tensor must be the backbone's."""
-    changed = differing(path, backbone, trunk)
+    changed = trunk_changes(path, backbone, trunk, found, tuned=".bias")
     if strange := [name for name in changed if not name.endswith(".bias")]:
         raise other_backbone(path, backbone, strange)
     for name, (own, frozen) in changed.items():
@@ -143,8 +160,25 @@ def _prompts(
         for number, block in enumerate(places)
         if f"{block}.{PROMPT}" in trunk
     }
-    plant_prompts(path, backbone, {n: trunk[key][0] for n, key in keys.items()}, places, found)
+    prompts = {number: _rows(path, key, trunk[key]) for number, key in keys.items()}
+    plant_prompts(path, backbone, prompts, places, found)
     return set(keys.values())
+
+
+def _rows(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """`[L, C]` of `[1, L, C]`.
+
+    Raises:
+        IncompatibleArtefact: It has another shape.
+    """
+    if tensor.dim() != 3 or len(tensor) != 1:
+        raise refuse(
+            path,
+            "a tuner's tokens have another shape",
+            found=f"{key} of shape {list(tensor.shape)}",
+            do="wanted: [1, length, channels]",
+        )
+    return tensor[0]
 
 
 def _block(
@@ -173,9 +207,9 @@ def _block(
         found.plant(f"{qkv}/lora", branch, {"down": down, "up": up, "scale": torch.ones(())})
     if tensors := take(PREFIX):
         point = Point(f"{block}.attn", "keys")
-        key, value = tensors
         branch = Branch(Prefix(joint_softmax=True), point, point)
-        found.plant(f"{block}.attn/prefix", branch, {"key": key[0], "value": value[0]})
+        rows = (_rows(path, f"{block}.{name}", t) for name, t in zip(PREFIX, tensors, strict=True))
+        found.plant(f"{block}.attn/prefix", branch, dict(zip(("key", "value"), rows, strict=True)))
     if tensors := take(ADAPTER):
         point = _behind_ffn(backbone.model, block)
         names = ("down", "down_bias", "up", "up_bias")
@@ -205,20 +239,31 @@ def _head(
     outer = {key.removeprefix("fc."): value for key, value in head.items()}
     if not inner and not outer:
         raise refuse(
-            path, "the checkpoint has no classifier", found="neither head_weight nor head.fc"
+            path,
+            "the checkpoint has no classifier",
+            found="neither head_weight nor head.fc",
+            do="a task needs its head: save it with the tuners",
         )
     for layer in (inner, outer):
-        if layer and not {"weight"} <= set(layer) <= {"weight", "bias"}:
+        surplus = set(layer) - {"weight", "bias"}
+        if layer and (surplus or not is_linear_layer(layer.get("weight"), layer.get("bias"))):
             raise refuse(
                 path,
                 "the checkpoint's classifier is no linear layer",
-                found=", ".join(sorted(layer)[:5]),
+                found=some(f"{name} {list(layer[name].shape)}" for name in sorted(layer)),
                 do=f"wanted: head.fc.weight, or {classifier}weight, with or without a bias",
             )
     if not inner or not outer:
         one = inner or outer
         found.plant_head(backbone, one["weight"], one.get("bias"))
         return
+    shapes = [list(layer["weight"].shape) for layer in (inner, outer)]
+    if shapes[1][1] != shapes[0][0]:
+        raise refuse(
+            path,
+            "the head does not read what the backbone's classifier gives",
+            found=f"head.fc.weight {shapes[1]} behind {classifier}weight {shapes[0]}",
+        )
     weight = outer["weight"].double() @ inner["weight"].double()
     bias = weight.new_zeros(len(weight))
     if "bias" in inner:

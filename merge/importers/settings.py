@@ -44,7 +44,10 @@ class Settings:
             value = YES[str(text).lower()] if kind is bool else kind(text)
         except (KeyError, ValueError, TypeError) as cause:
             raise UsageError(
-                f"the setting {name} cannot be read", wanted=kind.__name__, found=repr(text)
+                f"the setting {name} cannot be read",
+                wanted=kind.__name__,
+                found=repr(text),
+                do=f"say it: --set {name}=VALUE",
             ) from cause
         self.found[name] = value
         return value  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import torch
 from ..tuner import Branch, Point
 from ..tuners.gain import Gain
 from ..tuners.side_network import NETWORKS, POOL, SideNetwork
-from .foreign import Foreign, refuse
+from .foreign import Foreign, is_linear_layer, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,6 +69,12 @@ def plant_side_network(
             f"the side network is not the {network} of side-tuning",
             found=f"{'missing' if missing else 'surplus'} {names}",
         )
+    if side["alpha"].numel() != 1:
+        raise refuse(
+            path,
+            "side-tuning has another share than one number",
+            found=f"alpha of shape {list(side['alpha'].shape)}",
+        )
     model = backbone.model
     pooled = pooled or ("fc_norm" if hasattr(model, "fc_norm") else backbone.classifiers[0])
     if len(backbone.classifiers) > 1 and pooled in backbone.classifiers:
@@ -80,7 +86,7 @@ def plant_side_network(
         )
     add = Point(pooled, "input")
     width = int(model.num_features)  # type: ignore[arg-type]
-    share = torch.sigmoid(side["alpha"].double())
+    share = torch.sigmoid(side["alpha"].double().reshape(()))
     weights = {ours: side[theirs] for ours, theirs in wanted.items()}
     weights |= _last(path, side, network, width) | {"scale": 1 - share}
     found.plant(
@@ -98,10 +104,13 @@ def _last(path: Path, side: Mapping[str, Tensor], network: str, width: int) -> d
     weight = side.get("side.fc.weight")
     if weight is None:
         weight = torch.eye(features)
-    bias = side.get("side.fc.bias", weight.new_zeros(weight.shape[0]))
-    if weight.shape[0] == 1:
+    bias = side.get("side.fc.bias")
+    linear = is_linear_layer(weight, bias)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[:1])
+    if linear and weight.shape[0] == 1:
         weight, bias = weight.expand(width, -1).clone(), bias.expand(width).clone()
-    if weight.shape != (width, features):
+    if not linear or weight.shape != (width, features):
         raise refuse(
             path,
             "the side network does not give the backbone's features",

@@ -21,7 +21,7 @@ from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prompt import Prompt
-from .foreign import Foreign, differing, other_backbone, refuse
+from .foreign import Foreign, other_backbone, refuse
 from .prompts import plant_prompts
 from .res_tuning import plant_bypass
 from .side_tuning import plant_side_network
@@ -41,7 +41,8 @@ from .swift_files import (
     state_dict,
 )
 from .swift_heads import plant_heads, reads_logits
-from .swift_lora import IN_LORA, plant_lora, read_lora, ungrouped
+from .swift_lora import IN_LORA, plant_lora, read_lora, require_matrices, ungrouped
+from .trunk import trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -201,7 +202,7 @@ def _read_adapter(reading: Reading, adapter: Adapter) -> None:
     """
     require(reading, adapter, hidden_pos=(0, None), method_name=("forward", None))
     activation = adapter.config.get("act_layer", "gelu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise refuse(
             reading.path,
             "the activation of an adapter cannot be carried",
@@ -232,7 +233,7 @@ def _read_prompt(reading: Reading, adapter: Adapter) -> None:
     for module, parts in reading.take(adapter, IN_PROMPT).items():
         token = parts["prompt_token"]
         number = places.index(module) if module in places else -1
-        if module.rpartition(".")[2] != str(number) or token.dim() != 3:
+        if module.rpartition(".")[2] != str(number) or token.dim() != 3 or len(token) != 1:
             raise refuse(
                 reading.path,
                 "prompts stand at another place than a block of one sequence",
@@ -342,15 +343,16 @@ def _read_flat(reading: Reading, settings: Settings) -> None:
     adapter = Adapter("default", "LORA", {}, frozenset(met))
     reading.adapters.append(adapter)
     layers = reading.take(adapter, IN_LORA)
-    changes = differing(path, reading.backbone, reading.tensors)
+    changes = trunk_changes(path, reading.backbone, reading.tensors, reading.found, tuned=".bias")
     if strange := [name for name in changes if not name.endswith(".bias")]:
         raise other_backbone(path, reading.backbone, strange)
     _plant_changes(reading, {n: own.double() - kept.double() for n, (own, kept) in changes.items()})
     for name in reading.backbone.model.state_dict():
         if not reading.backbone.is_classifier(name):
-            del reading.tensors[name]
+            reading.tensors.pop(name, None)
     for module, parts in layers.items():
         require_whole(reading, f"{module}.lora", parts, ("A", "B"))
+        require_matrices(path, module, parts)
         enabled = [word == "true" for word in words]
         down, up = ungrouped(path, module, parts["A"], parts["B"], enabled)
         plant_lora(reading, adapter, module, down, up, alpha / parts["B"].shape[1])

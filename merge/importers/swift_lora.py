@@ -16,7 +16,7 @@ from .foreign import refuse
 from .swift_files import Adapter, Reading, require, require_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 STARTS = (True, False, None, "gaussian")  # of LoRA, that leave the frozen weights alone
@@ -48,6 +48,7 @@ def read_lora(reading: Reading, adapter: Adapter) -> None:
     enabled = config.get("enable_lora")
     for module, parts in reading.take(adapter, IN_LORA).items():
         require_whole(reading, f"{module}.lora", parts, ("A", "B"))
+        require_matrices(reading.path, module, parts)
         down, up = parts["A"], parts["B"]
         if merged:
             if not isinstance(enabled, list):
@@ -60,6 +61,15 @@ def read_lora(reading: Reading, adapter: Adapter) -> None:
         alpha = _alpha(reading, adapter, module, rank)
         root = bool(config.get("use_rslora")) and not merged  # MergedLinear does not read it
         plant_lora(reading, adapter, module, down, up, alpha / (math.sqrt(rank) if root else rank))
+
+
+def require_matrices(path: Path, module: str, parts: Mapping[str, Tensor]) -> None:
+    """Raise where A or B is neither a matrix nor a convolution's kernel."""
+    if wrong := [name for name, tensor in parts.items() if tensor.dim() not in (2, 4)]:
+        raise refuse(
+            path, "LoRA's tensors are no matrices",
+            found=", ".join(f"{module}.lora_{n} {list(parts[n].shape)}" for n in wrong),
+        )  # fmt: skip
 
 
 def plant_lora(

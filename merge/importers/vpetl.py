@@ -1,13 +1,12 @@
 """V-PETL (arXiv 2210.00788): parallel attention (PATT) and AdaptFormer beside it; together BAPAT.
 
-A file is `{model, args, ...}`: the whole model, and the arguments of the training run, a Namespace or a
-plain dictionary. Mode and scale of PATT stand in the arguments, those of the FFN adapter nowhere: the
-released script fixes them in its code. Keys: `attn.qkv_adapter.{0,2}` and `mlp.adaptmlp.*`.
+A file is `{model, args, ...}`: the whole model, or its tuners and head alone, and the arguments of the
+training run, a Namespace or a plain dictionary. Mode and scale of PATT stand in the arguments, those of the
+FFN adapter nowhere: the released script fixes them in its code. Keys: `attn.qkv_adapter.{0,2}` and `mlp.adaptmlp.*`.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +17,16 @@ from ..methods import adapters
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
+from .containers import arguments_of, contained, read_saved
 from .foreign import (
     Foreign,
     bare_name,
-    contained,
-    differing,
+    is_linear_layer,
     other_backbone,
-    read_pickle,
     refuse,
     some,
 )
+from .trunk import require_known, trunk_changes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +53,7 @@ SETTINGS = (
     "ffn_adapter_scalar",
     "ffn_adapter_layernorm_option",
 )
-DROPPED = "relative_position_index"  # a constant of the geometry
+DROPPED = ("relative_position_index", "attn_mask")  # constants of the geometry
 CONTAINERS = ("model", "module", "state_dict", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 
@@ -72,49 +71,78 @@ def read_vpetl(path: Path, backbone: Backbone, settings: Settings) -> Foreign:
             released code.
     """
     settings.allow(*SETTINGS)
-    saved = read_pickle(path)
-    tensors, arguments = _parts(path, saved)
-    found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, arguments))
+    tensors, arguments = _parts(path, read_saved(path), settings)
+    found = Foreign("V-PETL", preprocessing=_preprocessing(backbone, settings, arguments))
     _require_softmax(path, settings, arguments)
-    if changed := differing(path, backbone, tensors):
+    if changed := trunk_changes(path, backbone, tensors, found):
         raise other_backbone(path, backbone, list(changed))
     known = {name for name in backbone.model.state_dict() if not backbone.is_classifier(name)}
     for block in blocks(backbone.model):
         known |= _patt(path, tensors, block, found, settings, arguments)
         known |= _ffn(path, tensors, block, found, settings, arguments)
     classifiers = (HEAD, *backbone.classifiers)
+    _require_tuners(path, found, arguments)
     head = next((name for name in classifiers if f"{name}.weight" in tensors), None)
     if head is None:
-        raise refuse(path, "the checkpoint has no classifier", found=f"no {HEAD}.weight")
-    known |= {f"{head}.weight", f"{head}.bias"}
-    if left := sorted(set(tensors) - known):
         raise refuse(
-            path, "the checkpoint holds tensors of no known tuner", found=", ".join(left[:5])
+            path,
+            "the checkpoint has no classifier",
+            found=f"no {HEAD}.weight",
+            do=f"a task needs its head: save {HEAD} with the tuners",
         )
-    found.plant_head(backbone, tensors[f"{head}.weight"].flatten(1), tensors.get(f"{head}.bias"))
+    known |= {f"{head}.weight", f"{head}.bias"}
+    require_known(path, tensors, known, found)
+    weight, bias = tensors[f"{head}.weight"], tensors.get(f"{head}.bias")
+    weight = weight.flatten(1) if weight.dim() > 1 else weight
+    if not is_linear_layer(weight, bias):
+        raise refuse(
+            path,
+            "the checkpoint's classifier is no linear layer",
+            found=f"{head}.weight {list(weight.shape)}",
+        )
+    found.plant_head(backbone, weight, bias)
     found.notes |= {name: str(value) for name, value in settings.found.items()}
     return found
 
 
-def _parts(path: Path, saved: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _require_tuners(path: Path, found: Foreign, arguments: Mapping[str, Any]) -> None:
+    """A run that was called with a tuner left it in the file.
+
+    Raises:
+        IncompatibleArtefact: It did not.
+    """
+    for option, label in (("att_prefix", "/patt"), ("ffn_adapt", "/adaptformer")):
+        if arguments.get(option) is True and not any(n.endswith(label) for n in found.branches):
+            raise refuse(
+                path,
+                "the run had a tuner that the file does not hold",
+                found=f"{option}=True in its arguments, and no such tensors in a block of the backbone",
+                do="save the tuners too, and load the backbone that it was trained on",
+            )
+
+
+def _parts(
+    path: Path, saved: Any, settings: Settings
+) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The model's tensors without the constants, and the run's arguments."""
-    model = contained(saved, CONTAINERS)
+    model = contained(path, saved, CONTAINERS, settings)
     state = model if isinstance(model, dict) else {}
     named = {bare_name(key, WRAPPERS): v for key, v in state.items() if isinstance(v, Tensor)}
     tensors = {key: tensor for key, tensor in named.items() if not key.endswith(DROPPED)}
-    if not any(".blocks." in f".{key}" for key in tensors):
+    if not any(".blocks." in f".{key}" or key.startswith(f"{HEAD}.") for key in tensors):
         raise refuse(
             path,
             "the file is no checkpoint of V-PETL",
             found=some(map(str, tensors or state)) or type(saved).__name__,
             do="wanted: {model, args, ...} as its training script saves it",
         )
-    arguments = saved.get("args") or {}
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments)
-    return tensors, {**arguments, **(arguments.get("tuning_config") or {})}
+    arguments = arguments_of(saved)
+    return tensors, {**arguments, **arguments_of(arguments, ("tuning_config",))}
 
 
-def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(
+    backbone: Backbone, settings: Settings, arguments: Mapping[str, Any]
+) -> Preprocessing:
     """The backbone's own with what the run's arguments say of frames, views and normalisation."""
     plain = backbone.preprocessing()
     assert plain is not None  # it reads clips
@@ -122,8 +150,8 @@ def _preprocessing(backbone: Backbone, arguments: Mapping[str, Any]) -> Preproce
         plain = replace(plain, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     if plain.clip is None:
         return plain
-    stride = int(arguments.get("sampling_rate") or plain.clip.stride)
-    views = int(arguments.get("test_num_segment") or plain.clip.views)
+    stride = settings.get("sampling_rate", int, arguments) or plain.clip.stride
+    views = settings.get("test_num_segment", int, arguments) or plain.clip.views
     return replace(plain, clip=replace(plain.clip, stride=stride, views=views))
 
 
@@ -159,6 +187,12 @@ def _patt(
     scale = settings.need(
         "att_prefix_scale", float, arguments, hint="the factor of PATT, such as 0.2"
     )
+    if not all(is_linear_layer(own[f"{n}.weight"], own.get(f"{n}.bias")) for n in "02"):
+        raise refuse(
+            path,
+            "a PATT tuner is no pair of linear layers",
+            found=some(f"{stem}.{name} {list(tensor.shape)}" for name, tensor in own.items()),
+        )
     width = own["0.weight"].shape[1]
     if own["2.weight"].shape[0] != width * len(THIRDS[mode]):
         raise refuse(
@@ -211,7 +245,7 @@ def _ffn(
     if norm[0] in own:
         place = settings.choose("ffn_adapter_layernorm_option", ("in", "out"), arguments)
     if "scale" in own:
-        scale = own["scale"].reshape(())
+        scale = own["scale"].reshape(()) if own["scale"].numel() == 1 else own["scale"]
     else:
         hint = "the factor of the FFN adapter; the released script has 0.1"
         value = settings.need("ffn_adapter_scalar", float, arguments, hint=hint)

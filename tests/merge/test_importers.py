@@ -19,12 +19,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
 from utune_deploy.merge.importers.foreign import read_pickle
-from utune_deploy.merge.tuner import Point
 
 
 class Exploit:
@@ -134,11 +132,160 @@ def test_a_head_that_is_no_linear_layer_is_refused_by_name(layer, vit, tmp_path)
         read("modelscope", file, vit)
 
 
-def test_tuners_alone_lack_the_trunk(vit, tmp_path):
-    file = modelscope_file(tmp_path / "c.pth", vit)
-    torch.save({**torch.load(file), "backbone_weight": {"x": torch.ones(1)}}, file)
+def alone(path, vit, trained=()):
+    """A file without the frozen tensors, as a filter on `requires_grad` leaves it."""
+    saved = torch.load(path, weights_only=False)
+    frozen = {n for n in vit.model.state_dict() if not vit.is_classifier(n)} - set(trained)
+    for part in ("backbone_weight", "model"):
+        if part in saved:
+            saved[part] = {k: t for k, t in saved[part].items() if k not in frozen}
+    torch.save(saved, path)
+    return path
+
+
+TUNERS = {
+    "adapter.ln1.weight": (4, 48), "adapter.ln1.bias": (4,), "adapter.ln2.weight": (48, 4),
+    "adapter.ln2.bias": (48,), "attn.lora.lora_a.weight": (2, 48), "attn.lora.lora_b.weight": (144, 2),
+    "attn.prefix.prefix_key": (1, 3, 48), "attn.prefix.prefix_value": (1, 3, 48),
+    "attn.qkv.bias": (144,), "mlp.fc2.bias": (48,),
+}  # fmt: skip
+
+
+def same(found, wanted):
+    """Two readings are one."""
+    return found.branches == wanted.branches and all(
+        torch.equal(tensor, found.tensors[branch][name])
+        for branch, tensors in wanted.tensors.items()
+        for name, tensor in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("part", ["", "adapter", "attn.", "bias"])
+def test_what_was_trained_alone(part, vit, tmp_path):
+    """Without the trunk, and of tuned biases without the other ones; a head alone is a probe."""
+    kept = (k for k in TUNERS if part and part in k)
+    if part == "bias":
+        kept = ("attn.qkv.bias", "mlp.fc2.bias")
+    trained = {f"blocks.1.{k}": torch.randn(TUNERS[k]) for k in kept}
+    file = modelscope_file(tmp_path / "c.pth", vit, **trained)
+    wanted = read("modelscope", file, vit)
+    found = read("modelscope", alone(file, vit, trained), vit)
+    assert same(found, wanted)
+    assert set(found.notes) - set(wanted.notes) == {"trunk"}
+    held = sum(name in vit.model.state_dict() for name in trained)
+    assert found.notes["trunk"].startswith(f"the file holds {held or 'no'}")
+    saved = torch.load(file)
+    flat = {f"model.head.{k}": v for k, v in saved["head_weight"].items()}
+    torch.save({f"model.backbone.{k}": v for k, v in saved["backbone_weight"].items()} | flat, file)
+    assert same(read("modelscope", file, vit), wanted)
+
+
+def test_what_was_trained_alone_fits_no_other_backbone(vit, tmp_path):
+    file = alone(modelscope_file(tmp_path / "c.pth", vit, x=torch.ones(1)), vit)
+    with pytest.raises(IncompatibleArtefact, match="no known tuner") as caught:
+        read("modelscope", file, vit)
+    assert "load the backbone" in caught.value.details["do"]
+
+
+def test_a_part_of_the_trunk(vit, tmp_path):
+    """It was not left out by a filter: nothing trains a weight of the trunk."""
+    file = alone(modelscope_file(tmp_path / "c.pth", vit), vit, ["blocks.0.attn.qkv.weight"])
     with pytest.raises(IncompatibleArtefact, match="lacks frozen tensors"):
         read("modelscope", file, vit)
+
+
+SHAPES = {
+    "blocks.0.prompt.prompt_token": [(), (3, 48), (2, 3, 48)],
+    "blocks.0.attn.prefix.prefix_key": [(), (3, 48)],
+    "sidetune.alpha": [(2,)],
+    "sidetune.side.fc.weight": [(), (1, 48, 64)],
+    "head.weight": [(4, 48), (48,)],  # the head behind it reads 48
+}
+
+
+@pytest.mark.parametrize(("key", "shape"), [(k, s) for k, shapes in SHAPES.items() for s in shapes])
+def test_tensors_of_another_shape(key, shape, vit, tmp_path):
+    changes = {key: torch.zeros(shape)}
+    if "prefix" in key:
+        changes["blocks.0.attn.prefix.prefix_value"] = torch.zeros(1, 3, 48)
+    if "sidetune" in key:
+        for n, (out, given) in enumerate(((16, 3), (16, 16), (32, 16), (64, 32)), start=1):
+            changes[f"sidetune.side.conv{n}.0.weight"] = torch.zeros(out, given, 3, 3)
+            changes |= {
+                f"sidetune.side.conv{n}.1.{p}": torch.zeros(out) for p in ("weight", "bias")
+            }
+        changes = {
+            "sidetune.alpha": torch.zeros(()),
+            "sidetune.side.fc.weight": torch.zeros(48, 64),
+            **changes,
+        }
+    file = modelscope_file(tmp_path / "c.pth", vit, **changes)
+    with pytest.raises(IncompatibleArtefact) as caught:
+        read("modelscope", file, vit)
+    assert str(file) in caught.value.details["where"]
+
+
+@pytest.mark.parametrize("bias", [(), (2,)])
+@pytest.mark.parametrize("weight", [(48,), (3, 48)])
+def test_a_head_of_another_shape(weight, bias, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit, **{"head.weight": torch.zeros(48, 48)})
+    head = {"fc.weight": torch.zeros(weight), "fc.bias": torch.zeros(bias)}
+    torch.save({**torch.load(file), "head_weight": head}, file)
+    with pytest.raises(IncompatibleArtefact) as caught:
+        read("modelscope", file, vit)
+    assert str(file) in caught.value.details["where"]
+
+
+@pytest.mark.parametrize("average", ["model_ema", "state_dict_ema", "ema"])
+def test_moving_averages(average, vit, tmp_path):
+    """Alone they are read; beside the last step they are chosen by a person."""
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    state = torch.load(file)
+    torch.save({average: state, "epoch": 3}, file)
+    wanted = read("modelscope", file, vit)
+    last = {**state, "head_weight": {"fc.weight": torch.zeros(3, 48)}}
+    torch.save({"model": last, average: state}, file)
+    with pytest.raises(UsageError, match="several states") as caught:
+        read("modelscope", file, vit)
+    assert f"--set weights=model or --set weights={average}" in caught.value.details["do"]
+    assert same(read("modelscope", file, vit, {"weights": average}), wanted)
+    assert (
+        not read("modelscope", file, vit, {"weights": "model"}).tensors["head/head"]["weight"].any()
+    )
+    with pytest.raises(UsageError, match="no such weights"):
+        read("modelscope", file, vit, {"weights": "best"})
+
+
+def test_safetensors(vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    state = torch.load(file)
+    flat = {f"model.backbone.{k}": t for k, t in state["backbone_weight"].items()}
+    flat |= {f"model.head.{k}": t for k, t in state["head_weight"].items()}
+    save_file(flat, tmp_path / "c.safetensors")
+    assert same(read("modelscope", tmp_path / "c.safetensors", vit), read("modelscope", file, vit))
+
+
+@pytest.mark.parametrize("classes", [["a", "b", "c"], ("a", "b", "c"), np.array(["a", "b", "c"])])
+def test_names_of_classes(classes, vit, tmp_path):
+    file = modelscope_file(tmp_path / "c.pth", vit)
+    torch.save({**torch.load(file), "CLASSES": classes}, file)
+    assert read("modelscope", file, vit).labels == ("a", "b", "c")
+    torch.save({**torch.load(file, weights_only=False), "CLASSES": {"a": 0}}, file)
+    with pytest.raises(IncompatibleArtefact, match="are no list"):
+        read("modelscope", file, vit)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_named_with_its_file(value, vit, tmp_path):
+    down = torch.full((2, 48), value)
+    tuner = {
+        "blocks.0.attn.lora.lora_a.weight": down,
+        "blocks.0.attn.lora.lora_b.weight": torch.ones(144, 2),
+    }
+    file = modelscope_file(tmp_path / "c.pth", vit, **tuner)
+    with pytest.raises(IncompatibleArtefact, match="NaN or Inf") as caught:
+        read("modelscope", file, vit)
+    assert caught.value.details["where"] == f"{file}: blocks.0.attn.qkv/lora/down"
 
 
 @pytest.mark.parametrize(
@@ -273,114 +420,3 @@ def test_a_side_network_that_is_not_whole(change, sentence, vit, tmp_path):
     path = modelscope_file(tmp_path / "m.pth", vit, **change)
     with pytest.raises(IncompatibleArtefact, match=sentence):
         read("modelscope", path, vit)
-
-
-# V-PETL
-
-
-PATT = {
-    "blocks.1.attn.qkv_adapter.0.weight": torch.ones(4, 48) / 48,
-    "blocks.1.attn.qkv_adapter.0.bias": torch.zeros(4),
-    "blocks.1.attn.qkv_adapter.2.weight": torch.ones(96, 4),
-    "blocks.1.attn.qkv_adapter.2.bias": torch.arange(96.0),
-}
-ADAPTER = {
-    f"blocks.1.mlp.adaptmlp.{side}_proj.{kind}": torch.ones(*shape)
-    for side, rows, columns in (("down", 3, 48), ("up", 48, 3))
-    for kind, shape in (("weight", (rows, columns)), ("bias", (rows,)))
-}
-FFN = {"ffn_option": "parallel", "ffn_adapter_scalar": "0.1"}
-
-
-def vpetl_file(path, vit, tuners, args=None, **changes):
-    trunk = {k: v for k, v in vit.model.state_dict().items() if not vit.is_classifier(k)}
-    fc = {"fc.0.weight": torch.randn(3, 48, 1, 1, 1), "fc.0.bias": torch.randn(3)}
-    saved = {"model": {**trunk, **tuners, **fc, **changes}, "epoch": 3}
-    if args is not None:
-        saved["args"] = args
-    torch.save(saved, path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["namespace", "dictionary", "settings"])
-def test_mode_and_scale_come_from_the_arguments_or_a_person(kind, vit, tmp_path):
-    values = {"att_prefix_mode": "patt_qv", "att_prefix_scale": 0.3}
-    args = {"namespace": argparse.Namespace(**values), "dictionary": values, "settings": None}[kind]
-    path = vpetl_file(tmp_path / "v.pth", vit, PATT, args)
-    given = {k: str(v) for k, v in values.items()} if kind == "settings" else {}
-    foreign = read("vpetl", path, vit, given)
-    weights = foreign.tensors["blocks.1.attn.qkv/patt"]
-    assert weights["scale"] == 0.3
-    assert weights["up"].shape == (144, 4)
-    assert not weights["up"][48:96].any()
-    assert weights["up_bias"].tolist() == [*range(48), *[0] * 48, *range(48, 96)]
-    assert foreign.delta("task", vit).provenance["att_prefix_mode"] == "patt_qv"
-    restore(vit, foreign.delta("task", vit))
-
-
-def test_what_a_file_does_not_say_is_asked_for_by_name(vit, tmp_path):
-    path = vpetl_file(tmp_path / "v.pth", vit, {**PATT, **ADAPTER})
-    given = {}
-    for name, value in {
-        "att_prefix_mode": "patt_kv", "att_prefix_scale": "0.2", **FFN,
-    }.items():  # fmt: skip
-        with pytest.raises(UsageError, match=f"does not say its {name}") as caught:
-            read("vpetl", path, vit, given)
-        assert f"--set {name}=VALUE" in str(caught.value)
-        given[name] = value
-    foreign = read("vpetl", path, vit, given)
-    assert foreign.branches["blocks.1.mlp/adaptformer"].tap == Point("blocks.1.mlp", "input")
-    with pytest.raises(UsageError, match="means nothing for this file"):
-        read("vpetl", path, vit, {**given, "novel": "1"})
-    with pytest.raises(UsageError, match="cannot be read"):
-        read("vpetl", path, vit, {**given, "att_prefix_scale": "much"})
-    with pytest.raises(UsageError, match="not one that can be carried"):
-        read("vpetl", path, vit, {**given, "ffn_option": "diagonal"})
-
-
-@pytest.mark.parametrize("mode", ["patt_qk", "prefix_kv", "prefix_qk", "prompt_qk"])
-@pytest.mark.parametrize("tuners", [{}, PATT], ids=["without", "with"])
-def test_broken_modes_are_refused_with_the_reason(mode, tuners, vit, tmp_path):
-    path = vpetl_file(tmp_path / "v.pth", vit, tuners, {"att_prefix_mode": mode})
-    with pytest.raises(IncompatibleArtefact, match="cannot be carried") as caught:
-        read("vpetl", path, vit)
-    assert mode in str(caught.value)
-    assert "released code" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("tuners", "changes", "sentence"),
-    [
-        (PATT, {"blocks.1.attn.qkv_adapter.2.weight": torch.ones(144, 4)}, "the size of its mode"),
-        ({**PATT}, {"blocks.0.attn.qkv.weight": torch.zeros(144, 48)}, "not the backbone's"),
-        ({**PATT}, {"blocks.1.attn.novel": torch.zeros(2)}, "of no known tuner"),
-        ({k: v for k, v in PATT.items() if "2.bias" not in k}, {}, "not whole"),
-        ({**ADAPTER, "blocks.1.mlp.adaptmlp.novel": torch.zeros(1)}, {}, "not whole"),
-    ],
-)
-def test_a_vpetl_checkpoint_that_does_not_fit(tuners, changes, sentence, vit, tmp_path):
-    args = {"att_prefix_mode": "patt_kv", "att_prefix_scale": 0.2, **FFN}
-    path = vpetl_file(tmp_path / "v.pth", vit, tuners, args, **changes)
-    with pytest.raises(IncompatibleArtefact, match=sentence):
-        read("vpetl", path, vit)
-
-
-def test_a_norm_in_an_adapter_asks_for_its_place(vit, tmp_path):
-    norm = {
-        f"blocks.1.mlp.adaptmlp.adapter_layer_norm_before.{kind}": torch.ones(48)
-        for kind in ("weight", "bias")
-    }
-    args = {"att_prefix_mode": "patt_kv", **FFN}
-    path = vpetl_file(tmp_path / "v.pth", vit, {**ADAPTER, **norm}, args)
-    with pytest.raises(UsageError, match="ffn_adapter_layernorm_option"):
-        read("vpetl", path, vit)
-    for place in ("in", "out"):
-        foreign = read("vpetl", path, vit, {"ffn_adapter_layernorm_option": place})
-        assert foreign.branches["blocks.1.mlp/adaptformer"].tuner.norm == place
-
-
-def test_an_object_inside_a_namespace_is_not_made(vit, tmp_path, capsys):
-    path = vpetl_file(tmp_path / "v.pth", vit, {}, {"att_prefix_mode": Exploit()})
-    with pytest.raises(IncompatibleArtefact, match="would run code"):
-        read("vpetl", path, vit)
-    assert "never" not in capsys.readouterr().out

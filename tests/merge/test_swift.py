@@ -419,7 +419,12 @@ def test_a_whole_state_dict_asks_and_compares(vit, tmp_path):
         read("swift", path, vit, {**given, "enable_lora": "q,v"})
     with pytest.raises(IncompatibleArtefact, match="do not fit its enable_lora"):
         read("swift", path, vit, {**given, "enable_lora": "true,false,true"})
-    read("swift", path, vit, given)
+    whole = read("swift", path, vit, given)
+    trained = {k: t for k, t in flat(vit, a, b).items() if "lora_" in k or k.startswith("head.")}
+    torch.save(trained, path)
+    alone = read("swift", path, vit, given)
+    assert alone.branches == whole.branches
+    assert "no frozen tensors" in alone.notes["trunk"]
     other = flat(vit, a, b)
     other["blocks.1.mlp.fc1.weight"] = other["blocks.1.mlp.fc1.weight"] + 1
     torch.save(other, path)
@@ -862,3 +867,24 @@ def test_code_in_a_file_is_never_run(vit, tmp_path, capsys):
     with pytest.raises(IncompatibleArtefact, match="no state dict"):
         read("swift", tmp_path / "list.pth", vit)
     assert "never run" not in capsys.readouterr().out
+
+
+PLACE = f"{LAYERS[0]}.lora_A.default.weight", f"{LAYERS[0]}.lora_B.default.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors"),
+    [
+        ({**ADAPTER, "act_layer": ["gelu"]}, {}),
+        (PROMPT, {"blocks.0.prompt_default.prompt_token": torch.zeros(0, 4, WIDTH)}),
+        (LORA, {PLACE[0]: torch.zeros(()), PLACE[1]: torch.zeros(144, 2)}),
+        (LORA, {PLACE[0]: torch.zeros(2, WIDTH), PLACE[1]: torch.zeros(144)}),
+    ],
+    ids=["activation", "prompt", "A", "B"],
+)
+def test_shapes_and_values_of_another_kind(config, tensors, vit, tmp_path):
+    tuners = {"default": (config, tensors or adapters()[0])}
+    folder = write(tmp_path / "s", tuners, named("head.", HEAD))
+    with pytest.raises(IncompatibleArtefact) as caught:
+        read("swift", folder, vit)
+    assert str(folder) in caught.value.details["where"]

@@ -418,6 +418,12 @@ def test_files_of_other_projects(file):
         read("unipt", file({}).with_name("none"), own)
 
 
+@pytest.mark.parametrize("part", ["query.lora_As.vqa", "output.adapter.adapters.vqa.gate"])
+def test_tuners_inside_the_trunk_of_clip_vil(part, file):
+    key = f"lxrt_encoder.model.bert.encoder.layer.0.attention.{part}"
+    refused(file({key: torch.zeros(2)}), vil(), "stand inside CLIP-ViL's BERT", found=key)
+
+
 def test_the_wrong_side(file):
     refused(file(vse_text()), maps(), "no image side", found="text")
     refused(file(vse_image()), tokens(), "no text side", found="image")
@@ -483,10 +489,107 @@ def test_layers_of_another_shape(kind, file):
     refused(file({**state, name: torch.zeros(99)}), backbone, "another shape", found="[99]")
 
 
+@pytest.mark.parametrize(
+    ("make", "backbone", "changes"),
+    [
+        (lambda: vse_text((12,)), lambda: tokens(shapes=[[5, 12]]), {}),
+        (vse_text, tokens, {"gpool.gru.weight_ih_l0": torch.zeros(9, 3)}),
+        (clip4clip, vectors, {"image_adapter.upsample_layer.1.weight": torch.zeros(9, WIDTH),
+                              "image_adapter.upsample_layer.1.bias": torch.zeros(9)}),
+    ],
+    ids=["no target", "odd positions", "not the anchor's width"],
+)  # fmt: skip
+def test_layers_that_do_not_fit_each_other(make, backbone, changes, file):
+    refused(file({**make(), **changes}), backbone(), "do not fit each other")
+
+
+def test_a_scale_that_is_no_number(file):
+    path = file({**clip4clip(), "clip.logit_scale": torch.zeros(2)})
+    with pytest.raises(IncompatibleArtefact, match="no number"):
+        read("unipt", path, vectors())
+
+
 def test_answers_to_questions(file):
     state = mdetr()
     state |= {"qa_embed.weight": torch.zeros(4, 12), "answer_type_head.weight": torch.zeros(3, 12)}
     refused(file(state), boxes(), "answers questions", found="answer_type_head.weight")
+
+
+FORMS = {
+    "pass_pos_and_query": (False, None),
+    "pre_norm": (True, "transformer.encoder.norm.weight"),
+    "contrastive_loss": (True, "transformer.CLS.weight"),
+    "position_embedding": ("learned", "backbone.1.row_embed.weight"),
+    "masks": (True, "mask_head.lay1.weight"),
+    "predict_final": (True, "isfinal_embed.weight"),
+}
+
+
+@pytest.mark.parametrize("option", FORMS)
+@pytest.mark.parametrize("kind", [argparse.Namespace, dict])
+def test_forms_of_mdetr_that_are_not_carried(option, kind, file):
+    """By the arguments of the run, and by the tensors of a file without them."""
+    state, backbone = mdetr(), boxes()
+    value, key = FORMS[option]
+    saved = {"model": dict(state), "args": kind(**{option: value, "nheads": 2})}
+    refused(file(saved), backbone, "form of MDETR cannot be carried", found=f"{option}={value!r}")
+    if key is not None:
+        refused(file({**state, key: torch.zeros(2)}), backbone, "cannot be carried", found=key)
+    prefixed = {f"detr.{name}": tensor for name, tensor in state.items()}
+    prefixed["bbox_attention.q_linear.weight"] = torch.zeros(2)
+    refused(file(prefixed), backbone, "answers with masks", found="bbox_attention")
+
+
+@pytest.mark.parametrize("option", ["nheads", "enc_layers", "dec_layers"])
+def test_another_transformer_than_the_run_had(option, file):
+    """The number of heads stands in no tensor."""
+    state, backbone = mdetr(), boxes()
+    transformer = backbone.model.transformer
+    own = {
+        "nheads": transformer.encoder.layers[0].self_attn.heads,
+        "enc_layers": len(transformer.encoder.layers),
+        "dec_layers": len(transformer.decoder.layers),
+        "pass_pos_and_query": True,
+        "position_embedding": "sine",
+    }
+    read("unipt", file({"model": dict(state), "args": own}), backbone)
+    other = {**own, option: own[option] + 1}
+    path = file({"model": dict(state), "args": other})
+    refused(path, backbone, "another transformer", wanted=f"{option}={own[option] + 1}")
+
+
+LAYERS_OVER_FRAMES = {
+    "seqTransf": "transformerClip.resblocks.0.ln_1.weight",
+    "seqLSTM": "lstm_visual.weight_ih_l0",
+}
+
+
+@pytest.mark.parametrize("header", LAYERS_OVER_FRAMES)
+def test_layers_over_the_frames_of_a_video(header, file):
+    state = clip4clip()
+    frames = {"frame_position_embeddings.weight": torch.zeros(2, 10)}
+    path = file({**state, **frames, LAYERS_OVER_FRAMES[header]: torch.zeros(2)})
+    with pytest.raises(IncompatibleArtefact, match=f"layers over the frames.*{header}") as caught:
+        read("unipt", path, vectors())
+    assert LAYERS_OVER_FRAMES[header] in caught.value.details["found"]
+    assert "--set frames_alone=true" in caught.value.details["do"]
+    plain = file(state).with_name("plain.pth")
+    torch.save(dict(state), plain)
+    path = file({**state, **frames, LAYERS_OVER_FRAMES[header]: torch.zeros(2)})
+    for backbone, given in (
+        (vectors(), {"frames_alone": "true"}),
+        (vectors(mask=True, end=True), {}),
+    ):
+        found = read("unipt", path, backbone, given)
+        assert same(found, read("unipt", plain, backbone))
+        assert header in found.notes["frames"]
+
+
+def test_a_transformer_over_caption_and_video(file):
+    state = {**clip4clip(), "similarity_dense.weight": torch.zeros(1, 10)}
+    for backbone in (vectors(), vectors(mask=True, end=True)):
+        with pytest.raises(IncompatibleArtefact, match="by a transformer over both"):
+            read("unipt", file(state), backbone)
 
 
 def test_captions_on_states_without_a_mask(tmp_path):

@@ -13,7 +13,7 @@ from ...tuner import Branch, Point
 from ...tuners.perceptron import Perceptron
 from ...tuners.unipt import UniPT
 from ..foreign import Foreign
-from .parts import Checkpoint, require_states, require_trunk
+from .parts import Checkpoint, made, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +59,9 @@ def read_clip_vil(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -
     w |= file.linear(f"{project}.2", "project", norm=f"{project}.3")
     w |= file.linear(f"{SIDE}final_upsample_l.0", "up")
     width, hidden = w["anchor_weight"].shape
-    tuner = UniPT(
+    tuner = made(
+        path,
+        UniPT,
         widths=(hidden,) * depth,
         anchor=hidden,
         width=width,

@@ -7,14 +7,15 @@ other outputs of its decoder side are for training only and are not computed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import IncompatibleArtefact
 from ...tuner import Branch, Point
 from ...tuners.perceptron import Perceptron
 from ...tuners.unipt import UniPT
 from ..foreign import Foreign
-from .parts import Checkpoint, outputs, require_trunk
+from .mdetr_run import require_carried
+from .parts import Checkpoint, made, outputs, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,15 +31,22 @@ LAYERS = (1, 3, 5)  # the states in front of these are targets
 EPS = 1e-7
 HEADS = ("class_embed.", "bbox_embed.")
 TRUNK = ("transformer.", "query_embed.", "input_proj.", "backbone.")
-TRAINING = ("contrastive_",)  # projections that only its losses read
-ANSWERS = ("qa_embed.", "answer_")  # of checkpoints that answer questions
+TRAINING = ("contrastive_align_",)  # projections that only its losses read
 
 
-def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> Foreign:
+def read_mdetr(
+    path: Path, backbone: Backbone, state: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> Foreign:
     """Branches of an MDETR checkpoint with its side networks.
 
+    Args:
+        path: The file.
+        backbone: MDETR's trunk.
+        state: Tensors of the file.
+        options: Of the run.
+
     Raises:
-        IncompatibleArtefact: The file lacks a part, answers questions, or is of another backbone.
+        IncompatibleArtefact: The file lacks a part, is of another backbone, or of a run that cannot be carried.
     """
     model = backbone.model
     if not hasattr(model, "decoder_hidden_states"):
@@ -49,13 +57,7 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
             found=backbone.identity.architecture,
             do="load the backbone that it was trained on",
         )
-    if answers := sorted(key for key in state if key.startswith(ANSWERS)):
-        raise IncompatibleArtefact(
-            "the checkpoint answers questions, by queries inside the frozen decoder that a task cannot bring",
-            where=path,
-            wanted="boxes and their classes alone",
-            found=", ".join(answers[:5]),
-        )
+    require_carried(path, backbone, state, options)
     found = Foreign("UniPT MDETR", labels=())
     mask, memory = Point("encoder_mask", "output"), Point("side_memory", "output")
     encoder = outputs(model.hidden_states)  # type: ignore[arg-type]
@@ -63,7 +65,7 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
     file = Checkpoint(path, state)
     w = _network(file, "encoder")
     targets = _targets(path, encoder)
-    tuner = _tuner(w, len(targets), masked=True)
+    tuner = _tuner(path, w, len(targets), masked=True)
     found.plant(
         "side_memory/unipt",
         Branch(tuner, targets[0], memory, (*targets[1:], encoder[-1], mask)),
@@ -76,7 +78,7 @@ def read_mdetr(path: Path, backbone: Backbone, state: Mapping[str, Tensor]) -> F
     final = f"{SIDE}final_upsample"
     w |= file.linear(f"{final}.1", "up", norm=f"{final}.2")
     targets = _targets(path, decoder)
-    tuner = _tuner(w, len(targets), crossed=True)
+    tuner = _tuner(path, w, len(targets), crossed=True)
     found.plant(
         "features/unipt",
         Branch(
@@ -129,10 +131,14 @@ def _network(file: Checkpoint, half: str) -> Weights:
     return w | file.linear(f"{project}.2", "project", norm=f"{project}.3")
 
 
-def _tuner(w: Weights, depth: int, *, masked: bool = False, crossed: bool = False) -> UniPT:
+def _tuner(
+    path: Path, w: Weights, depth: int, *, masked: bool = False, crossed: bool = False
+) -> UniPT:
     width, hidden = w["anchor_weight"].shape
     up = w.get("up_weight")
-    return UniPT(
+    return made(
+        path,
+        UniPT,
         widths=(hidden,) * depth,
         anchor=hidden,
         width=width,

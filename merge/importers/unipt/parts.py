@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -13,11 +12,13 @@ from ...tuner import Point
 from ..foreign import Foreign, differing, other_backbone, some
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ...backbone import Backbone
     from ...tuner import Weights
+
+T = TypeVar("T")
 
 NORM = {"weight": "weight", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 SKIPPED = ("num_batches_tracked", "position_ids")
@@ -177,14 +178,21 @@ def weights_of(path: Path, saved: Any) -> list[dict[str, Tensor]]:
     return found
 
 
-def options_of(saved: Any) -> dict[str, Any]:
-    """What the run was called with, where the file says it: `opt` of VSE-infinity, `args` of MDETR."""
-    if not isinstance(saved, dict):
-        return {}
-    options = next((saved[key] for key in ("opt", "args") if saved.get(key) is not None), {})
-    if isinstance(options, argparse.Namespace):
-        options = vars(options)
-    return dict(options) if isinstance(options, dict) else {}
+def made(path: Path, kind: Callable[..., T], *sizes: Any, **fields: Any) -> T:
+    """A tuner of the sizes that a file's tensors have.
+
+    Raises:
+        IncompatibleArtefact: There is none of these sizes.
+    """
+    try:
+        return kind(*sizes, **fields)
+    except ValueError as cause:
+        raise IncompatibleArtefact(
+            "the layers of the side network do not fit each other",
+            where=path,
+            wanted="those of UniPT's release",
+            found=str(cause),
+        ) from cause
 
 
 def _plain(key: str) -> str:

@@ -18,7 +18,7 @@ from ...tuners.gpo import BACK, GRU, Gpo
 from ...tuners.unipt import UniPT
 from ...tuners.unipt_pyramid import UniPTPyramid
 from ..foreign import Foreign, refuse
-from .parts import Checkpoint, require_states, require_trunk
+from .parts import Checkpoint, made, require_states, require_trunk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -144,11 +144,16 @@ def _side_network(file: Checkpoint, states: States, add: Point, found: Foreign) 
     if states.cells:
         for number in range(depth - 1):
             w |= file.linear(f"{SIDE}identity_layers.{number}.0", f"cell{number}")
-        tuner: UniPT = UniPTPyramid(
-            **fields, norm="batch", cells=states.cells, channels_last=states.channels_last
+        tuner: UniPT = made(
+            file.path,
+            UniPTPyramid,
+            **fields,
+            norm="batch",
+            cells=states.cells,
+            channels_last=states.channels_last,
         )
     else:
-        tuner = UniPT(**fields, masked=states.mask is not None)
+        tuner = made(file.path, UniPT, **fields, masked=states.mask is not None)
         others = (*others, *([states.mask] if states.mask else []))
     found.plant(f"{add.module}/unipt", Branch(tuner, states.points[0], add, others), w)
     return w["up_weight"].shape[0]
@@ -171,6 +176,7 @@ def _gpo(
     }
     w["score"] = file.gate(f"{pool}.linear")
     three, positions = w["weight_ih"].shape
-    tuner = Gpo(states.tokens, positions, three // 3, masked=states.mask is not None)
+    sizes = states.tokens, positions, three // 3
+    tuner = made(file.path, Gpo, *sizes, masked=states.mask is not None)
     others = () if states.mask is None else (states.mask,)
     found.plant(f"{add.module}/gpo", Branch(tuner, tap, add, others), w)

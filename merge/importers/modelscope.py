@@ -14,6 +14,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from ..pickles import read_pickle
 from ..preprocessing import Preprocessing
 from ..sites import blocks
 from ..tuner import Branch, Point
@@ -26,7 +27,6 @@ from .foreign import (
     contained,
     differing,
     other_backbone,
-    read_pickle,
     refuse,
 )
 from .prompts import plant_prompts

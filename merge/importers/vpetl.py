@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..methods import adapters
+from ..pickles import read_pickle
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
@@ -24,7 +25,6 @@ from .foreign import (
     contained,
     differing,
     other_backbone,
-    read_pickle,
     refuse,
     some,
 )

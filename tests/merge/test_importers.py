@@ -23,7 +23,7 @@ from utune_deploy.merge.attach import restore
 from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
-from utune_deploy.merge.importers.foreign import read_pickle
+from utune_deploy.merge.pickles import read_pickle
 from utune_deploy.merge.tuner import Point
 
 

@@ -15,7 +15,8 @@ from ...attention import Seam
 from ...backbone import read_tensors
 from ...errors import IncompatibleArtefact, UsageError
 from ...parallel import read_inside
-from ..foreign import Foreign, named_module, read_pickle, refuse
+from ...pickles import read_pickle
+from ..foreign import Foreign, named_module, refuse
 from .layer import Layer
 
 if TYPE_CHECKING:

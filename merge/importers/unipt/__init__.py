@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
-from ..foreign import Foreign, read_pickle
+from ...pickles import read_pickle
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil
 from .mdetr import read_mdetr
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ...backbone import Backbone
+    from ..foreign import Foreign
     from ..settings import Settings
 
 

@@ -65,7 +65,7 @@ AROUND: tuple[Rule, ...] = (
 
 CLASSIFIERS = {"classifier": 0, "cls_classifier": 0, "distillation_classifier": 1}
 UNUSED = re.compile(  # what no classifier reads, and what the module makes itself
-    r"(?:.*\.)?(?:mask_token|pooler\.dense\.\w+|position_ids|relative_position_index|relative_coords_table)"
+    r"(?:.*\.)?(?:mask_token|pooler\.dense(?:\.\w+)?|position_ids|relative_position_index|relative_coords_table)"
 )
 BLOCK = re.compile(r"(?:encoder\.)?(?:model\.)?layers?\.(\d+)\.(?:blocks\.(\d+)\.)?")
 STAGE = re.compile(r"encoder\.layers\.(\d+)\.downsample\.")
@@ -195,6 +195,56 @@ class Counterparts:
         apart = isinstance(getattr(module, "q_bias", None), nn.Parameter)
         return Place(f"{attention}.{'qkv'[place.part]}_bias") if apart else place
 
+    @property
+    def shared_head(self) -> tuple[str, ...]:
+        """The name of one classifier that stands for two of timm's, which it averages."""
+        return ("classifier",) if len(self.classifiers) == 2 else ()
+
+    def require_features(self, tensors: Mapping[str, Tensor], *, where: Path) -> None:
+        """A classifier among the names reads what timm's does.
+
+        transformers' ViT, DeiT and DINOv2 read the class token, CLIP the mean of the patches in front of the last
+        norm, SigLIP their mean behind it. BEiT and Swin have one way in both.
+
+        Raises:
+            IncompatibleArtefact: It reads something else.
+        """
+        head = tensors.get("classifier.weight")
+        width = getattr(self.model, "head_hidden_size", getattr(self.model, "num_features", None))
+        if head is not None and width is not None and head.shape[-1] != width:
+            raise IncompatibleArtefact(
+                "the classifier reads other features than the backbone's",
+                where=f"{where}: classifier",
+                wanted=f"{width} features",
+                found=f"{head.shape[-1]}"
+                + (
+                    ", the class token beside the mean of the patches"
+                    if head.shape[-1] == 2 * width
+                    else ""
+                ),
+                do="train a linear classifier on what the backbone pools, in modules_to_save",
+            )
+        if not hasattr(self.model, "blocks") or not hasattr(self.model, "norm_pre"):
+            return  # not timm's VisionTransformer
+        if head is None:
+            return
+        pools = str(getattr(self.model, "global_pool", ""))
+        bare = all(isinstance(getattr(self.model, n), nn.Identity) for n in ("norm", "fc_norm"))
+        if self.trunk.endswith("vision_model."):
+            clip = getattr(self.model, "cls_token", None) is not None
+            fits = pools == "avg" and isinstance(self.model.fc_norm, nn.Identity) and bare == clip
+            wanted = "global_pool=avg fc_norm=false" + (" final_norm=false" if clip else "")
+        else:
+            fits, wanted = pools == "token" and not bare, "global_pool=token"
+        if not fits:
+            raise IncompatibleArtefact(
+                "the classifier reads other features than the backbone's",
+                where=where,
+                wanted=wanted,
+                found=f"global_pool={pools}",
+                do=f"name the backbone with --backbone-arg {wanted.replace(' ', ' --backbone-arg ')}",
+            )
+
     def assemble(
         self, tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], *, where: Path
     ) -> dict[str, Tensor]:
@@ -214,7 +264,7 @@ class Counterparts:
         for name, tensor in tensors.items():
             place = self.place(name)
             if place is None:
-                strange += [] if self._unused(name) else [name]
+                strange += [] if self.unused(name) else [name]
             elif place.of > 1:
                 parts.setdefault(place.name, {})[place] = tensor
             else:
@@ -229,17 +279,19 @@ class Counterparts:
             )
         for name, own in parts.items():
             found[name] = _whole(own, frozen.get(name), where=f"{where}: {name}")
-        positions = found.get("pos_embed")
-        if (
-            positions is not None
-            and getattr(self.model, "no_embed_class", False)
-            and "cls_token" in found
-        ):
-            found["cls_token"] = found["cls_token"] + positions[:, :1]  # timm adds none to it
+        if getattr(self.model, "no_embed_class", False) and "cls_token" in found:
+            if "pos_embed" not in found:
+                raise IncompatibleArtefact(
+                    "timm's class token has its position in it, which the file does not have",
+                    where=where,
+                    wanted="position_embeddings beside cls_token",
+                )
+            positions = found["pos_embed"]
+            found["cls_token"] = found["cls_token"] + positions[:, :1]
             found["pos_embed"] = positions[:, 1:]
         return self._of_both_heads(found, tensors)
 
-    def _unused(self, name: str) -> bool:
+    def unused(self, name: str) -> bool:
         """No classifier reads it, or the model makes it itself."""
         if UNUSED.fullmatch(name):
             return True

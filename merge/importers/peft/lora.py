@@ -44,7 +44,7 @@ def read_lora(adapter: Adapter) -> None:
         down = layer.take("lora_A.weight", None, *kernel).flatten(1)
         rank = down.shape[0]
         up = layer.take("lora_B.weight", out, rank, *[1] * (len(kernel) - 1)).flatten(1)
-        alpha = adapter.resolved("alpha_pattern", "lora_alpha", layer.path)
+        alpha = adapter.resolved("alpha_pattern", "lora_alpha", layer.name)
         scale = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
         weights = low_rank(down, up, scale)
         if layer.has("lora_B.bias"):
@@ -69,7 +69,7 @@ def _magnitude(layer: Layer, change: Tensor) -> None:
     shape = [out] if len(kernel) == 1 else [1, out, *[1] * (len(kernel) - 1)]
     magnitude = layer.take("lora_magnitude_vector", *shape).flatten().double()
     length = (layer.weight.double().flatten(1) + change).norm(dim=1)
-    layer.gain("magnitude", magnitude / length, keep=layer.adapter.given_bias(layer.path))
+    layer.gain("magnitude", magnitude / length, keep=layer.given_bias)
 
 
 def _refuse_moved_weights(adapter: Adapter) -> None:

@@ -81,8 +81,9 @@ def match_config(path: Path, model: nn.Module) -> float | None:
     config = config.get("vision_config") or config
     modules = list(model.modules())
     _require_heads(path, config, [int(m.num_heads) for m in modules if hasattr(m, "qkv")])  # type: ignore[arg-type]
-    acts = [m.act for m in modules if isinstance(getattr(m, "act", None), nn.Module)]
-    _require_activation(path, config.get("hidden_act"), acts[:1])
+    acts = [getattr(module, "act", None) for module in modules]
+    act = next((own for own in acts if isinstance(own, nn.Module)), None)
+    _require_activation(path, config.get("hidden_act"), act)
     own = {module.eps for module in modules if isinstance(module, nn.LayerNorm)}
     eps = config.get(EPS)
     if eps is None or own == {eps}:
@@ -116,19 +117,19 @@ def _require_heads(path: Path, config: Mapping[str, Any], own: list[int]) -> Non
         )
 
 
-def _require_activation(path: Path, name: object, acts: list[nn.Module]) -> None:
+def _require_activation(path: Path, name: object, act: nn.Module | None) -> None:
     """The same function, by its values."""
     known = CALLED.get(str(name))
     if (
-        name is None or not acts or isinstance(acts[0], nn.SiLU)
+        name is None or act is None or isinstance(act, nn.SiLU)
     ):  # a gated layer does not ask hidden_act
         return
     x = torch.linspace(-4, 4, 65, dtype=torch.float64)
-    if known is None or not torch.allclose(acts[0](x), ACTIVATIONS[known](x), rtol=0, atol=1e-9):
+    if known is None or not torch.allclose(act(x), ACTIVATIONS[known](x), rtol=0, atol=1e-9):
         raise IncompatibleArtefact(
             "the model has another activation than the backbone",
             where=path,
-            wanted=type(acts[0]).__name__,
+            wanted=type(act).__name__,
             found=name,
             do="name the timm architecture with this activation (those of CLIP have quickgelu in their names)",
         )

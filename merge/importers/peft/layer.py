@@ -159,7 +159,7 @@ class Layer:
         What a part of the rows reads, its neighbours read too: there the branch becomes a difference of the part.
         """
         if self.part and side == "input":
-            self.difference(label, self._folded(tuner, tensors) - self.weight.double())
+            self.difference(f"{label}.before", self._folded(tuner, tensors) - self.weight.double())
             return
         point = Point(self.path, side)  # type: ignore[arg-type]
         self._plant(label, Branch(tuner, point, point), tensors)

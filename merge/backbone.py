@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "backbone.json"
 WEIGHTS = "backbone.safetensors"
 CONFIG = "config.json"  # Hugging Face's description
+OF_TRUNKS = ("bert", "roberta", "t5", "clip_text_model")  # its models that are none of timm's
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,17 @@ def _of_transformers(architecture: str, weights: Path) -> bool:
     path = weights_of(weights) if weights.is_dir() else weights
     if path is None or not path.is_file():
         return False
+    if _published(weights) and _model_type(weights / CONFIG) in OF_TRUNKS:
+        return False
     return path.suffix != ".safetensors" or any(map(Counterparts.may_be, _names(path)))
+
+
+def _model_type(path: Path) -> str | None:
+    """What a configuration says; None where it cannot be read, which who reads it says."""
+    try:
+        return json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _translated(

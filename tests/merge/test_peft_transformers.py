@@ -527,7 +527,7 @@ def test_an_engine_of_two_tasks(peft, pair, error, tmp_path):
         )
         deltas.append(read(path, single, tmp_path, f"task{seed}"))
         logits.append(answer(tuned_there, images.double()))
-    mixed = Mixed(single, stack(deltas))
+    mixed = Mixed(single, stack(deltas, torch.float32))
     task = torch.tensor([1, 0])
     graph = clean(trace(mixed, Inputs(images, task)))
     options = ort.SessionOptions()

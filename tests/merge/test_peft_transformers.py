@@ -599,6 +599,23 @@ def test_dinov2s_own_classifier_is_refused_with_its_features(hub, peft, pair, tm
     assert "64" in str(caught.value)
 
 
+def test_a_tuned_classifier_where_two_are_averaged(peft, pair, tmp_path):
+    both = pair("deit")
+    path, _ = adapter(
+        peft, both, tmp_path / "adapter", "Lora", r=2, target_modules=["q_proj", "classifier"]
+    )
+    with pytest.raises(IncompatibleArtefact, match="averages two"):
+        read_peft(path, both.ours)
+
+
+def test_layers_that_no_classifier_reads_are_named(peft, pair, tmp_path):
+    """SigLIP's attention over all tokens, which a short name such as fc1 matches too."""
+    both = pair("siglip")
+    _, settings = settings_of("lora", "siglip")
+    path, _ = adapter(peft, both, tmp_path / "adapter", "Lora", **settings)
+    assert "vision_model.head.mlp.fc1" in read_peft(path, both.ours).notes["left out"]
+
+
 def test_old_oft_is_refused(pair, tmp_path):
     name = "base_model.model.vit.encoder.layer.0.attention.attention.query.oft_r"
     save_file({name: torch.ones(4, 8, 8)}, tmp_path / "adapter_model.safetensors")

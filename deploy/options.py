@@ -146,7 +146,7 @@ def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         "--weights",
         type=PATH,
         help="Frozen weights: safetensors with the architecture's keys, a folder that `save` wrote, or a Hugging "
-        "Face folder (bert, clip_image, clip_text, t5).",
+        "Face folder (bert, clip_image, clip_text, t5; ViT, DeiT, DINOv2, BEiT, Swin, CLIP and SigLIP for timm's models).",
     )
     @functools.wraps(verb)
     def with_choice(

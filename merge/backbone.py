@@ -23,10 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .architectures import ARCHITECTURES, find
+from .counterparts import Counterparts
 from .errors import IncompatibleArtefact, UsageError
 from .files import atomic_folder, canonical_json
 from .inputs import IMAGES, Input
+from .pickles import read_pickle
 from .preprocessing import INTERPOLATIONS, LINEAR, Clip, Preprocessing
+from .published import EPS, PICKLED, match_config, of_pictures, set_eps, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "backbone.json"
 WEIGHTS = "backbone.safetensors"
 CONFIG = "config.json"  # Hugging Face's description
+OF_TRUNKS = ("bert", "roberta", "t5", "clip_text_model")  # its models that are none of timm's
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,12 @@ def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         if own is not None:
             return own(**arguments)
-        return timm.create_model(architecture, pretrained=False, **arguments)
+        arguments = dict(arguments)
+        eps = arguments.pop(EPS, None)
+        model = timm.create_model(architecture, pretrained=False, **arguments)
+        if eps is not None:
+            set_eps(model, float(eps))
+        return model
     except (TypeError, ValueError, AssertionError) as cause:
         raise UsageError(
             f"{'timm' if own is None else own.__name__} cannot create the backbone with these arguments",
@@ -288,6 +297,79 @@ def _make(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
             if own is None
             else f"it takes {', '.join(inspect.signature(own).parameters)}",
         ) from cause
+
+
+def _of_transformers(architecture: str, weights: Path) -> bool:
+    """The architecture is timm's, and the file or folder may be a transformers model."""
+    if not timm.is_model(architecture) or (weights / DESCRIPTION).is_file():
+        return False
+    path = weights_of(weights) if weights.is_dir() else weights
+    if path is None or not path.is_file():
+        return False
+    if _published(weights) and _model_type(weights / CONFIG) in OF_TRUNKS:
+        return False
+    return path.suffix != ".safetensors" or any(map(Counterparts.may_be, _names(path)))
+
+
+def _model_type(path: Path) -> str | None:
+    """What a configuration says; None where it cannot be read, which who reads it says."""
+    try:
+        return json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _translated(
+    architecture: str, arguments: Mapping[str, Any], weights: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Arguments and tensors of a transformers model, or of a file that has timm's names after all.
+
+    Raises:
+        IncompatibleArtefact: It is another model than timm's.
+    """
+    path = weights_of(weights) if weights.is_dir() else weights
+    assert path is not None  # `_of_transformers` saw it
+    tensors = of_pictures(_read_any(path))
+    model = _make(architecture, {**arguments, "num_classes": 0})
+    classifiers = _classifiers(model, architecture)
+    names = Counterparts.find(model, classifiers, tensors, where=path)
+    if names is None:
+        return dict(arguments), tensors
+    eps = match_config(path.parent / CONFIG, model)
+    own = {} if eps is None or EPS in arguments else {EPS: eps}
+    found = names.assemble(tensors, model.state_dict(), where=path)
+    heads = [name for name in found if name.startswith(tuple(f"{c}." for c in classifiers))]
+    width = getattr(model, "head_hidden_size", getattr(model, "num_features", None))
+    if any(found[name].dim() != 1 and found[name].shape[-1] != width for name in heads):
+        for name in heads:  # it reads other features; a task brings its own
+            del found[name]
+    return {**arguments, **own}, found
+
+
+def _names(path: Path) -> list[str]:
+    """Of a safetensors file; none where it is damaged, which reading it says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, ValueError):
+        return []
+
+
+def _read_any(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of a state dict that torch saved.
+
+    Raises:
+        UsageError: There is no such file.
+        IncompatibleArtefact: It is damaged, unsafe, or no state dict.
+    """
+    if path.suffix not in PICKLED:
+        return read_tensors(path)
+    saved = read_pickle(path)
+    if not isinstance(saved, dict) or not all(hasattr(t, "shape") for t in saved.values()):
+        raise IncompatibleArtefact(
+            "the file is no state dict", where=path, found=type(saved).__name__
+        )
+    return {str(name): tensor for name, tensor in saved.items()}
 
 
 def _known(architecture: str) -> type[nn.Module] | None:
@@ -319,7 +401,8 @@ def load(
         arguments: Of the architecture. Those of a folder that `save` wrote are known, and given ones must be
             the same; of Hugging Face's folder given ones go before its own. The number of classes is read off
             the file.
-        weights: A safetensors file with the architecture's keys, or a folder. Hugging Face's has `config.json`
+        weights: A safetensors file with the architecture's keys, or a folder; or the file or the folder of a
+            transformers model of the same architecture, see `published`. Hugging Face's has `config.json`
             and safetensors, and is one of `bert`, `clip_image`, `clip_text` and `t5`. None for an architecture
             that has no weights, such as `states`.
 
@@ -330,7 +413,9 @@ def load(
     if weights is None:
         return _without_weights(architecture, arguments or {})
     weights = Path(weights)
-    if weights.is_dir() and _published(weights):
+    if architecture is not None and _of_transformers(architecture, weights):
+        arguments, tensors = _translated(architecture, arguments or {}, weights)
+    elif weights.is_dir() and _published(weights):
         architecture, arguments, tensors = _read_published(weights, architecture, arguments or {})
     else:
         if weights.is_dir():
@@ -338,7 +423,7 @@ def load(
             weights = weights / WEIGHTS
         if architecture is None:
             raise _unnamed(weights)
-        tensors = read_tensors(weights)
+        tensors = _read_any(weights)
     arguments = {**(arguments or {}), "num_classes": 0}
     classes = _classes(architecture, arguments, tensors)
     model = _make(architecture, {**arguments, "num_classes": classes})

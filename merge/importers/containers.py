@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backbone import read_tensors
 from ..errors import UsageError
-from .foreign import read_pickle
+from ..pickles import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

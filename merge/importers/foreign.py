@@ -1,21 +1,14 @@
-"""What every reader gives, and how files that may hold code are opened without running any."""
+"""What every reader gives, and how it holds a file to the backbone."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import re
-import warnings
 from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta, timezone
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ..delta import Delta
-from ..errors import IncompatibleArtefact, UsageError
+from ..errors import IncompatibleArtefact
 from ..methods import head_branch
 from ..tuner import bind
 
@@ -182,73 +175,6 @@ def other_backbone(path: Path, backbone: Backbone, names: Sequence[str]) -> Inco
         found=some(names),
         do="load the backbone that it was trained on",
     )
-
-
-def _plain_classes() -> list[Any]:
-    """What training scripts leave beside tensors, and whose making runs no code of the file.
-
-    Arguments, numbers and arrays of NumPy under both names of its module, paths, times, and dictionaries with a
-    default, which are made of built-in types alone.
-    """
-    array, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    return [
-        argparse.Namespace,
-        (_plain_dict, "collections.defaultdict"),
-        *(dict, float, int, list, set, str, tuple),
-        *(datetime, date, time, timedelta, timezone),
-        *((PurePosixPath, f"pathlib{inner}.PosixPath") for inner in ("", "._local")),
-        *((PureWindowsPath, f"pathlib{inner}.WindowsPath") for inner in ("", "._local")),
-        *(PurePosixPath, PureWindowsPath),
-        *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in np.typecodes["All"])),
-        *((array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    ]
-
-
-def _plain_dict(*_: object) -> dict[Any, Any]:
-    """In place of a dictionary with a default, which torch does not fill."""
-    return {}
-
-
-def read_pickle(path: Path) -> Any:
-    """A torch checkpoint: tensors, plain containers, and what `_plain_classes` names; no code in it is run.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UsageError: There is no such file.
-        IncompatibleArtefact: The file is damaged, or holds objects other than tensors.
-    """
-    if not path.is_file():
-        raise UsageError("there is no such file", where=path, wanted="a torch checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what fails is raised
-            with torch.serialization.safe_globals(_plain_classes()):
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as cause:
-        raise IncompatibleArtefact(
-            "the checkpoint holds objects that would run code when loaded",
-            where=path,
-            wanted="tensors and plain containers",
-            found=_refused_class(str(cause)),
-            do="save it again as a plain state dict",
-        ) from cause
-    except Exception as cause:  # damaged bytes end anywhere in pickle, zipfile and torch
-        said = f"{type(cause).__name__}: {cause}".splitlines()[0]
-        raise IncompatibleArtefact(
-            "the checkpoint is damaged", where=path, found=said.removesuffix(": ")
-        ) from cause
-
-
-def _refused_class(said: str) -> str:
-    """The class that torch would not make, or what it said about another refusal."""
-    named = re.search(r"GLOBAL (\S+) was not an allowed|allowed global \[?(\S+?)\]? ", said)
-    if named:
-        return named[1] or named[2]
-    reason = said.rpartition("WeightsUnpickler error: ")[2]
-    return re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().partition("\n")[0]
 
 
 def is_linear_layer(weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..backbone import read_tensors
 from ..errors import IncompatibleArtefact, UsageError
+from ..pickles import read_pickle
 from ..preprocessing import Preprocessing
-from .foreign import Foreign, bare_name, named_module, read_pickle, refuse
+from .foreign import Foreign, bare_name, named_module, refuse
 from .modelscope import CROP
 
 if TYPE_CHECKING:

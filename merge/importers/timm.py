@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..backbone import read_tensors
 from ..differences import Ranks, carry, say_truncation, subtract
 from ..errors import UsageError
-from .foreign import Foreign, other_backbone, read_pickle, refuse
+from ..pickles import read_pickle
+from .foreign import Foreign, other_backbone, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from utune_deploy.merge.backbone import create, wrap
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.importers import read
-from utune_deploy.merge.importers.foreign import read_pickle
+from utune_deploy.merge.pickles import read_pickle
 
 
 class Exploit:

@@ -623,7 +623,7 @@ def test_every_other_kind_is_refused_by_name(peft, vit, tmp_path):
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["qkv.weight"]},
         {"trainable_token_indices": [0]},
-        {"fan_in_fan_out": True},
+        {"enable_lora": [True, False, True]},
         {"kasa_config": {"beta": 1}},
         {"something_of_tomorrow": 1},
     ],

@@ -1,5 +1,6 @@
 """Adapters of Hugging Face PEFT: a folder with `adapter_config.json` and its tensors.
 
+One that was trained on a transformers model is read onto timm's; see `counterparts`.
 Every kind is reduced exactly to branches of the law; products and differences are taken in float64. A
 layer whose weight is read by the module around it (`qkv` of timm's EVA, BEiT and Swin V2) is meant as
 PEFT merges it: while PEFT runs unmerged, its adapter of such a layer does nothing.
@@ -52,7 +53,7 @@ def read_peft(path: Path, backbone: Backbone, settings: Settings | None = None) 
     """Branches of a PEFT adapter.
 
     Args:
-        path: The adapter's folder.
+        path: The adapter's folder, or the file of tensors in it.
         backbone: The frozen backbone that it was trained on.
         settings: Not asked for: the folder says everything.
 

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from ...attention import Seam
 from ...backbone import read_tensors
+from ...counterparts import Counterparts, Place
 from ...errors import IncompatibleArtefact, UsageError
 from ...parallel import read_inside
-from ..foreign import Foreign, named_module, read_pickle, refuse
+from ...pickles import read_pickle
+from ..foreign import Foreign, differing, named_module, other_backbone, refuse, some
 from .layer import Layer
+from .state import MAGNITUDE, TUNED, is_whole, split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +40,8 @@ HARMLESS = frozenset(
         *("target_modules", "exclude_modules", "modules_to_save"),
         *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core"),
         *("init_weights", "init_ia3_weights"),
+        "merge_weights",  # of PEFT before 0.3: whether eval mode merged
+        "fan_in_fan_out",  # of layers that keep their weight transposed, which none here does
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
         *("lora_dropout", "vera_dropout", "boft_dropout", "module_dropout"),
         *("rank_dropout", "rank_dropout_scale", "qalora_group_size"),
@@ -54,6 +59,7 @@ class Adapter:
         tensors: Tensors that nobody has read yet, by their names without PEFT's prefix.
         backbone: The frozen backbone.
         found: The branches so far.
+        counterparts: The table of names, of an adapter that was trained on a transformers model.
         wrapper: What stood in front of the backbone's names when it was trained inside another module, such as
             `timm_model.` of transformers' wrapper; PEFT's patterns are of names with it.
     """
@@ -64,6 +70,7 @@ class Adapter:
     backbone: Backbone
     found: Foreign
     wrapper: str = ""
+    counterparts: Counterparts | None = None
 
     @classmethod
     def open(cls, path: Path, backbone: Backbone) -> Adapter:
@@ -73,9 +80,18 @@ class Adapter:
             UsageError: The folder lacks a file.
             IncompatibleArtefact: A file is malformed or unsafe.
         """
+        if path.is_file() and (path.parent / CONFIG).is_file():
+            path = path.parent
         if not (path / CONFIG).is_file():
             raise UsageError(
-                "there is no PEFT adapter", where=path, wanted=f"a folder with {CONFIG}"
+                "there is no PEFT adapter",
+                where=path,
+                wanted=f"{CONFIG} beside the file of tensors"
+                if path.is_file()
+                else f"a folder with {CONFIG}",
+                do="copy it from the run: it says the kind, the scale and the layers"
+                if path.is_file()
+                else None,
             )
         try:
             config: dict[str, Any] = dict(json.loads((path / CONFIG).read_text()))
@@ -102,10 +118,51 @@ class Adapter:
             str(name).removeprefix(DISTRIBUTED).removeprefix(PREFIX): tensor
             for name, tensor in flat.items()
         }
-        self.wrapper = self._wrapper()
+        frozen: dict[str, Tensor] = {}
+        if is_whole(self.tensors):
+            bias = str(self.config.get("bias") or "none")
+            self.tensors, frozen = split(self.path, self.tensors, bias)
+        self.tensors = {
+            name.replace(f".{MAGNITUDE}.weight", f".{MAGNITUDE}"): tensor
+            for name, tensor in self.tensors.items()
+        }
+        self.counterparts = Counterparts.find(
+            self.backbone.model, self.backbone.classifiers, self.tensors, where=self.path
+        )
+        if self.counterparts is not None:
+            self.found.notes["names"] = (
+                f"of a transformers model, {self.counterparts.trunk or 'a bare trunk'}"
+            )
+        else:
+            self.wrapper = self._wrapper()
         if self.wrapper:
             self.tensors = {n.removeprefix(self.wrapper): t for n, t in self.tensors.items()}
             self.found.notes["wrapper"] = f"names begin with {self.wrapper}, which was left out"
+        if frozen:
+            self._require_same(frozen)
+
+    def _require_same(self, frozen: dict[str, Tensor]) -> None:
+        """Hold the frozen tensors of a whole state dict to the backbone's.
+
+        Raises:
+            IncompatibleArtefact: One differs, or is missing.
+        """
+        own = self.backbone.model.state_dict()
+        trained = {n for n in self._by_our_names(dict(self.tensors), own) if n.endswith("bias")}
+        theirs = {n.removeprefix(self.wrapper): t for n, t in frozen.items()}
+        theirs = self._by_our_names(theirs, own)
+        theirs |= {name: own[name] for name in trained if name in own and name not in theirs}
+        if other := differing(self.path, self.backbone, theirs):
+            raise other_backbone(self.path, self.backbone, list(other))
+
+    def _by_our_names(
+        self, tensors: dict[str, Tensor], frozen: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Those of a transformers model by timm's names, without what is no parameter of it."""
+        if self.counterparts is None:
+            return tensors
+        plain = {n: t for n, t in tensors.items() if not TUNED.search(n)}
+        return self.counterparts.assemble(plain, frozen, where=self.path)
 
     def _wrapper(self) -> str:
         """What all names begin with in front of the backbone's; empty where they are no backbone's behind it either."""
@@ -196,7 +253,52 @@ class Adapter:
                 if full.endswith(f".{name}"):
                     module = full.removesuffix(f".{name}")
                     grouped.setdefault(module, {})[name] = self.tensors.pop(full)
-        return [Layer(self, path, self.module(path), own) for path, own in grouped.items()]
+        if self.counterparts is not None and (
+            unused := list(filter(self.counterparts.unused, grouped))
+        ):
+            self.found.notes["left out"] = f"{some(unused)}: no classifier reads these layers"
+            grouped = {name: own for name, own in grouped.items() if name not in unused}
+        return [self._layer(name, own) for name, own in grouped.items()]
+
+    def _layer(self, name: str, own: dict[str, Tensor]) -> Layer:
+        """A layer by its name in the adapter.
+
+        Raises:
+            IncompatibleArtefact: The backbone has none like it.
+        """
+        if self.counterparts is None:
+            return Layer(self, Place(name), name, self.module(name), own)
+        place = self.counterparts.place(name)
+        if place is None:
+            raise IncompatibleArtefact(
+                "the backbone has no counterpart of a tuned layer",
+                where=self.path,
+                wanted=f"a layer of {self.backbone.identity.architecture}",
+                found=name,
+                do="leave the layer out of target_modules, or load the backbone that it was trained on",
+            )
+        if name in self.counterparts.shared_head:
+            raise IncompatibleArtefact(
+                "a tuned classifier stands where the backbone averages two",
+                where=f"{self.path}: {name}",
+                do="name the classifier in modules_to_save instead of target_modules",
+            )
+        layer = Layer(self, place, name, self.module(place.name), own)
+        if place.of > 1 and len(layer.weight) * place.of != len(layer.op.weight):  # type: ignore[arg-type]
+            raise layer.refuse_op(f"rows that divide by {place.of}")
+        return layer
+
+    def settle(self) -> None:
+        """What is left, by the backbone's names.
+
+        Raises:
+            IncompatibleArtefact: A tensor has no place in the backbone.
+        """
+        if self.counterparts is None:
+            return
+        self.counterparts.require_features(self.tensors, where=self.path)
+        frozen = self.backbone.model.state_dict()
+        self.tensors = self.counterparts.assemble(self.tensors, frozen, where=self.path)
 
     def module(self, path: str) -> nn.Module:
         """A module of the backbone; see `named_module`."""

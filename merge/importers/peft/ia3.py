@@ -23,7 +23,7 @@ def read_ia3(adapter: Adapter) -> None:
     """
     adapter.allow("feedforward_modules")
     for layer in adapter.layers("ia3_l"):
-        before = _feeds_forward(adapter, layer.path)
+        before = _feeds_forward(adapter, layer.name)
         out, width, *kernel = layer.weight.shape
         size = width * getattr(layer.op, "groups", 1) if before else out
         linear = (1, size) if before else (size, 1)
@@ -32,8 +32,7 @@ def read_ia3(adapter: Adapter) -> None:
         if before:
             layer.serial("ia3", Gain(shift=False), "input", {"gain": factor - 1})
             continue
-        given, own = adapter.given_bias(layer.path), getattr(layer.op, "bias", None)
-        layer.gain("ia3", factor, keep=None if given is own else given)
+        layer.gain("ia3", factor, keep=layer.outer_bias)
 
 
 def _feeds_forward(adapter: Adapter, module: str) -> bool:

@@ -13,8 +13,11 @@ from ...ops import reads_patches
 from ...tuner import Branch, Point
 from ...tuners.bottleneck import Bottleneck
 from ...tuners.gain import Gain
+from ...tuners.kronecker import Kronecker
+from .parts import joined, spread
 
 if TYPE_CHECKING:
+    from ...counterparts import Place
     from ...tuner import Tuner, Weights
     from .adapter import Adapter
 
@@ -25,15 +28,46 @@ class Layer:
 
     Attributes:
         adapter: Whose.
-        path: Dotted path in the backbone.
+        place: Where in the backbone: a module, or a part of its rows.
+        name: Its name in the adapter, of which the adapter's patterns are.
         op: The frozen layer.
         tensors: Its tensors in the adapter, by PEFT's names.
     """
 
     adapter: Adapter
-    path: str
+    place: Place
+    name: str
     op: nn.Module
     tensors: dict[str, Tensor]
+
+    @property
+    def path(self) -> str:
+        """Dotted path in the backbone."""
+        return self.place.name
+
+    @property
+    def part(self) -> bool:
+        """It is a part of the rows of what the backbone has there."""
+        return self.place.of > 1
+
+    @property
+    def _rows(self) -> slice:
+        """Its rows in the backbone's layer."""
+        return self.place.rows(len(self.op.weight))  # type: ignore[arg-type]
+
+    @property
+    def given_bias(self) -> Tensor | None:
+        """The bias that it adds, from wherever the backbone has it."""
+        bias = self.adapter.given_bias(self.path)
+        return bias if bias is None or not self.part else bias[self._rows]
+
+    @property
+    def outer_bias(self) -> Tensor | None:
+        """The bias that it adds and that was not the layer's own when it was tuned."""
+        if self.adapter.counterparts is not None:
+            return None
+        given = self.given_bias
+        return None if given is getattr(self.op, "bias", None) else given
 
     @property
     def weight(self) -> Tensor:
@@ -44,7 +78,8 @@ class Layer:
         """
         if not isinstance(self.op, nn.Linear | nn.Conv2d | nn.Conv3d):
             raise self.refuse_op("a linear layer or a convolution")
-        return self.op.weight.detach()
+        weight = self.op.weight.detach()
+        return weight[self._rows] if self.part else weight
 
     @property
     def matrix(self) -> Tensor:
@@ -91,7 +126,7 @@ class Layer:
         Raises:
             IncompatibleArtefact: It is missing, or of another shape.
         """
-        where = f"{self.adapter.path}: {self.path}.{name}"
+        where = f"{self.adapter.path}: {self.name}.{name}"
         if name not in self.tensors:
             raise IncompatibleArtefact(
                 "a tensor of the adapter is missing", where=where, found=", ".join(self.tensors)
@@ -113,13 +148,38 @@ class Layer:
 
     def beside(self, label: str, tuner: Tuner, tensors: Weights) -> None:
         """Plant a branch from what the layer reads to its output."""
-        branch = Branch(tuner, self.inside, Point(self.path, "output"))
-        self.adapter.found.plant(f"{self.path}/{label}", branch, tensors)
+        if isinstance(tuner, Kronecker) and self.part:
+            tuner = Kronecker(self.place.of * tuner.rows, tuner.columns)
+            label = f"{label}.{self.place.part}"
+        self._plant(label, Branch(tuner, self.inside, Point(self.path, "output")), tensors)
 
     def serial(self, label: str, tuner: Tuner, side: str, tensors: Weights) -> None:
-        """Plant a branch on the layer's `input` or `output`."""
+        """Plant a branch on the layer's `input` or `output`.
+
+        What a part of the rows reads, its neighbours read too: there the branch becomes a difference of the part.
+        """
+        if self.part and side == "input":
+            self.difference(f"{label}.before", self._folded(tuner, tensors) - self.weight.double())
+            return
         point = Point(self.path, side)  # type: ignore[arg-type]
-        self.adapter.found.plant(f"{self.path}/{label}", Branch(tuner, point, point), tensors)
+        self._plant(label, Branch(tuner, point, point), tensors)
+
+    def _folded(self, tuner: Tuner, tensors: Weights) -> Tensor:
+        """The layer's weight with a branch before it, float64."""
+        layer = nn.Linear(*self.weight.shape[::-1], bias=False, dtype=torch.float64)
+        layer.requires_grad_(requires_grad=False)
+        layer.weight.copy_(self.weight)
+        exact = {name: tensor.double() for name, tensor in tensors.items()}
+        return tuner.fold(exact, layer, "before")["weight"]
+
+    def _plant(self, label: str, branch: Branch, tensors: Weights) -> None:
+        """A part's tensors get zeros for the rows beside it, and join those of the parts before it."""
+        found, name = self.adapter.found, f"{self.path}/{label}"
+        if self.part:
+            tensors = spread(branch.tuner, tensors, self._rows, len(self.op.weight))  # type: ignore[arg-type]
+            if name in found.branches:
+                branch, tensors = joined(found.branches[name], found.tensors[name], branch, tensors)
+        found.plant(name, branch, tensors)
 
     def difference(self, label: str, change: Tensor) -> None:
         """Plant a change `[out, in]` of the whole weight, exactly, at the smaller of its ranks."""

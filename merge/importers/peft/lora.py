@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PLAIN = Bottleneck("identity", bias=False)
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # that leave the frozen weights alone
+REPEATED = ("pissa", "olora")
+"""Starts out of the frozen weights that PEFT computes again whenever it loads the adapter, the same each time."""
 RANKNUM = 1e-5  # what PEFT adds to AdaLoRA's rank before it divides by it
 
 
@@ -35,7 +37,7 @@ def read_lora(adapter: Adapter) -> None:
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
         *("lora_bias", "bias", "init_lora_weights"),
     )
-    _refuse_moved_weights(adapter)
+    start = _start(adapter, *REPEATED)
     names = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
     for layer in adapter.layers(*names):
         out, *kernel = layer.matrix.shape
@@ -44,11 +46,13 @@ def read_lora(adapter: Adapter) -> None:
         down = layer.take("lora_A.weight", None, *kernel).flatten(1)
         rank = down.shape[0]
         up = layer.take("lora_B.weight", out, rank, *[1] * (len(kernel) - 1)).flatten(1)
-        alpha = adapter.resolved("alpha_pattern", "lora_alpha", layer.path)
+        alpha = adapter.resolved("alpha_pattern", "lora_alpha", layer.name)
         scale = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+        if start in REPEATED:
+            down, up = _without(start, layer, down, up, scale)
         weights = low_rank(down, up, scale)
         if layer.has("lora_B.bias"):
-            weights["down_bias"] = down.new_zeros(rank)
+            weights["down_bias"] = down.new_zeros(len(down))
             weights["up_bias"] = layer.take("lora_B.bias", out)
         layer.beside("lora", Bottleneck("identity", bias="up_bias" in weights), weights)
         if adapter.config.get("use_dora"):
@@ -69,20 +73,54 @@ def _magnitude(layer: Layer, change: Tensor) -> None:
     shape = [out] if len(kernel) == 1 else [1, out, *[1] * (len(kernel) - 1)]
     magnitude = layer.take("lora_magnitude_vector", *shape).flatten().double()
     length = (layer.weight.double().flatten(1) + change).norm(dim=1)
-    layer.gain("magnitude", magnitude / length, keep=layer.adapter.given_bias(layer.path))
+    layer.gain("magnitude", magnitude / length, keep=layer.given_bias)
 
 
-def _refuse_moved_weights(adapter: Adapter) -> None:
-    """PiSSA, OLoRA, CorDA, LoftQ and others take their start out of the frozen weights."""
+def _start(adapter: Adapter, *repeated: str) -> str:
+    """What the adapter was begun with; PiSSA, OLoRA, CorDA, LoftQ and others take it out of the frozen weights.
+
+    Args:
+        adapter: Whose.
+        repeated: Those of them that can be computed again.
+
+    Raises:
+        IncompatibleArtefact: It may have changed the frozen weights, and cannot be computed again.
+    """
     start = adapter.config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if start not in (*STARTS, *repeated):
         raise IncompatibleArtefact(
             "the adapter's start may have changed the frozen weights, so that it fits no frozen backbone",
             where=adapter.path / CONFIG,
-            wanted=f"init_lora_weights one of {', '.join(map(repr, STARTS))}",
+            wanted=f"init_lora_weights one of {', '.join(map(repr, (*STARTS, *repeated)))}",
             found=repr(start),
             do="save it with save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    if start in repeated:
+        adapter.found.notes["start"] = (
+            f"{start} was taken out of the frozen weights again in float32, as PEFT does when it loads the adapter"
+        )
+    return str(start)
+
+
+def _without(
+    start: str, layer: Layer, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """LoRA beside the frozen weight less its start, as LoRA of twice the rank beside the frozen weight.
+
+    PiSSA (arXiv 2404.02948, eq. 2-4) begins with the largest singular values, OLoRA (2406.01775) with the first rows
+    and columns of a QR decomposition.
+    """
+    if not isinstance(layer.op, nn.Linear):
+        raise layer.refuse_op(f"a linear layer for {start}")
+    weight, rank = layer.weight.float(), len(down)
+    if start == "pissa":
+        u, singular, v = torch.linalg.svd(weight, full_matrices=False)
+        root = (singular[:rank] / scale).sqrt()
+        b, a = u[:, :rank] * root, root[:, None] * v[:rank]
+    else:
+        q, r = torch.linalg.qr(weight)
+        b, a = q[:, :rank], r[:rank]
+    return torch.cat([down, a.to(down)]), torch.cat([up, -b.to(up)], dim=1)
 
 
 def _dilated(layer: Layer) -> IncompatibleArtefact:
@@ -106,7 +144,7 @@ def read_adalora(adapter: Adapter) -> None:
         *("r", "init_r", "target_r", "lora_alpha", "rank_pattern", "bias", "init_lora_weights"),
         *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     )
-    _refuse_moved_weights(adapter)
+    _start(adapter)
     initial, alpha = adapter.number("init_r", 12), adapter.number("lora_alpha", 8)
     for layer in adapter.layers("lora_A", "lora_B", "lora_E"):
         if layer.has("lora_A") and layer.tensors["lora_A"].shape[0] == 0:

@@ -85,7 +85,7 @@ def _scale(layer: Layer) -> float:
         IncompatibleArtefact: The rank is none.
     """
     adapter = layer.adapter
-    rank = adapter.resolved("rank_pattern", "r", layer.path)
+    rank = adapter.resolved("rank_pattern", "r", layer.name)
     if rank < 1:
         raise IncompatibleArtefact(
             "the adapter's configuration is malformed",
@@ -93,7 +93,7 @@ def _scale(layer: Layer) -> float:
             wanted="r from 1",
             found=rank,
         )
-    return adapter.resolved("alpha_pattern", "alpha", layer.path) / rank
+    return adapter.resolved("alpha_pattern", "alpha", layer.name) / rank
 
 
 def _product(layer: Layer, name: str, rows: int | None, columns: int | None) -> Tensor:

@@ -31,6 +31,14 @@ def read_oft(adapter: Adapter) -> None:
         *("r", "oft_block_size", "bias", "coft", "eps", "block_share"),
         *("use_cayley_neumann", "num_cayley_neumann_terms"),
     )
+    if old := [name for name in adapter.tensors if name.endswith(".oft_r")]:
+        raise IncompatibleArtefact(
+            "OFT of PEFT up to 0.14 cannot be carried: PEFT itself reads it no more",
+            where=f"{adapter.path}: {old[0]}",
+            wanted="oft_R.weight, the entries above the diagonals",
+            found="oft_r, whole blocks",
+            do="merge it into the weights with the PEFT that trained it (merge_and_unload)",
+        )
     for layer in adapter.layers("oft_R.weight"):
         if isinstance(layer.op, nn.Conv2d) and layer.op.kernel_size != (1, 1):
             raise IncompatibleArtefact(
@@ -56,7 +64,7 @@ def read_oft(adapter: Adapter) -> None:
 def read_boft(adapter: Adapter) -> None:
     """`diag(s) W R` with R a product of butterflies, last one first; the bias is not scaled.
 
-    Beside a convolution the whole change of its weight is kept.
+    Beside a convolution, and at a part of a layer's rows, the whole change of its weight is kept.
 
     Raises:
         IncompatibleArtefact: A variant or a layer that cannot be carried.
@@ -72,10 +80,10 @@ def read_boft(adapter: Adapter) -> None:
         skew = (skew - skew.mT) / 2
         turns = _cayley(skew.flatten(0, 1), adapter).unflatten(0, (levels, blocks))
         turns = turns - torch.eye(block, dtype=torch.float64)
-        if linear:
+        if linear and not layer.part:
             for level in reversed(range(levels)):
                 _plant(layer, f"boft.{level}", turns[level], kernel[0], level)
-            layer.gain("stretch", stretch, keep=adapter.given_bias(layer.path))
+            layer.gain("stretch", stretch, keep=layer.given_bias)
             continue
         frozen = layer.weight.double().flatten(1)
         turned = _turned(frozen, turns, layer)

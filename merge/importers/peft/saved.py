@@ -35,6 +35,7 @@ def read_saved(adapter: Adapter) -> None:
             change that no branch can carry.
     """
     _drop_copies(adapter)
+    adapter.settle()
     frozen = adapter.backbone.model.state_dict()
     inside = [name for name in adapter.tensors if not adapter.backbone.is_classifier(name)]
     if strange := [name for name in inside if name not in frozen]:

@@ -29,6 +29,7 @@ from .files import atomic_folder, canonical_json
 from .inputs import IMAGES, Input
 from .pickles import read_pickle
 from .preprocessing import INTERPOLATIONS, LINEAR, Clip, Preprocessing
+from .processor import read_processor
 from .published import EPS, PICKLED, match_config, of_pictures, set_eps, weights_of
 
 if TYPE_CHECKING:
@@ -168,11 +169,11 @@ class Backbone:
         if not self.pictures:
             return None
         cfg = self._cfg
-        if cfg.get("crop_mode", "center") != "center":
+        if cfg.get("crop_mode", "center") not in ("center", "squash"):
             raise UsageError(
                 "timm prepares pictures for this architecture in a way that a delta cannot name",
                 where=self.identity.architecture,
-                wanted="crop_mode center",
+                wanted="crop_mode center or squash",
                 found=f"crop_mode {cfg['crop_mode']}",
                 do="say how: delta(..., preprocessing=Preprocessing(...))",
             )
@@ -185,6 +186,7 @@ class Backbone:
             mean=tuple(cfg.get("mean", (0.5, 0.5, 0.5))),
             std=tuple(cfg.get("std", (0.5, 0.5, 0.5))),
             clip=None if self.frames is None else Clip(self.frames, cfg["stride"], cfg["views"]),
+            squash=cfg.get("crop_mode") == "squash",
         )
 
 
@@ -413,7 +415,9 @@ def load(
     if weights is None:
         return _without_weights(architecture, arguments or {})
     weights = Path(weights)
+    published: Preprocessing | None = None
     if architecture is not None and _of_transformers(architecture, weights):
+        published = read_processor(weights if weights.is_dir() else weights.parent)
         arguments, tensors = _translated(architecture, arguments or {}, weights)
     elif weights.is_dir() and _published(weights):
         architecture, arguments, tensors = _read_published(weights, architecture, arguments or {})
@@ -429,7 +433,21 @@ def load(
     model = _make(architecture, {**arguments, "num_classes": classes})
     _require_same(weights, model.state_dict(), tensors)
     model.load_state_dict(tensors, assign=True)
+    if published is not None:
+        released: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        setattr(model, "pretrained_cfg", {**released, **_as_timm_says(published)})  # noqa: B010 it is no module
     return wrap(model, architecture, arguments)
+
+
+def _as_timm_says(prepared: Preprocessing) -> dict[str, Any]:
+    """Entries of timm's configuration of a model, but for the size, which is an argument."""
+    return {
+        "interpolation": prepared.interpolation,
+        "crop_pct": prepared.crop,
+        "crop_mode": "squash" if prepared.squash else "center",
+        "mean": prepared.mean,
+        "std": prepared.std,
+    }
 
 
 def _classes(

@@ -1,7 +1,7 @@
 """From a picture or a video to the tensor that a backbone reads, in NumPy.
 
-A picture goes through timm's evaluation transform: resize the shorter edge to `floor(size / crop)`, cut
-the centre, scale to [0, 1], normalise by channel. A video is thinned to every `stride`-th frame, and
+A picture goes through timm's evaluation transform: resize the shorter edge (or, squashed, each edge) to
+`floor(size / crop)`, cut the centre, scale to [0, 1], normalise by channel. A video is thinned to every `stride`-th frame, and
 some clips of equal length are cut from it at equal distances; every frame goes through the same transform.
 That is how Video Swin was evaluated in V-PETL (arXiv 2210.00788, github.com/bruceyo/V-PETL), whose three
 crops beside each other are one and the same, because a centre crop comes before.
@@ -94,6 +94,8 @@ class Preprocessing:
         mean: Subtracted per channel after scaling to [0, 1].
         std: Divided by per channel.
         clip: How clips are cut from a video; None for a task of pictures.
+        squash: Resize each edge by itself, whatever becomes of the aspect ratio; otherwise the picture keeps it and
+            loses what stands over.
     """
 
     size: tuple[int, int]
@@ -102,6 +104,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     clip: Clip | None = None
+    squash: bool = False
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -110,10 +113,12 @@ class Preprocessing:
         return (len(self.mean), *time, *self.size)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; a task of pictures has no `clip`."""
+        """The settings as JSON values; a task of pictures has no `clip`, and `squash` stands there where it is on."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         if self.clip is None:
             del values["clip"]
+        if not self.squash:
+            del values["squash"]
         return values
 
     @classmethod
@@ -131,6 +136,7 @@ class Preprocessing:
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
                 clip=_clip(values["clip"]) if "clip" in values else None,
+                squash=values.get("squash", False),
             )
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as cause:
             raise IncompatibleArtefact(
@@ -144,6 +150,7 @@ class Preprocessing:
         known = INTERPOLATIONS if clip is None else (*INTERPOLATIONS, LINEAR)
         wrong = (
             set(values) != set(settings.to_json())
+            or settings.squash not in (False, True)
             or settings.interpolation not in known
             or not all(math.isfinite(n) for n in numbers)
             or min(settings.size) < 1
@@ -156,8 +163,8 @@ class Preprocessing:
             raise IncompatibleArtefact(
                 "the preprocessing has a field that is surplus or out of range",
                 where=where,
-                wanted=f"interpolation in {known}, 0 < crop <= 1, std > 0, and of clips frames, stride and "
-                "views of at least 1",
+                wanted=f"interpolation in {known}, 0 < crop <= 1, std > 0, squash true or not there, and of clips "
+                "frames, stride and views of at least 1",
                 found=dict(values),
             )
         return settings
@@ -199,7 +206,8 @@ class Preprocessing:
         scaled = (math.floor(height / self.crop), math.floor(width / self.crop))
         image = _eight_bits(image)
         image = image.convert("L" if len(self.mean) == 1 else "RGB")
-        image = _resize(image, _resized(image.size, scaled), self.interpolation)
+        target = (scaled[1], scaled[0]) if self.squash else _resized(image.size, scaled)
+        image = _resize(image, target, self.interpolation)
         top = round((image.height - height) / 2)
         left = round((image.width - width) / 2)
         image = image.crop((left, top, left + width, top + height))

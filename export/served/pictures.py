@@ -44,12 +44,14 @@ def picture_graph(bundle: Bundle) -> bytes:
     place, _ = ops.place(task, [task.name for task in bundle.tasks])
     size = _resized(ops, picture, common)
     pixels = ops("Transpose", picture, perm=[0, 3, 1, 2])
-    sizes = ops("Concat", ops("Shape", pixels, start=0, end=2), size, axis=0)
     cubic = {"cubic_coeff_a": -0.5} if common.interpolation == "bicubic" else {}
-    pixels = ops(
-        "Resize", pixels, None, None, sizes,
-        mode=MODES[common.interpolation], antialias=1, exclude_outside=1, **cubic,
-    )  # fmt: skip
+    width = ops("Slice", size, ops.ints([1]), ops.ints([2]))
+    for kept, edges in ((3, width), (2, size)):  # one edge after the other, in Pillow's order
+        sizes = ops("Concat", ops("Shape", pixels, start=0, end=kept), edges, axis=0)
+        pixels = ops(
+            "Resize", pixels, None, None, sizes,
+            mode=MODES[common.interpolation], antialias=1, exclude_outside=1, **cubic,
+        )  # fmt: skip
     wanted = ops.ints(list(common.size))
     spare = ops("Cast", ops("Sub", size, wanted), to=ir.DataType.DOUBLE.value)
     half = ops("Round", ops("Mul", spare, ops.constant(np.array(0.5))))  # halves to even, as Python
@@ -81,12 +83,12 @@ def _common(bundle: Bundle) -> Preprocessing:
             wanted=f"the one input {IMAGES}, and preprocessing in every task",
             found=", ".join(reads),
         )
-    resizing = {(p.size, p.interpolation, p.crop) for p in found if p is not None}
+    resizing = {(p.size, p.interpolation, p.crop, p.squash) for p in found if p is not None}
     if len(resizing) > 1:
         raise UsageError(
             "the tasks want their pictures resized differently",
             where=bundle.path,
-            wanted="one size, interpolation and crop",
+            wanted="one size, interpolation, crop and squash",
             found="; ".join(sorted(map(str, resizing))),
             do="export the tasks into a bundle for each, or prepare pictures at the client",
         )
@@ -104,6 +106,8 @@ def _common(bundle: Bundle) -> Preprocessing:
 def _resized(ops: Ops, picture: ir.Value, wanted: Preprocessing) -> ir.Value:
     """Height and width after resizing, `[2]` int64: see `_resized` of `merge/preprocessing.py`."""
     height, width = (math.floor(size / wanted.crop) for size in wanted.size)
+    if wanted.squash:
+        return ops.ints([height, width])
     given = ops("Shape", picture, start=1, end=3)
     if height == width:
         edge = ops.ints([height])

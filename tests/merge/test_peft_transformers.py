@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.fold import fold, refusals
 from utune_deploy.merge.importers.peft import KINDS, read_peft
 from utune_deploy.merge.mixed import Mixed
+from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.merge.published import set_eps
 
 if TYPE_CHECKING:
@@ -622,3 +624,27 @@ def test_old_oft_is_refused(pair, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "r": 4}))
     with pytest.raises(IncompatibleArtefact, match="PEFT up to"):
         read_peft(tmp_path, pair("vit").ours)
+
+
+def test_pictures_are_prepared_as_the_folder_of_the_adapter_or_of_the_weights_says(
+    hub, peft, pair, tmp_path
+):
+    found = pair("vit")
+    path, _ = adapter(peft, found, tmp_path / "a", "Lora", target_modules=".*(query|q_proj)")
+    timms = read(path, found.ours, tmp_path, "timms").preprocessing
+    size = {"height": 32, "width": 32}
+    shutil.copytree(found.folder, tmp_path / "weights")
+    hub.ViTImageProcessor(size=size, resample=3).save_pretrained(tmp_path / "weights")
+    architecture, arguments = FAMILIES["vit"][3:]
+    frozen = load(architecture, arguments, tmp_path / "weights")
+    assert frozen.identity == load(architecture, arguments, found.folder).identity
+    said = Preprocessing((32, 32), "bicubic", 1.0, (0.5,) * 3, (0.5,) * 3, squash=True)
+    assert timms != said
+    assert frozen.preprocessing() == said
+    assert read(path, frozen, tmp_path, "said").preprocessing == said
+    hub.ViTImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3]).save_pretrained(path)
+    own = replace(said, interpolation="bilinear", mean=(0.1, 0.2, 0.3))
+    assert read(path, frozen, tmp_path, "own").preprocessing == own
+    hub.ViTImageProcessor().save_pretrained(path)
+    with pytest.raises(IncompatibleArtefact, match="another size than the backbone reads"):
+        read_peft(path, frozen)

@@ -38,6 +38,7 @@ def timm_says(settings: Preprocessing, picture: Image.Image) -> np.ndarray:
         interpolation=settings.interpolation,
         mean=settings.mean,
         std=settings.std,
+        crop_mode="squash" if settings.squash else None,
     )
     return transform(picture.convert("RGB")).numpy()
 
@@ -68,6 +69,17 @@ def test_equals_timm_where_the_target_is_not_square(size, shape, pictures):
             assert np.array_equal(settings.apply(picture), timm_says(settings, picture))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [(64, 64), (97, 100)])
+@pytest.mark.parametrize("crop", [0.9, 1.0])
+def test_equals_timm_where_the_picture_is_squashed(crop, size, shape, pictures):
+    for picture in pictures:
+        picture = picture.resize(SHAPES[shape]) if SHAPES[shape] else picture
+        settings = Preprocessing(size, "bicubic", crop, MEAN, STD, squash=True)
+        assert np.array_equal(settings.apply(picture), timm_says(settings, picture))
+        assert Preprocessing.from_json(settings.to_json(), where="here") == settings
+
+
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_every_interpolation(interpolation, pictures):
     settings = Preprocessing((48, 48), interpolation, 0.95)
@@ -87,14 +99,16 @@ def test_a_picture_of_the_right_size_is_only_scaled():
     assert np.array_equal(found, pixels.transpose(2, 0, 1) / np.float32(255))
 
 
+@pytest.mark.parametrize("mode", ["center", "squash"])
 @pytest.mark.parametrize("family", ["vit", "swin"])
-def test_a_backbone_says_its_own(family, request, pictures):
+def test_a_backbone_says_its_own(family, mode, request, pictures, monkeypatch):
     """`Backbone.preprocessing` is what timm resolves for the model."""
     backbone = request.getfixturevalue(family)
+    released = {**backbone.model.pretrained_cfg, "crop_mode": mode}
+    monkeypatch.setattr(backbone.model, "pretrained_cfg", released)
     settings = backbone.preprocessing()
     config = resolve_model_data_config(backbone.model)
     config["input_size"] = (3, *backbone.image_size)
-    config["crop_mode"] = None
     transform = create_transform(**config)
     for picture in pictures:
         assert torch.equal(transform(picture), torch.from_numpy(settings.apply(picture)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
 from ...parallel import read_inside
+from ...processor import PROCESSOR, read_processor
 from ...sites import measure
 from .adapter import Adapter
 from .ia3 import read_ia3
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ...backbone import Backbone
+    from ...preprocessing import Preprocessing
     from ..foreign import Foreign
     from ..settings import Settings
 
@@ -79,7 +81,26 @@ def read_peft(path: Path, backbone: Backbone, settings: Settings | None = None) 
     read_saved(adapter)
     read_heads(adapter)
     _note_read_layers(adapter)
+    adapter.found.preprocessing = _prepared(adapter)
     return adapter.found
+
+
+def _prepared(adapter: Adapter) -> Preprocessing | None:
+    """How the adapter's folder says that its pictures were prepared.
+
+    Raises:
+        IncompatibleArtefact: In another size than the backbone reads.
+    """
+    prepared = read_processor(adapter.path)
+    if prepared is not None and prepared.size != adapter.backbone.image_size:
+        raise IncompatibleArtefact(
+            "the adapter's pictures have another size than the backbone reads",
+            where=adapter.path / PROCESSOR,
+            wanted=list(adapter.backbone.image_size),
+            found=list(prepared.size),
+            do="load the backbone with --backbone-arg img_size=..., as it was trained",
+        )
+    return prepared
 
 
 def _note_read_layers(adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from ..export.engine import Device
 from ..merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ..merge.backbone import Backbone
 
@@ -188,10 +188,10 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def weight(text: str) -> tuple[str, float]:
-    """Task and weight of `TASK=NUMBER`.
+    """Task and number of `TASK=NUMBER`.
 
     Raises:
-        UsageError: It is not of that form, or the weight is no positive number.
+        UsageError: It is not of that form, or the number is not positive.
     """
     name, value = setting(text)
     try:
@@ -199,8 +199,22 @@ def weight(text: str) -> tuple[str, float]:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise UsageError("a weight is no positive number", where=name, found=value)
+        raise UsageError("a task's number is not positive", where=name, found=value)
     return name, number
+
+
+def rates(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings `rate` and `rates` of a batcher, from `NUMBER` and `TASK=NUMBER`.
+
+    Raises:
+        UsageError: One is not of that form, or no positive number, or there are two for the same.
+    """
+    every = [text for text in texts if "=" not in text]
+    named = [weight(text) for text in texts if "=" in text]
+    if len(every) > 1 or len(dict(named)) < len(named):
+        raise UsageError("a rate is given twice", wanted="one of each task", found=" ".join(texts))
+    rate = weight(f"every task={every[0]}")[1] if every else None
+    return {"rate": rate, "rates": dict(named)}
 
 
 def _argument(text: str) -> tuple[str, Any]:

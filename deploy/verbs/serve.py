@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import PATH, device_options, memory_options, triton_env_option, weight
+from ..options import PATH, device_options, memory_options, rates, triton_env_option, weight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +55,13 @@ if TYPE_CHECKING:
     metavar="TASK=NUMBER",
     multiple=True,
     help="A task's share of a busy engine, 1 unless it is said; repeatable.",
+)
+@click.option(
+    "--rate",
+    "limits",
+    metavar="[TASK=]ROWS",
+    multiple=True,
+    help="Rows per second that are taken of every task, or of TASK; a second's worth at once. Repeatable.",
 )
 @click.option(
     "--tasks",
@@ -133,6 +140,7 @@ def command(
     max_queued: int | None,
     max_task_queued: int | None,
     weights: tuple[str, ...],
+    limits: tuple[str, ...],
     keep: Path | None,
     rows: int | None,
     task_control: bool | None,
@@ -201,6 +209,7 @@ def command(
         "default_timeout_ms": timeout_ms,
         "max_queued_rows": max_queued,
         "max_task_rows": max_task_queued,
+        **rates(limits),
         "weights": dict(map(weight, weights)),
         "keep": keep,
         "rows": rows,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PATH, device_options, force_option, memory_options, setting, weight
+from ..options import PATH, device_options, force_option, memory_options, rates, setting, weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,6 +101,13 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         help="A task's share of a busy engine, 1 unless it is said; repeatable (hot).",
     )
     @click.option(
+        "--rate",
+        "limits",
+        metavar="[TASK=]ROWS",
+        multiple=True,
+        help="Rows per second that are taken of every task, or of TASK; a second's worth at once. Repeatable (hot).",
+    )
+    @click.option(
         "--tasks",
         "keep",
         type=PATH,
@@ -121,6 +128,8 @@ def model_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         from ...serving.repository.options import ModelOptions
 
         known = [field.name for field in dataclasses.fields(ModelOptions)]
+        limits = rates(kwargs.pop("limits"))
+        kwargs |= {"rate": limits["rate"], "rates": tuple(limits["rates"].items())}
         fields = {name: kwargs.pop(name, None) for name in known}
         named = {name: value for name, value in fields.items() if value not in (None, ())}
         return verb(*args, options=ModelOptions(**named), **kwargs)

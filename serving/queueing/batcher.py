@@ -18,6 +18,7 @@ from ..registry import MAX_DELAY_MS
 from ..rejections import Cancelled, Expired, InvalidRequest, Overloaded, Stopping
 from ..service import Answers
 from .queue import DEFAULT_PRIORITY, PRIORITY_LEVELS, FairQueue
+from .rates import Rates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,6 +56,8 @@ class Batcher:
         weights: Mapping[str, float] | None = None,
         max_queued_rows: int | None = None,
         max_task_rows: int | None = None,
+        rate: float | None = None,
+        rates: Mapping[str, float] | None = None,
         default_timeout_ms: float | None = None,
         priority_levels: int = PRIORITY_LEVELS,
         default_priority: int = DEFAULT_PRIORITY,
@@ -68,12 +71,14 @@ class Batcher:
             max_queued_rows: Rows that may wait before newcomers are refused; None allows
                 `QUEUED_BATCHES` full batches.
             max_task_rows: Rows of one task that may wait; None for no limit but that of all.
+            rate: Rows per second that are taken of each task that `rates` does not name; None for no limit.
+            rates: The same by task.
             default_timeout_ms: Longest that a request waits which does not say so itself; None for ever.
             priority_levels: See `FairQueue`.
             default_priority: See `FairQueue`.
 
         Raises:
-            UsageError: See `FairQueue`.
+            UsageError: See `FairQueue` and `Rates`.
         """
         self.service = service
         self._max_batch = service.registry.max_batch
@@ -86,6 +91,7 @@ class Batcher:
             priority_levels=priority_levels,
             default_priority=default_priority,
         )
+        self._rates = Rates(rate, rates, least_burst=self._max_batch)
         self._changed = asyncio.Event()
         self._stopping = False
         self._engine = ThreadPoolExecutor(max_workers=1, thread_name_prefix="utune-engine")
@@ -136,7 +142,7 @@ class Batcher:
 
         Raises:
             InvalidRequest: The request is larger than a batch.
-            Overloaded: Too many rows wait.
+            Overloaded: Too many rows wait, or one of its tasks has used up its rate.
             Expired: The request waited too long.
             Stopping: The batcher drains.
             EngineFailed: The engine could not answer this request.
@@ -170,7 +176,7 @@ class Batcher:
 
         Raises:
             InvalidRequest: The request is larger than a batch.
-            Overloaded: Too many rows wait.
+            Overloaded: As of `submit`.
             Stopping: The batcher drains.
         """
         loop = asyncio.get_running_loop()
@@ -178,6 +184,7 @@ class Batcher:
         timeout_ns = timeout_us * 1000 or self._default_timeout_ns
         try:
             self._check(request)
+            self._rates.check(request.tasks, waiting.arrived)
             ticket = self._queue.put(
                 waiting,
                 rows=len(request),
@@ -189,6 +196,7 @@ class Batcher:
         except (InvalidRequest, Overloaded, Stopping) as refusal:
             self._count_failure(waiting, refusal)
             raise
+        self._rates.count(request.tasks, waiting.arrived)
         self._changed.set()
         if timeout_ns:
             self._set_alarm()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...merge.errors import UsageError
 from ..queueing.queue import FairQueue
+from ..queueing.rates import Rates
 from ..registry import MAX_DELAY_MS
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 MIN_DELAY_US = 100  # microseconds; the delay that was seen to end the stalls, 0 of 2,962 requests
 
-_OF_SERVICE = ("max_task_queued", "weights", "rows", "keep", "task_control")
+_OF_SERVICE = ("max_task_queued", "rate", "rates", "weights", "rows", "keep", "task_control")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class ModelOptions:
         resources: Name and count of what an execution takes from Triton's rate limiter.
         warmup: Run a row of zeros before the model is ready.
         max_task_queued: Rows of one task that may wait. 0: any number. This and what follows is `hot`'s alone.
+        rate: See `Batcher`.
+        rates: Rows per second by task; see `Batcher`.
         weights: A task's share of a busy engine, 1 where it is not named.
         rows: See `Service.open`.
         keep: See `Service.open`.
@@ -62,6 +65,8 @@ class ModelOptions:
     resources: tuple[tuple[str, int], ...] = ()
     warmup: bool = False
     max_task_queued: int = 0
+    rate: float | None = None
+    rates: tuple[tuple[str, float], ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
     rows: int | None = None
     keep: Path | None = None
@@ -149,13 +154,15 @@ class ModelOptions:
         """The same as settings of our `Batcher`.
 
         Raises:
-            UsageError: A weight is not a positive number.
+            UsageError: A weight or a rate is not a positive number.
         """
         settings: dict[str, Any] = {
             "max_delay_ms": self.max_delay_ms,
             "max_queued_rows": self.max_queued or None,
             "max_task_rows": self.max_task_queued or None,
             "default_timeout_ms": self.timeout_ms or None,
+            "rate": self.rate,
+            "rates": dict(self.rates),
             "weights": dict(self.weights),
         }
         if self.priority_levels:
@@ -163,9 +170,9 @@ class ModelOptions:
                 "priority_levels": self.priority_levels,
                 "default_priority": self.priority_levels,
             }
-        FairQueue(
-            weights=settings["weights"]
-        )  # refuses now what the model would refuse at its start
+        # refuse now what the model would refuse at its start
+        FairQueue(weights=settings["weights"])
+        Rates(settings["rate"], settings["rates"], least_burst=1)
         return settings
 
     def batching(self) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def serve_triton(
     default_timeout_ms: float | None = None,
     max_queued_rows: int | None = None,
     max_task_rows: int | None = None,
+    rate: float | None = None,
+    rates: Mapping[str, float] | None = None,
     weights: Mapping[str, float] | None = None,
     rows: int | None = None,
     keep: Path | None = None,
@@ -123,6 +125,8 @@ def serve_triton(
         default_timeout_ms: As of `Batcher`.
         max_queued_rows: As of `Batcher`.
         max_task_rows: As of `Batcher`.
+        rate: As of `Batcher`.
+        rates: As of `Batcher`.
         weights: As of `Batcher`.
         rows: See `Service.open`.
         keep: See `Service.open`.
@@ -141,6 +145,8 @@ def serve_triton(
         timeout_ms=default_timeout_ms or 0,
         max_queued=max_queued_rows or 0,
         max_task_queued=max_task_rows or 0,
+        rate=rate,
+        rates=tuple((rates or {}).items()),
         weights=tuple((weights or {}).items()),
         rows=rows,
         keep=keep,

@@ -204,6 +204,7 @@ def test_options_stand_in_the_configuration(bundle, tmp_path):
 def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
     options = ModelOptions(
         max_delay_ms=0, priority_levels=2, max_queued=50, timeout_ms=20, max_task_queued=9,
+        rate=50.0, rates=(("pets", 3.0),),
         weights=(("pets", 2.0),), rows=12, keep=Path("kept"), task_control=True, sockets=tmp_path,
     )  # fmt: skip
     device = Device(threads=2, prepared=Path("prepared"), arena=False)
@@ -214,6 +215,7 @@ def test_our_queue_has_its_options_in_parameters(inputs_bundle, tmp_path):
         device=Device(threads=2, prepared=Path("prepared").absolute(), arena=False), rows=12, keep=Path("kept").absolute(), task_control=True, sockets=tmp_path,
         queueing={
             "max_delay_ms": 0, "max_queued_rows": 50, "max_task_rows": 9, "default_timeout_ms": 20,
+            "rate": 50.0, "rates": {"pets": 3.0},
             "weights": {"pets": 2.0}, "priority_levels": 2, "default_priority": 2,
         },
     )  # fmt: skip
@@ -239,7 +241,7 @@ def test_what_means_nothing_in_the_layout_hot_is_refused(bundle, tmp_path, wrong
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_task_queued": 3}, {"weights": (("pets", 2.0),)}, {"task_control": True}],
+    [{"max_task_queued": 3}, {"rate": 2.0}, {"weights": (("pets", 2.0),)}, {"task_control": True}],
     ids=str,
 )
 def test_what_needs_our_service_is_refused_in_the_layout_native(bundle, tmp_path, wrong):

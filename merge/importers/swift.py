@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..differences import carry, subtract
 from ..errors import UsageError
+from ..published import CALLED
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
@@ -50,15 +51,9 @@ if TYPE_CHECKING:
     from ..backbone import Backbone
     from .settings import Settings
 
-ACTIVATIONS = {  # transformers' names, and ours
-    "gelu": "gelu",
+ACTIVATIONS = {
+    **CALLED,
     "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
     "tanh": "tanh",
     "sigmoid": "sigmoid",
     "linear": "identity",

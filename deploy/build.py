@@ -10,7 +10,7 @@ from ..export.bundle import FAN_OUT
 from ..export.engine import CPU, Device
 from ..export.graph import OPSET, specs
 from ..export.parity import Verdict
-from ..export.precision import QUANTISED
+from ..export.precision import QUANTISED, Losses
 from ..merge.bank import NO_ROOM, Room
 from ..merge.calls import calls_of
 from ..merge.errors import CheckFailed, UsageError
@@ -124,7 +124,7 @@ def export_bundle(
         precision, backbone, evidence, [delta.task for delta in deltas]
     )
     finished = [
-        finish(graph.model, precision, numerics=numerics, bank=bank_of)
+        finish(graph.model, precision, numerics=numerics, bank=graph.streamed or bank_of)
         for graph, bank_of in zip(made, exact, strict=False)
     ]
     calls = calls_of(backbone)
@@ -159,12 +159,13 @@ def export_bundle(
     with atomic_folder(output) as folder:
         files = [folder / description.file for description in descriptions]
         about = {bundles.IDENTITY: identity}
+        losses = Losses(precision)
         for number, file in enumerate(files):
-            write_graph(made[number], file, about)
+            write_graph(made[number], file, about, losses)
         bank_file = folder / bundles.BANK
         if plan.bank == "inputs":
             whose = {bundles.TASKS: bundles.tasks_digest(entries)}
-            write_bank(made[0], bank_file, whose, precision)
+            write_bank(made[0], bank_file, whose, precision, losses)
         graphs = [graph.model for graph in made] if shrinks else []
         del made, held  # what is in the files is read from there
         give_back()
@@ -211,7 +212,7 @@ def export_bundle(
                 **whole[0],
                 **work,
                 "rewritten": finished[0].rewritten,
-                "typing": finished[0].typing.to_json(),
+                "typing": finished[0].typing.with_losses(losses).to_json(),
                 **({"numerics": facts} if facts else {}),
                 **dict(
                     zip(

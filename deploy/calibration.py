@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,10 +18,14 @@ from ..merge.errors import UsageError
 from .pictures import read_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    GivenBank: TypeAlias = (
+        Mapping[str, NDArray[Any]] | Callable[[Sequence[int]], Mapping[str, NDArray[Any]]]
+    )
 
     from ..merge.backbone import Backbone
     from ..merge.preprocessing import Preprocessing
@@ -29,6 +34,7 @@ ROWS = 1024  # of all tasks together, at most
 LEAST = 8  # of each task, where half of them judge
 NOISE = 16
 AT_ONCE = 8
+_NO_BANK: GivenBank = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -67,31 +73,38 @@ class Calibration:
         return replace(self, rows=rows, task=self.task[chosen])
 
     def examples(
-        self, names: Sequence[str], bank: Mapping[str, NDArray[Any]] | None = None
+        self, names: Sequence[str], bank: GivenBank = _NO_BANK, *, at_once: int = AT_ONCE
     ) -> Examples:
         """The examples as an engine with these inputs takes them, tasks taking turns.
 
         Args:
             names: Of the engine's inputs.
-            bank: Float32 tensors by input name, where the bank is an input.
+            bank: Float32 tensors by input name, where the bank is an input; or what gives them of some tasks, who
+                then are the rows of a batch's own bank.
+            at_once: Examples of a batch.
         """
-        return Examples(self.inputs, len(self.task), _Batches(self, tuple(names), bank or {}))
+        batches = _Batches(self, tuple(names), bank, at_once)
+        return Examples(self.inputs, len(self.task), batches)
 
 
 class _Batches:
     """Batches that are cut when they are asked for."""
 
     def __init__(
-        self, of: Calibration, names: tuple[str, ...], bank: Mapping[str, NDArray[Any]]
+        self, of: Calibration, names: tuple[str, ...], bank: GivenBank, at_once: int
     ) -> None:
-        self.of, self.names, self.bank = of, names, bank
+        self.of, self.names, self.bank, self.at_once = of, names, bank, at_once
 
     def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
         order = np.argsort(_turns(self.of.task), kind="stable")
-        for at in range(0, len(order), AT_ONCE):
-            chosen = order[at : at + AT_ONCE]
+        for at in range(0, len(order), self.at_once):
+            chosen = order[at : at + self.at_once]
             rows = {name: values[chosen] for name, values in self.of.rows.items()}
-            given = {**rows, TASK: self.of.task[chosen], **self.bank}
+            task, bank = self.of.task[chosen], self.bank
+            if callable(bank):
+                asked, task = np.unique(task, return_inverse=True)
+                bank = bank(asked.tolist())
+            given = {**rows, TASK: task, **bank}
             yield {name: given[name] for name in self.names}
 
 

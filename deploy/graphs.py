@@ -61,6 +61,11 @@ class Made(NamedTuple):
     rows: Rows | None = None
     lowered: Sequence[str] = ()
 
+    @property
+    def streamed(self) -> Rows | None:
+        """The rows, where nobody holds the bank."""
+        return self.rows if self.bank is None else None
+
 
 def graph_of(
     plan: Plan,
@@ -83,8 +88,7 @@ def graph_of(
         groups: What tasks share, in mode `fan-out`.
         precision: In half, the bank is laid out for fused kernels; `fp32` for standard operators.
         room: Sizes that the bank's slots have at least.
-        streamed: Leave the values of a mixed engine's bank out, to be written behind the graph, row by row;
-            in half precision, whose typing pass counts what the cast does to each value, they stay in.
+        streamed: Leave the values of a mixed engine's bank out, to be written behind the graph, row by row.
     """
     if plan.mode == FAN_OUT:
         return fan_out_graph(backbone, groups)
@@ -100,8 +104,9 @@ def graph_of(
     lowered = [d.task for d, c in zip(deltas, constant, strict=True) if c is not d]
     ranks = RANKS if precision in HALF else ()
     mixed = plan.mode == "multi"
-    if mixed and streamed and precision not in HALF:
-        return _mixed(plan, backbone, Rows(slots_of(constant, room=room), constant), lowered)
+    if mixed and streamed:
+        slots = slots_of(constant, ranks=ranks, room=room)
+        return _mixed(plan, backbone, Rows(slots, constant), lowered)
     stacked = stack(constant, torch.float32, ranks=ranks, room=room)
     slots = stacked.slots
     mixes = not any(b.tuner.no_bank for b in deltas[0].branches.values())
@@ -206,7 +211,7 @@ def finish(
     *,
     standard: bool = False,
     numerics: Numerics | None = None,
-    bank: Mapping[str, NDArray[np.generic]] | None = None,
+    bank: Mapping[str, NDArray[np.generic]] | Rows | None = None,
 ) -> Finished:
     """Run every pass on a traced graph, in place, and give it the types of a precision.
 
@@ -217,7 +222,8 @@ def finish(
         precision: A key of `export.precision.PRECISIONS`.
         standard: Keep to ONNX's own operators, for runtimes that are not ONNX Runtime.
         numerics: What stays float32, and the examples of an audit.
-        bank: Float32 tensors by input name for that, where the bank is an input.
+        bank: Float32 tensors by input name for that, where the bank is an input; or the rows of a bank that nobody
+            holds.
 
     Raises:
         UsageError: A pattern of nodes to keep names none.

@@ -7,19 +7,21 @@ every way that `check` knows, then quantised, and the result is held to the floa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..export.agreement import Least, agreement
 from ..export.bundle import FAN_OUT
-from ..export.engine import CPU, IMAGES, TASK
+from ..export.engine import BANK_PREFIX, CPU, IMAGES, TASK
 from ..export.graph import serialise
 from ..export.precision import HALF, QUANTISED, retype
 from ..export.quantise import FORMATS, choose, digests, quantise
 from ..export.saturation import AUTO, retype_audited
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.errors import CheckFailed, MissingDependency, UsageError
+from ..merge.rows import Rows
 from .calibration import noise, of_pictures
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
     from .calibration import Calibration
     from .reference import Evidence
+
+
+AUDITED = 1  # examples of a batch: every value of the graph is alive until its magnitude is taken
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,18 @@ class Numerics:
         return replace(evidence, images=images, least=self.least)
 
     def typed(
-        self, model: ir.Model, precision: str, bank: Mapping[str, NDArray[Any]] | None = None
+        self,
+        model: ir.Model,
+        precision: str,
+        bank: Mapping[str, NDArray[Any]] | Rows | None = None,
     ) -> Typing:
         """Give a float32 graph the types of a precision, in place; a half is audited first.
 
         Args:
             model: The graph.
             precision: A key of `export.precision.PRECISIONS`.
-            bank: Its tensors in float32 by input name, where the bank is an input.
+            bank: Its tensors in float32 by input name, where the bank is an input; or its rows, where the graph has no
+                values of them.
 
         Raises:
             UsageError: A pattern names no node.
@@ -114,8 +123,17 @@ class Numerics:
         if precision not in HALF or self.calibration is None:
             return retype(model, precision)
         names = [value.name or "" for value in model.graph.inputs]
-        examples = self.calibration.examples(names, bank)
+        if isinstance(bank, Rows):
+            names += [name for name in model.graph.initializers if name.startswith(BANK_PREFIX)]
+            examples = self.calibration.examples(names, partial(_some, bank), at_once=AUDITED)
+        else:
+            examples = self.calibration.examples(names, bank or {}, at_once=AUDITED)
         return retype_audited(model, precision, self.keep, examples)
+
+
+def _some(rows: Rows, numbers: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Some rows of a bank, by the names that the engine reads."""
+    return {f"{BANK_PREFIX}{key}": tensor.numpy() for key, tensor in rows.some(numbers).items()}
 
 
 def require(precision: str, target: str, keep: Sequence[str], *, calibrated: bool) -> None:

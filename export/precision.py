@@ -21,7 +21,7 @@ graph as it is: it is a mode of the device's float32 products.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -45,6 +45,49 @@ NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 FLOAT_INPUTS = {"Resize": (0,)}
 """Of operators whose other float inputs are not values of the model, those that are."""
+
+
+@dataclass
+class Losses:
+    """What casts to a half did to tensors, by name; a tensor may be cast piece by piece.
+
+    Attributes:
+        precision: `fp16` or `bf16`.
+        clipped: See `Typing`.
+        flushed: See `Typing`.
+        subnormal: See `Typing`.
+        largest: Largest finite magnitude of each tensor.
+        apart: Largest difference that the cast made to it.
+    """
+
+    precision: str
+    clipped: Counter[str] = field(default_factory=Counter)
+    flushed: Counter[str] = field(default_factory=Counter)
+    subnormal: Counter[str] = field(default_factory=Counter)
+    largest: dict[str, float] = field(default_factory=dict)
+    apart: dict[str, float] = field(default_factory=dict)
+
+    def cast(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
+        """A tensor or a piece of it in half, counted."""
+        half, clipped, flushed = to_half(values, self.precision)
+        small = (half != 0) & (np.abs(half) < ml_dtypes.finfo(half.dtype).smallest_normal)
+        for counter, count in (
+            (self.clipped, clipped), (self.flushed, flushed), (self.subnormal, int(small.sum())),
+        ):  # fmt: skip
+            if count:
+                counter[name] += count
+        finite, none = np.isfinite(values), np.zeros_like(values)
+        largest = float(np.abs(values, where=finite, out=none).max(initial=0.0))
+        none = np.zeros_like(values)
+        apart = np.abs(half.astype(np.float32) - values, where=finite, out=none)
+        self.largest[name] = max(self.largest.get(name, 0.0), largest)
+        self.apart[name] = max(self.apart.get(name, 0.0), float(apart.max(initial=0.0)))
+        return half
+
+    @property
+    def error(self) -> float:
+        """See `Typing`."""
+        return max((self.apart[n] / size for n, size in self.largest.items() if size), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +115,16 @@ class Typing:
     subnormal: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[str]] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
+
+    def with_losses(self, losses: Losses) -> Typing:
+        """The same, and what casts did to tensors whose values were not in the graph."""
+        return replace(
+            self,
+            clipped=self.clipped | losses.clipped,
+            flushed=self.flushed | losses.flushed,
+            subnormal=self.subnormal | losses.subnormal,
+            error=max(self.error, losses.error),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -118,10 +171,7 @@ class _Retyping:
         self.graph, self.islands = model.graph, islands
         self.precision, self.half = precision, HALF[precision]
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.clipped: dict[str, int] = {}
-        self.flushed: dict[str, int] = {}
-        self.subnormal: dict[str, int] = {}
-        self.error = 0.0
+        self.losses = Losses(precision)
         self.tensors = 0
 
     def run(self) -> Typing:
@@ -147,10 +197,10 @@ class _Retyping:
             self.precision,
             dict(Counter(node.op_type for node in self.islands.nodes)),
             self.tensors,
-            self.clipped,
-            self.flushed,
-            self.error,
-            self.subnormal,
+            dict(self.losses.clipped),
+            dict(self.losses.flushed),
+            self.losses.error,
+            dict(self.losses.subnormal),
         )
 
     def give(self, node: ir.Node, dtype: ir.DataType) -> None:
@@ -182,18 +232,9 @@ class _Retyping:
         if wanted == ir.DataType.FLOAT:
             return value
         name = value.name or "constant"
-        half, clipped, flushed = to_half(array, self.precision)
         self.tensors += 1
-        self.clipped |= {name: clipped} if clipped else {}
-        self.flushed |= {name: flushed} if flushed else {}
-        small = (half != 0) & (np.abs(half) < ml_dtypes.finfo(half.dtype).smallest_normal)
-        self.subnormal |= {name: count} if (count := int(small.sum())) else {}
-        finite = np.isfinite(array)
-        if largest := float(np.abs(array, where=finite, out=np.zeros_like(array)).max(initial=0.0)):
-            difference = np.abs(
-                half.astype(np.float32) - array, where=finite, out=np.zeros_like(array)
-            )
-            self.error = max(self.error, float(difference.max()) / largest)
+        one = array[:1] if array.ndim and not array.strides[0] else array  # one row stands for all
+        half = np.broadcast_to(self.losses.cast(name, one), array.shape)
         new = ir.val(f"{name}.{self.precision}", const_value=ir.tensor(half, dtype=self.half))
         new.shape, new.dtype = value.shape, self.half
         assert new.const_value is not None

@@ -11,7 +11,11 @@ with. The typing pass clips those and counts them, so they are not counted here.
 
 from __future__ import annotations
 
+import itertools
+import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
@@ -20,13 +24,16 @@ import onnx
 import onnx_ir as ir
 
 from ..merge.errors import CheckFailed
+from .engine_file import EngineFile
 from .islands import Islands, find_islands, matched
 from .passes.linear import constant
 from .precision import HALF, NUMPY, retype
+from .streamed import write_model
+from .targets.onnxruntime import DATA_FOLDER
 from .targets.private import ort
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -122,26 +129,68 @@ def magnitudes(model: ir.Model, batches: Iterable[Mapping[str, NDArray[Any]]]) -
 
     Args:
         model: A float32 graph; left as it is.
-        batches: All its inputs by name, a batch at a time.
+        batches: All its inputs by name, a batch at a time. Where there are constants among them, they are inputs
+            here, whose first axis is free: a bank with the rows that the batch needs.
     """
     find_islands(model)  # fills types in
+    batches = iter(batches)
+    first = next(batches)
     names = [
         value.name
         for value in [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]
         if value.dtype == ir.DataType.FLOAT and value.name
     ]
-    proto = ir.to_proto(model)
-    _measure(proto, names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
     wanted = [f"{name}.reached" for name in names]
     found = np.zeros(len(names))
-    for batch in batches:
-        found = np.maximum(found, np.array(session.run(wanted, dict(batch)), dtype=np.float64))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "audit.onnx")
+        with _as_inputs(model, [name for name in first if name in model.graph.initializers]):
+            write_model(model, file)
+        proto = onnx.ModelProto.FromString(EngineFile(file).model())
+        _measure(proto, names)
+        session = _opened(proto, folder)
+        for batch in itertools.chain([first], batches):
+            found = np.maximum(found, np.array(session.run(wanted, dict(batch)), dtype=np.float64))
+        del session  # its tensors are mapped from the file
     return dict(zip(names, found.tolist(), strict=True))
+
+
+def _opened(proto: onnx.ModelProto, folder: str) -> ort.InferenceSession:
+    """A session that holds neither weights, which stay in their file, nor the memory of its last call."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry(DATA_FOLDER, folder)
+    return ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+@contextmanager
+def _as_inputs(model: ir.Model, names: Sequence[str]) -> Iterator[None]:
+    """Constants are inputs with a free first axis meanwhile."""
+    graph = model.graph
+    moved = [graph.initializers[name] for name in names]
+    held = [(value.const_value, value.shape) for value in moved]
+    order = list(graph.initializers)
+    for value in moved:
+        del graph.initializers[value.name or ""]
+        value.const_value = None
+        value.shape = ir.Shape([None, *list(value.shape or ())[1:]])
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        for value, (tensor, shape) in zip(moved, held, strict=True):
+            graph.inputs.remove(value)
+            value.const_value, value.shape = tensor, shape
+            graph.initializers[value.name or ""] = value
+        values = dict(graph.initializers)
+        graph.initializers.clear()
+        for name in order:
+            graph.initializers[name] = values[name]
 
 
 def _measure(proto: onnx.ModelProto, names: Sequence[str]) -> None:

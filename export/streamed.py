@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from .graph import require_fits, signed
+from .mapped import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,7 +60,11 @@ def write_engine(
     Raises:
         BuildFailed: The file would be over protobuf's limit of 2 GiB.
     """
-    signed(model, metadata)
+    return write_model(signed(model, metadata), path, without=without)
+
+
+def write_model(model: ir.Model, path: Path, *, without: str | None = None) -> dict[str, int]:
+    """The same with the metadata that the model has."""
     values = model.graph.initializers
     held = {
         name: tensor
@@ -146,14 +151,18 @@ def _varint(value: int) -> bytes:
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+    kind: str = "F32",
 ) -> dict[str, int]:
-    """Write a safetensors file of float32 tensors that are all left out.
+    """Write a safetensors file of tensors that are all left out.
 
     Args:
         path: The file.
         shapes: By name.
         metadata: Of the file.
+        kind: A key of `mapped.DTYPES`, the type of all of them.
 
     Returns:
         Where in the file the data of each tensor begins.
@@ -161,8 +170,8 @@ def write_tensors(
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for name in sorted(shapes):
-        end = begin + 4 * math.prod(shapes[name])
-        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
+        end = begin + DTYPES[kind].itemsize * math.prod(shapes[name])
+        entries[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % ALIGNMENT)

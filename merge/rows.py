@@ -40,6 +40,11 @@ class Rows:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (fill_row(self.slots, delta, torch.float32) for delta in self.deltas)
 
+    def some(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows as a bank of their own, `[n, ...]` by name."""
+        rows = [fill_row(self.slots, self.deltas[number], torch.float32) for number in numbers]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
     def shaped(self, count: int | None = None) -> Bank:
         """The bank with zeros for values; one row of memory, however many there are.
 

@@ -14,11 +14,13 @@ from safetensors.numpy import save_file
 from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.files import write_bank, write_graph
 from utune_deploy.deploy.graphs import bank_inputs, finish, graph_of
+from utune_deploy.deploy.numerics import Numerics
 from utune_deploy.deploy.plan import make_plan
 from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.engine import Device
 from utune_deploy.export.engine_file import EngineFile
 from utune_deploy.export.graph import serialise
+from utune_deploy.export.precision import Losses
 from utune_deploy.export.streamed import fill, write_engine
 from utune_deploy.export.targets.onnxruntime import OnnxRuntimeSession
 from utune_deploy.merge.bank import stack
@@ -72,18 +74,60 @@ def made(vit: Backbone, deltas: dict[str, Delta], sites_of: Any) -> Any:
 
 
 def test_a_streamed_engine_is_the_whole_one_to_the_byte(made: Any, tmp_path: Path) -> None:
-    write_graph(made("constants", True), tmp_path / "streamed.onnx", IDENTITY)
+    write_graph(made("constants", True), tmp_path / "streamed.onnx", IDENTITY, Losses("fp32"))
     whole = serialise(made("constants", False).model, IDENTITY)
     assert (tmp_path / "streamed.onnx").read_bytes() == whole
 
 
 def test_a_streamed_bank_is_the_whole_one_to_the_byte(made: Any, tmp_path: Path) -> None:
     streamed, whole = made("inputs", True), made("inputs", False)
-    write_bank(streamed, tmp_path / "streamed", {"tasks": "é"}, "fp32")
+    write_bank(streamed, tmp_path / "streamed", {"tasks": "é"}, "fp32", Losses("fp32"))
     save_file(bank_inputs(whole.bank.tensors, "fp32"), tmp_path / "whole", metadata={"tasks": "é"})
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
-    write_graph(streamed, tmp_path / "streamed.onnx", IDENTITY)
+    write_graph(streamed, tmp_path / "streamed.onnx", IDENTITY, Losses("fp32"))
     assert (tmp_path / "streamed.onnx").read_bytes() == serialise(whole.model, IDENTITY)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("bank", ["constants", "inputs"])
+def test_a_bank_that_is_written_row_by_row_in_half_is_the_whole_one(
+    bank: str,
+    precision: str,
+    vit: Backbone,
+    deltas: dict[str, Delta],
+    sites_of: Any,
+    tmp_path: Path,
+) -> None:
+    """To the byte, audited on the same values, with the same losses counted; a value is below the half."""
+    name, branch = next(iter(deltas["lora"].tensors.items()))
+    up = branch["up"].clone()
+    up[0, 0] = 1e-12
+    odd = replace(deltas["lora"], tensors={**deltas["lora"].tensors, name: {**branch, "up": up}})
+    given, sites = [*deltas.values(), replace(odd, task="odd")], sites_of(vit)
+    plan = make_plan(given, vit, sites, bank=bank)
+    numerics = Numerics(keep=("auto",)).with_examples(
+        precision, vit, Evidence(), [d.task for d in given]
+    )
+    found = []
+    for streamed in (True, False):
+        made = graph_of(plan, vit, given, sites, (), precision, streamed=streamed)
+        held = bank_inputs(made.bank.tensors, "fp32") if bank == "inputs" and made.bank else {}
+        typing = finish(made.model, precision, numerics=numerics, bank=made.streamed or held).typing
+        folder, losses = tmp_path / str(streamed), Losses(precision)
+        folder.mkdir()
+        write_graph(made, folder / "engine.onnx", IDENTITY, losses)
+        if bank == "inputs":
+            write_bank(made, folder / "bank", IDENTITY, precision, losses)
+        assert (made.streamed is not None) == streamed
+        found.append((typing.with_losses(losses), folder))
+    (streamed, a), (whole, b) = found
+    for file in a.iterdir():
+        assert file.read_bytes() == (b / file.name).read_bytes(), file.name
+    assert streamed.audit == whole.audit
+    assert streamed.kept == whole.kept
+    assert any(n.endswith("/up") for n in streamed.flushed) == (precision == "fp16")
+    if bank == "constants":
+        assert streamed == whole
 
 
 def test_a_graph_with_all_its_tensors_is_written_as_protobuf_writes_it(
@@ -103,7 +147,10 @@ def test_the_bank_is_asked_for_one_task_at_a_time_and_once(made: Any, tmp_path: 
         for delta in graph.rows.deltas
     ]
     write_graph(
-        graph._replace(rows=replace(graph.rows, deltas=counted)), tmp_path / "e.onnx", IDENTITY
+        graph._replace(rows=replace(graph.rows, deltas=counted)),
+        tmp_path / "e.onnx",
+        IDENTITY,
+        Losses("fp32"),
     )
     assert seen == [delta.task for delta in counted for _ in delta.branches]
 
@@ -121,7 +168,7 @@ def test_an_engine_of_more_than_protobuf_reads_is_refused_before_it_is_written(
 ) -> None:
     monkeypatch.setattr("utune_deploy.export.graph.LARGEST", 1000)
     with pytest.raises(BuildFailed, match="too large") as caught:
-        write_graph(made("constants", True), tmp_path / "e.onnx", IDENTITY)
+        write_graph(made("constants", True), tmp_path / "e.onnx", IDENTITY, Losses("fp32"))
     assert "--bank inputs" in caught.value.details["do"]
     assert not (tmp_path / "e.onnx").exists()
 
@@ -242,7 +289,7 @@ def many(
         built = [_scaled(d, d.task, 1.01) if n == wrong else d for n, d in enumerate(given)]
         graph = graph_of(make_plan(built, vit, sites), vit, built, sites, (), "fp32", streamed=True)
         finish(graph.model, "fp32")
-        write_graph(graph, tmp_path / "engine.onnx", IDENTITY)
+        write_graph(graph, tmp_path / "engine.onnx", IDENTITY, Losses("fp32"))
         return check_engine(
             tmp_path / "engine.onnx", vit, given, sites, mixes=True, bank={}, max_batch=2,
             evidence=Evidence(), device=Device(threads=1),

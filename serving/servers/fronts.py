@@ -22,7 +22,7 @@ from ..rejections import ServerFailed
 from ..shared_memory import Regions
 from ..tasks.life import fixed
 from ..tasks.resident import row_bytes
-from .framing import ChunksCount, framed
+from .framing import Framing, framed
 from .grpc import grpc_server
 from .http import http_app
 from .metrics import metrics_app
@@ -183,7 +183,7 @@ def _web(app: Starlette) -> _Uvicorn:
     return _Uvicorn(
         uvicorn.Config(
             framed(app),
-            http=ChunksCount,
+            http=Framing,
             lifespan="off",
             ws="none",
             log_config=None,

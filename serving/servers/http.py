@@ -13,11 +13,13 @@ import gzip
 import json
 import logging
 import math
+import re
 import zlib
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ..models import Model, Repository
 
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 HEADER_LENGTH = "Inference-Header-Content-Length"
 COMPRESSION_LEVEL = 1  # pixels and logits barely shrink: the cheapest level loses nothing
 CLIENT_GONE = 499  # nobody reads this status; it is what proxies log
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half a character, which is none unless its other half stands beside it."""
 _AUTOMATIC = zlib.MAX_WBITS | 32  # gzip and zlib by their first bytes
 
 log = logging.getLogger(__name__)
@@ -92,14 +97,29 @@ def http_app(
         ]
     app = Starlette(
         routes=routes,
+        middleware=[Middleware(_escaped_slashes_are_no_steps)],
         exception_handlers={
             UtuneError: _on_error,
             HTTPException: _on_http_error,
+            ClientDisconnect: _on_gone,
             Exception: _on_mistake,
         },
     )
     app.router.redirect_slashes = False  # few clients send a body again where a redirect says so
     return app
+
+
+def _escaped_slashes_are_no_steps(app: ASGIApp) -> ASGIApp:
+    """The app without the addresses that have `/` as `%2F`: it would take it for a step, a proxy in front does not."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if b"%2f" in scope.get("raw_path", b"").lower():
+            refusal = _refuse(404, f"there is nothing at {scope['raw_path'].decode('ascii')}")
+            await refusal(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return answer
 
 
 class _Endpoints:
@@ -159,10 +179,7 @@ class _Endpoints:
 
     async def infer(self, request: Request) -> Response:
         model, version = self._find(request)
-        try:
-            body = await _read_body(request, self._max_body)
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+        body = await _read_body(request, self._max_body)
         head, tail = _split(body, request.headers.get(HEADER_LENGTH))
         outputs: list[OutputRequest] = []
         forms: dict[str, Form] = {"": True}
@@ -333,8 +350,11 @@ def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryvi
 
 def _read_json(head: memoryview) -> dict[str, Any]:
     try:
-        message = json.loads(bytes(head))
-    except (ValueError, RecursionError) as cause:
+        text = str(head, "utf-8").removeprefix("\ufeff")
+        message = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(message, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as cause:  # a character's half cannot be encoded
         raise InvalidRequest("the body is not JSON", found=str(cause)[:200]) from cause
     return _object(message, "body")
 
@@ -540,7 +560,7 @@ def _count(settings: Mapping[str, Any], key: str) -> int:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
 
 
 def _kind(value: Any) -> str:
@@ -567,6 +587,10 @@ async def _on_error(_request: Request, error: Exception) -> Response:
         return _refuse(503, one_line(error), {"Retry-After": "1"})
     log.error("a request failed", exc_info=error)
     return _refuse(500, one_line(error))
+
+
+async def _on_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -157,7 +157,7 @@ class Models:
             try:
                 override = json.loads(parameters["config"])
                 ParseDict(override, model_config_pb2.ModelConfig())
-            except (ValueError, ParseError) as cause:
+            except (TypeError, ValueError, ParseError) as cause:
                 raise UsageError(f"failed to load '{name}', invalid config override") from cause
         if "max_batch_size" in override:
             override["max_batch_size"] = int(override["max_batch_size"])

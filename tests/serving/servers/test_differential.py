@@ -141,6 +141,15 @@ CASES: dict[str, Ask] = {
             LENGTH: str(len(_BODY)),
         },
     ),
+    "a wish for HTTP/2": Ask(
+        GOOD,
+        headers={
+            "Connection": "Upgrade, HTTP2-Settings",
+            "Upgrade": "h2c",
+            "HTTP2-Settings": "AAA",
+        },
+    ),
+    "a byte-order mark": Ask(b"\xef\xbb\xbf" + _BODY),
     "priority": _with(priority=0),
     "timeout": _with(timeout=10_000_000),
     "parameters of one's own": _with(mine=1, text="x", flag=True),
@@ -151,6 +160,8 @@ CASES: dict[str, Ask] = {
     "empty": Ask(),
     "a brace": Ask(b"{"),
     "not UTF-8": Ask(b"\xff\xfe"),
+    "UTF-16": Ask(json.dumps(GOOD).encode("utf-16")),
+    "half a character": Ask({**GOOD, "id": "\ud800"}),
     "a list": Ask(b"[null,null]"),
     "null": Ask(b"null"),
     "deep": Ask(b"[" * 1000),
@@ -164,6 +175,8 @@ CASES: dict[str, Ask] = {
     "a parameter an object": _with(mine={}),
     "timeout a text": _with(timeout="x"),
     "timeout negative": _with(timeout=-1),
+    "timeout beyond uint64": _with(timeout=2**64),
+    "priority beyond uint64": _with(priority=2**64),
     "priority a text": _with(priority="x"),
     "priority negative": _with(priority=-1),
     "binary_data_output a text": _with(binary_data_output="yes"),
@@ -290,6 +303,8 @@ CASES: dict[str, Ask] = {
             ("GET", "/v2/nothing"),
             ("GET", "//v2"),
             ("GET", "/v2/models/ti%6Ey"),
+            ("POST", "/v2/models/tiny%2Finfer"),
+            ("POST", "/v2/repository%2findex"),
         )
     },
     "index of the ready": _get("/v2/repository/index", "POST", b'{"ready": true}'),
@@ -317,6 +332,7 @@ ON_PURPOSE: dict[str, tuple[int, int, str]] = {
     # case: Triton's status, ours, why
     **dict.fromkeys(
         (
+            *("UTF-16", "half a character", "timeout beyond uint64", "priority beyond uint64"),
             *("a brace", "not UTF-8", "a list", "null", "deep", "no inputs", "inputs null"),
             *("inputs an object", "id a number", "parameters a list", "timeout a text"),
             *("timeout negative", "priority a text", "priority negative"),
@@ -334,6 +350,11 @@ ON_PURPOSE: dict[str, tuple[int, int, str]] = {
         (500, 400, MALFORMED),
     ),
     "index a list": (200, 400, MALFORMED),
+    "POST /v2/models/tiny%2Finfer": (
+        405,
+        404,
+        "it takes this for a model's name, which has no POST",
+    ),
     "data nested otherwise": (200, 400, STRICT),
     "data ragged": (200, 400, STRICT),
     "names without their axis": (400, 200, "one name per row is clear without an axis of 1"),

@@ -1,4 +1,4 @@
-"""How long a request is: chunks before `Content-Length`, and nothing behind them is taken for a request."""
+"""Where a request ends: chunks before `Content-Length`, upgrades not taken, long heads, what is no HTTP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -127,3 +128,122 @@ def test_others_are_answered_meanwhile(address):
         other.start()
         other.join(20)
     assert answers[0].startswith(b"200")
+
+
+UPGRADE = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+
+
+def _codes(answers: list[bytes]) -> list[bytes]:
+    return [answer[:4].strip() for answer in answers]
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+@pytest.mark.parametrize("length", [f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked"])
+def test_a_wish_for_another_protocol_is_passed_over(address, length, version):
+    body = CHUNKED if "chunked" in length else BODY
+    request = _request(*UPGRADE, length, body=body).replace(b"HTTP/1.1", version.encode(), 1)
+    lasts = version == "HTTP/1.1"
+    for sent in ([request + request + PROBE], [request, PROBE], [request]):
+        first, *others = _tell(address, *sent)
+        assert first.startswith(b"200")
+        assert b'"name":"tiny"' in first
+        if lasts:
+            more = len(sent) - 1 + 2 * (len(sent[0]) > len(request))
+            assert _codes(others) == [b"200"] * more + [b"open"]
+
+
+def test_such_a_request_may_come_in_pieces(address):
+    request = _request(*UPGRADE, "Transfer-Encoding: chunked")
+    host, port = address.rsplit(":", 1)
+    for cut in range(len(request) - len(CHUNKED) - 3, len(request)):
+        with contextlib.closing(socket.create_connection((host, int(port)), timeout=10)) as one:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in (request[:cut], request[cut:]):
+                one.sendall(part)
+                time.sleep(0.02)
+            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_body_behind_such_a_wish_is_no_request(address, later):
+    head = _request(*UPGRADE, f"Content-Length: {len(PROBE)}", body=b"")
+    host, port = address.rsplit(":", 1)
+    with contextlib.closing(socket.create_connection((host, int(port)), timeout=10)) as one:
+        if later:
+            one.sendall(head)
+            time.sleep(0.2)
+            one.sendall(PROBE)
+        else:
+            one.sendall(head + PROBE)
+        said = one.recv(1 << 16)
+        one.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            said += one.recv(1 << 16)
+    assert said.startswith(b"HTTP/1.1 400")
+    assert said.count(b"HTTP/1.1") == 1
+
+
+def test_a_tunnel_is_refused_and_the_connection_lasts(address):
+    answers = _tell(address, b"CONNECT /v2 HTTP/1.1\r\nHost: a\r\n\r\n" + PROBE)
+    assert _codes(answers) == [b"405", b"200", b"open"]
+
+
+def test_fields_behind_the_chunks_are_none_of_the_request(address):
+    fields = b"Content-Encoding: gzip\r\nX-Other: 1\r\n"
+    body = CHUNKED[:-2] + fields + b"\r\n"
+    answers = _tell(address, _request("Transfer-Encoding: chunked", body=body) + PROBE)
+    assert _codes(answers) == [b"200", b"200", b"open"]
+
+
+LONG = b"a" * (16 << 20)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /v2 HTTP/1.1\r\nX: " + LONG,
+        b"GET /v2/" + LONG,
+        b"GET /v2 HTTP/1.1\r\n" + b"X: 1\r\n" * (1 << 20),
+        _request("Transfer-Encoding: chunked", body=b"1;" + LONG),
+        _request("Transfer-Encoding: chunked", body=CHUNKED[:-2] + b"X: " + LONG),
+        PROBE + b"GET /v2 HTTP/1.1\r\nX: " + LONG,
+    ],
+    ids=["field", "path", "fields", "extension", "trailer", "second"],
+)
+def test_a_head_without_end_is_refused_before_it_is_read(address, request_):
+    host, port = address.rsplit(":", 1)
+    with (
+        contextlib.closing(socket.create_connection((host, int(port)), timeout=10)) as one,
+        pytest.raises(ConnectionError),
+    ):
+        one.sendall(request_)  # the server has hung up: it keeps none of this
+
+
+def test_a_head_of_some_size_is_read(address):
+    request = b"GET /v2 HTTP/1.1\r\nHost: a\r\nX: " + LONG[: 48 << 10] + b"\r\n\r\n"
+    assert _codes(_tell(address, request + PROBE)) == [b"200", b"200", b"open"]
+
+
+def test_what_is_no_http_is_told_so_in_json_behind_the_answers_that_are_owed(address):
+    good = _request(f"Content-Length: {len(BODY)}", body=BODY)
+    broken = _request("Transfer-Encoding: chunked", body=b"zz\r\n")
+    for bad in (b"nonsense\r\n\r\n", broken):
+        for count in (0, 1, 3):
+            answers = _tell(address, good * count + bad + PROBE)
+            assert _codes(answers) == [b"200"] * count + [b"400"]
+            head, _, body = answers[-1].partition(b"\r\n\r\n")
+            assert b"content-type: application/json" in head
+            assert list(json.loads(body)) == ["error"]
+
+
+def test_a_body_that_breaks_off_leaves_no_trace_in_the_log(address, caplog):
+    for path in ("/v2/repository/index", "/v2/models/tiny/infer", "/v2/repository/models/x/load"):
+        for body in (b"zz\r\n", b"5\r\nab"):
+            _tell(address, _request("Transfer-Encoding: chunked", body=body, path=path), end=True)
+    host, port = address.rsplit(":", 1)
+    for path in ("/v2/repository/index", "/v2/models/tiny/infer"):
+        with contextlib.closing(socket.create_connection((host, int(port)))) as one:
+            one.sendall(_request("Content-Length: 9", body=b"{", path=path))
+            time.sleep(0.1)
+    assert _codes(_tell(address, PROBE)) == [b"200", b"open"]
+    assert not [record for record in caplog.records if record.exc_info]

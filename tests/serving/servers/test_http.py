@@ -208,12 +208,40 @@ def test_no_json_brings_a_500(address, value, key, entry):
         {**GOOD, "outputs": [{"name": "\ud800"}]},
         {**GOOD, "id": "\ud800"},
         {"inputs": [{**IMAGES, "shape": [0, 2**70], "data": []}, TASK]},
+        *({**GOOD, "parameters": {key: 2**64}} for key in ("timeout", "priority")),
+        {**GOOD, "parameters": {"timeout": 10**400}},
+        {**GOOD, "outputs": [{"name": "logits", "parameters": {"classification": 2**64}}]},
     ],
-    ids=["task", "input", "output", "id", "shape"],
+    ids=["task", "input", "output", "id", "shape", "timeout", "priority", "long", "classes"],
 )
-def test_half_a_character_or_a_size_beyond_memory_is_no_500(address, message):
+def test_half_a_character_or_a_size_beyond_64_bits_is_refused(address, message):
     status, reply = _infer(address, message)
-    assert status in (200, 400), reply
+    assert status == 400, reply
+
+
+def test_a_character_of_two_halves_is_one(address):
+    for identity in ("\U0001f600", "\\ud800"):
+        assert _infer(address, {**GOOD, "id": identity})[1]["id"] == identity
+
+
+def test_json_is_utf_8(address):
+    text = json.dumps(GOOD)
+    assert _infer(address, text.encode("utf-8-sig"))[0] == 200
+    for encoding in ("utf-16", "utf-16-be", "utf-32"):
+        assert _infer(address, text.encode(encoding))[0] == 400
+    assert _infer(address, text[:-1].encode() + b', "id": "\xed\xa0\x80"}')[0] == 400
+
+
+@pytest.mark.parametrize("slash", ["%2f", "%2F"])
+def test_an_escaped_slash_is_no_step(address, slash):
+    for method, path in (
+        ("POST", f"/v2/models/tiny{slash}infer"),
+        ("POST", f"/v2{slash}repository{slash}index"),
+        ("GET", f"/v2{slash}health/live"),
+    ):
+        status, _, reply = _call(address, method, path, json.dumps(GOOD))
+        assert (status, list(json.loads(reply))) == (404, ["error"])
+    assert _call(address, "GET", f"/v2/health/live?a{slash}b")[0] == 200
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +249,12 @@ def guarded(embed, service):
     """Where nothing that is sent by chance can change the tasks."""
     with embed(service, task_control=False, shared_memory=True) as addresses:
         yield addresses.http
+
+
+def test_a_region_of_half_a_character_is_refused(guarded):
+    body = b'{"key": "/\\ud800", "byte_size": 4}'
+    status, _, reply = _call(guarded, "POST", "/v2/systemsharedmemory/region/x/register", body)
+    assert status == 400, reply
 
 
 _WORDS = st.sampled_from(

@@ -250,9 +250,10 @@ class Aliases:
         except Exception as error:  # the task is served all the same
             log.exception("an alias could not be written")
             why = f"its folder could not be written: {error!r}"
-        if why is None and before != NOT_READ:
+        if why is None and before == NOT_READ:
+            why = NOT_READ  # until Triton starts again, and we with it
+        if why is None:
             return
-        why = why or before  # until Triton starts again, and we with it
         if version is not None:
             self._missing[task] = why
         log.warning(f"the alias {self._alias(task)} is not as its task is: {why}")

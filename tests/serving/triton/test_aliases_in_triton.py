@@ -216,6 +216,76 @@ def test_an_alias_is_there_at_once_where_models_are_loaded_on_request(
         assert answers_as(web, "tiny.birds", second)
 
 
+def test_a_model_is_loaded_once_though_python_would_leave_byte_code(
+    inputs_bundle, triton_environment, tmp_path, monkeypatch
+):
+    write_repository(inputs_bundle, tmp_path / "models", device=ONE, aliases=True)
+    with started(triton_environment, tmp_path, "poll", monkeypatch):
+        time.sleep(2.5)  # two polls
+    log = (tmp_path / "tritonserver.log").read_text()
+    for model in ("tiny", "tiny.tasks", "tiny.task_names", "tiny.pets"):
+        assert log.count(f"successfully loaded '{model}'") == 1
+
+
+def test_stopping_cuts_no_request_of_an_alias(inputs_bundle, triton_environment):
+    endings: list[str] = []
+
+    def ask(address: str, begun: threading.Event) -> None:
+        with grpc.InferenceServerClient(address) as client:
+            given = grpc.InferInput("images", [1, 3, 8, 8], "FP32")
+            given.set_data_from_numpy(IMAGES[:1])
+            while True:
+                try:
+                    client.infer("tiny.pets", [given])
+                    begun.set()
+                except InferenceServerException as error:
+                    endings.append(f"{error.status()} {error.message()}")
+                    break
+
+    with triton.running(
+        inputs_bundle, environment=triton_environment, device=ONE, aliases=True
+    ) as process:
+        begun = [threading.Event() for _ in range(4)]
+        askers = [
+            threading.Thread(target=ask, args=(process.addresses.grpc, event)) for event in begun
+        ]
+        for asker in askers:
+            asker.start()
+        for event in begun:
+            event.wait()
+        end = time.monotonic()
+    for asker in askers:
+        asker.join()
+    assert time.monotonic() - end < triton.EXIT_SECONDS
+    assert len(endings) == 4
+    assert all("NOT_FOUND" in ending or "no available versions" in ending for ending in endings), (
+        endings
+    )
+
+
+def test_several_instances_know_the_slots_of_each_other(
+    inputs_bundle, triton_environment, make_task, tmp_path, monkeypatch
+):
+    """Kept tasks, whose aliases the first instance writes; nothing changes while several of them run."""
+    options = ModelOptions(task_control=True, keep=tmp_path / "kept", rows=8)
+    made = make_task("birds", seed=1)
+    with (
+        triton.running(
+            inputs_bundle, environment=triton_environment, device=ONE, options=options
+        ) as process,
+        Client(f"http://{process.addresses.http}", deadline_s=30) as client,
+    ):
+        assert client.add(made.data).alias is None
+    options = ModelOptions(keep=tmp_path / "kept", rows=8, instances=2)
+    write_repository(inputs_bundle, tmp_path / "models", device=ONE, options=options, aliases=True)
+    with (
+        started(triton_environment, tmp_path, "poll", monkeypatch) as address,
+        http.InferenceServerClient(address) as web,
+    ):
+        for _ in range(20):  # both instances have their turns
+            assert answers_as(web, "tiny.birds", made)
+
+
 def test_a_task_is_added_where_triton_reads_no_folder_and_the_answer_says_so(
     inputs_bundle, triton_environment, make_task, tmp_path, monkeypatch
 ):

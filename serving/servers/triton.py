@@ -350,15 +350,15 @@ class TritonProcess:
             Whether nothing is left to answer.
         """
         repository = self._folder / "models"
-        aliases = [name for name in self._models() if is_alias(repository / name)]
-        others = [name for name in self._models() if name not in aliases]
-        if self._has_ended() or not others or not self._are_ready(others):
+        models = self._models()
+        lasting = [name for name in models if not is_alias(repository / name)]
+        if self._has_ended() or not lasting or not self._are_ready(lasting):
             return False
-        for names in (aliases, others):  # an alias under way still needs the model that answers it
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):  # its task has just been removed
-                    (repository / name).rename(self._folder / f"drained-{name}")
-            self._wait(lambda: not any(map(self._is_ready, aliases)), EXIT_SECONDS)
+        for name in models:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # an alias whose task has just been removed
+                (repository / name).rename(self._folder / f"drained-{name}")
         leader = self._process.pid
         return self._wait(lambda: _living(leader) <= {leader}, EXIT_SECONDS)
 

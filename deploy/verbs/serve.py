@@ -119,6 +119,11 @@ if TYPE_CHECKING:
     help="Write requests for perf_analyzer to this new file.",
 )
 @click.option(
+    "--aliases",
+    is_flag=True,
+    help="A model NAME.TASK for each task too, as it comes and goes (--engine triton; the others have one anyway).",
+)
+@click.option(
     "--otlp",
     metavar="URL",
     help="Send traces to this OpenTelemetry collector, OTLP over HTTP (--engine triton).",
@@ -153,6 +158,7 @@ def command(
     log_format: str,
     log_requests: bool,
     perf_input: Path | None,
+    aliases: bool,
     otlp: str | None,
     triton_env: Path,
     device: Device,
@@ -172,6 +178,12 @@ def command(
             f"--engine {engine} writes no traces",
             found=f"--otlp {otlp}",
             do="serve with --engine triton, or leave --otlp out",
+        )
+    if engine != "triton" and aliases:
+        raise UsageError(
+            f"--engine {engine} has a model for each task, by the task's own name",
+            found="--aliases",
+            do="leave it out",
         )
     if engine == "ray" and shared_memory:
         raise UsageError(
@@ -228,4 +240,6 @@ def command(
         )
         ray.serve_ray(opened, address=ray_address, scale=scale, **options)
     else:  # which offers shared memory by itself
-        server("triton").serve_triton(opened, environment=triton_env, otlp=otlp, **options)
+        server("triton").serve_triton(
+            opened, environment=triton_env, aliases=aliases, otlp=otlp, **options
+        )

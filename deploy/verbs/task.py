@@ -249,7 +249,10 @@ def _line(task: TaskInfo) -> str:
     size = f"{len(task.labels)} classes" if task.labels else f"{task.width} numbers"
     kept = f" of {', '.join(map(str, task.versions))}" if len(task.versions) > 1 else ""
     place = "pinned" if task.pinned else "in memory" if task.resident else "on disk"
-    return f"version {task.version}{kept}, {size}, {place}"
+    alias = f", alias {task.alias}" if task.alias else ""
+    if task.no_alias:
+        alias = f", no alias: {task.no_alias}"
+    return f"version {task.version}{kept}, {size}, {place}{alias}"
 
 
 def _facts(task: TaskInfo) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class TaskInfo:
         resident: Whether it lies in the engine's bank now.
         pinned: Whether it may not be moved out.
         delta: SHA-256 of the file that it was made of.
+        alias: The model that answers with it alone, where Triton has one for each task; see `docs/triton.md`.
+        no_alias: Why this one has none there.
     """
 
     name: str
@@ -64,6 +66,8 @@ class TaskInfo:
     resident: bool
     pinned: bool
     delta: str
+    alias: str | None = None
+    no_alias: str | None = None
 
     @property
     def views(self) -> int:
@@ -93,9 +97,15 @@ def read_task(entry: Mapping[str, Any], *, where: object) -> TaskInfo:
             resident=bool(entry["resident"]),
             pinned=bool(entry["pinned"]),
             delta=str(entry["delta"]),
+            alias=_text(entry.get("alias")),
+            no_alias=_text(entry.get("no_alias")),
         )
     except (KeyError, TypeError, ValueError) as cause:
         raise BadReply("a task's entry cannot be read", where=where, found=repr(cause)) from cause
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def read_answers(

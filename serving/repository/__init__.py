@@ -11,17 +11,30 @@ beside it; and, when asked, an alias NAME.TASK per task. `docs/triton.md` descri
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...export.engine import CPU
 from ...merge.errors import IncompatibleArtefact, UsageError
 from ...merge.files import atomic_file, atomic_folder, refuse_existing
 from .. import protocol
 from ..registry import Registry
+from ..triton.aliases import (
+    ABOUT,
+    NAME,
+    SLOT_HERE,
+    SLOTS,
+    TASK_HERE,
+    TEMPLATE,
+    about_json,
+    free_slot,
+    is_alias,
+    read_slots,
+    renew,
+)
+from ..triton.settings import ALIAS_SLOTS
 from . import aliases as alias
 from . import config
 from . import pictures as pixels
@@ -39,8 +52,6 @@ if TYPE_CHECKING:
 
 LAYOUTS = {"hot": Hot, "native": Native}
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
 
 @dataclass(frozen=True)
 class Model:
@@ -50,11 +61,13 @@ class Model:
         fields: Its configuration.
         files: What lies beside the configuration, by path.
         fill: Writes the folder of a version.
+        number: Its version, where that does not count what was written: an alias of `hot` has its task's.
     """
 
     fields: Mapping[str, Any]
     files: Mapping[str, bytes]
     fill: Callable[[Path], None]
+    number: int | None = None
 
     @property
     def name(self) -> str:
@@ -117,9 +130,9 @@ def write_repository(
     if pictures:
         models += _pictures(bundle, writer, models[0])
     if aliases:
-        models += _aliases(bundle, writer, models)
+        models += _aliases(bundle, writer, models, repository)
     for model in models:
-        if not _NAME.fullmatch(model.name):
+        if not NAME.fullmatch(model.name):
             raise UsageError(
                 "the bundle's name cannot be a model's folder"
                 if model is models[0]
@@ -140,8 +153,12 @@ def write_repository(
             _write_model(repository / model.name, model)
     if force or new_version:
         kept = {model.name for model in models}
+        # Aliases of tasks that are kept beside the bundle: the model has them, or takes them away when it starts.
+        spares = aliases and options.keep is not None and isinstance(writer, Hot)
         for folder in repository.iterdir():
-            if folder.name not in kept and _companion_of(folder) == bundle.name:
+            if folder.name in kept or _companion_of(folder) != bundle.name:
+                continue
+            if not (spares and is_alias(folder)):
                 shutil.rmtree(folder)
     return main
 
@@ -193,20 +210,59 @@ def _pictures(bundle: Bundle, layout: Hot | Native, main: Model) -> list[Model]:
     ]
 
 
-def _aliases(bundle: Bundle, layout: Hot | Native, others: list[Model]) -> list[Model]:
+def _aliases(
+    bundle: Bundle, layout: Hot | Native, others: list[Model], repository: Path
+) -> list[Model]:
     """A model per task, and the first step of all of them.
+
+    In the layout `hot` the first of the others is told what it needs to write more of them.
 
     Raises:
         UsageError: A task cannot be a model.
     """
     registry, main = Registry(bundle), others[0].fields
-    fields = alias.names_fields(registry, main)
+    outputs, said_by = registry.names, {task: task for task in registry.names}
+    if isinstance(layout, Hot):
+        said_by, count = _slots(registry, repository)
+        outputs = tuple(map(str, range(count)))
+        main["parameters"].update(config.as_parameters({ALIAS_SLOTS: str(count)}))
+        template, _ = alias.alias_fields(registry, main, TASK_HERE, SLOT_HERE)
+        others[0] = replace(others[0], fill=partial(_fill_both, others[0].fill, template))
+    fields = alias.names_fields(registry, main, outputs)
     layout.finish_names(fields)
     rows = alias.smallest_input(registry)
     models = [Model(fields, {}, lambda version: layout.fill_names(version, registry.names, rows))]
     alias.require_names(registry, {model.name for model in (*others, *models)})
-    ensembles = [alias.alias_fields(registry, main, task) for task in registry.names]
-    return models + [Model(*ensemble, _nothing) for ensemble in ensembles]
+    for task in registry.names:
+        labels, said = registry.versions[task].labels, said_by[task]
+        fields, files = alias.alias_fields(registry, main, task, said, labels)
+        if isinstance(layout, Hot):
+            files[ABOUT] = about_json(registry.name, task, int(said)).encode()
+            number = registry.versions[task].number
+            models.append(Model(fields, files, _nothing, number))
+        else:
+            models.append(Model(fields, files, _nothing))
+    return models
+
+
+def _slots(registry: Registry, repository: Path) -> tuple[dict[str, str], int]:
+    """The slot of each task's alias, and how many there are; an alias that is there keeps its own."""
+    taken = read_slots(repository, registry.name)
+    known = {task: slot for slot, task in taken.items()}
+    count, last = SLOTS, max(taken, default=-1)
+    while count < 2 * len(registry.names) or count <= last:
+        count *= 2
+    for task in registry.names:
+        if task not in known:
+            last = known[task] = cast("int", free_slot(taken, count, last))
+            taken[last] = task
+    return {task: str(known[task]) for task in registry.names}, count
+
+
+def _fill_both(fill: Callable[[Path], None], template: Mapping[str, Any], version: Path) -> None:
+    """The version of a model that writes aliases itself: what it has else, and their configuration."""
+    fill(version)
+    (version / TEMPLATE).write_text(config.write(template))
 
 
 def _nothing(version: Path) -> None:
@@ -232,6 +288,7 @@ def _model(
 
 def _write_model(path: Path, model: Model, version: str = protocol.VERSION) -> None:
     """A model's folder with one version in it, there whole or not at all."""
+    version = version if model.number is None else str(model.number)
     with atomic_folder(path) as folder:
         (folder / config.CONFIG).write_text(config.write(model.fields))
         for name, content in model.files.items():
@@ -245,6 +302,10 @@ def _add_version(path: Path, model: Model, version: int) -> None:
     """A further version: first its folder, whole at once, then what the configuration says now."""
     if not path.exists():
         _write_model(path, model, str(version))
+        return
+    if model.number is not None:
+        texts = {name: content.decode() for name, content in model.files.items()}
+        renew(path, {**texts, config.CONFIG: config.write(model.fields)}, model.number)
         return
     with atomic_folder(path / str(version)) as folder:
         model.fill(folder)
@@ -275,7 +336,8 @@ def _next_version(repository: Path, models: list[Model]) -> int:
         folder = repository / model.name
         if (before := config.read(folder)) is None:
             continue
-        numbers += [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+        if model.number is None:
+            numbers += [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
         after = config.parse(config.write(model.fields))
         if (before.backend, before.platform) != (after.backend, after.platform):
             raise UsageError(

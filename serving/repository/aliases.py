@@ -2,8 +2,8 @@
 
 Each is an ensemble, which Triton runs itself: a first step says the task's name once for each row, and
 the bundle's model answers. So all aliases share that model's one queue of batches, and none has a process
-or an engine of its own. The first step is one small model for all of them, NAME.task_names, with an
-output per task.
+or an engine of its own. The first step is one small model for all of them, NAME.task_names. In `native` it has an
+output per task; in `hot`, where tasks come and go, `triton/aliases.py` says what its outputs are.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.engine import TASK
 from ...merge.errors import UsageError
+from ..triton.aliases import FIRST_STEP
 from .config import COMPANION, as_parameters, label_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from ...export.engine import Tensor
     from ..registry import Registry
 
-NAMES = ".task_names"  # behind a bundle's name: the first step of its aliases
+NAMES = FIRST_STEP
 
 
-def names_fields(registry: Registry, main: Mapping[str, Any]) -> dict[str, Any]:
+def names_fields(
+    registry: Registry, main: Mapping[str, Any], outputs: Iterable[str]
+) -> dict[str, Any]:
     """The configuration of NAME.task_names, without its backend.
 
     Args:
         registry: The bundle's tasks.
         main: The configuration of the bundle's model.
+        outputs: What an alias may choose from.
     """
     rows = smallest_input(registry)
     return {
         "name": registry.name + NAMES,
         "max_batch_size": main["max_batch_size"],
         "input": [tensor for tensor in main["input"] if tensor["name"] == rows.name],
-        "output": [
-            {"name": task, "data_type": "TYPE_STRING", "dims": [1]} for task in registry.names
-        ],
+        "output": [{"name": name, "data_type": "TYPE_STRING", "dims": [1]} for name in outputs],
         "version_policy": main["version_policy"],
         "instance_group": [{"kind": "KIND_CPU", "count": 1}],
         "parameters": as_parameters({COMPANION: registry.name}),
@@ -46,7 +48,11 @@ def names_fields(registry: Registry, main: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alias_fields(
-    registry: Registry, main: Mapping[str, Any], task: str
+    registry: Registry,
+    main: Mapping[str, Any],
+    task: str,
+    said_by: str,
+    labels: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The configuration of NAME.TASK, and its file of labels.
 
@@ -54,6 +60,8 @@ def alias_fields(
         registry: The bundle's tasks.
         main: The configuration of the bundle's model.
         task: The task.
+        said_by: The output of the first step that says it.
+        labels: Its class names.
     """
     rows = [tensor["name"] for tensor in main["input"] if tensor["name"] != TASK]
     outputs = [tensor["name"] for tensor in main["output"]]
@@ -72,7 +80,7 @@ def alias_fields(
                     "model_name": registry.name + NAMES,
                     "model_version": -1,
                     "input_map": {name: name for name in [smallest_input(registry).name]},
-                    "output_map": {task: TASK},
+                    "output_map": {said_by: TASK},
                 },
                 {
                     "model_name": registry.name,
@@ -84,8 +92,7 @@ def alias_fields(
         },
         "parameters": as_parameters({COMPANION: registry.name}),
     }
-    files = label_file(fields, registry.versions[task].labels) if registry.labelled else {}
-    return fields, files
+    return fields, label_file(fields, labels) if registry.labelled else {}
 
 
 def smallest_input(registry: Registry) -> Tensor:

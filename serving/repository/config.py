@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...export.engine import LOGITS, TASK
 from ...merge.errors import IncompatibleArtefact
 from .. import protocol
+from ..triton.aliases import CONFIG, LABELS, labels_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from ..registry import Registry
     from .options import ModelOptions
 
-CONFIG = "config.pbtxt"
-LABELS = "labels.txt"
 WARMUP = "warmup"  # the folder in which Triton looks for the content of warm-up inputs
 COMPANION = "companion_of"  # the parameter of a model that stands beside a bundle's model: its name
 
@@ -69,7 +68,7 @@ def label_file(fields: dict[str, Any], labels: tuple[str, ...]) -> dict[str, byt
     for output in fields["output"]:
         if output["name"] == LOGITS:
             output["label_filename"] = LABELS
-    return {LABELS: "".join(f"{label}\n" for label in labels).encode()}
+    return {LABELS: labels_text(labels).encode()}
 
 
 def write(fields: Mapping[str, Any]) -> str:

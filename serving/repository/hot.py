@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ...merge.errors import UsageError
 from ..service import require_fitting_rows
 from ..tasks.commands import commands_config
+from ..triton.aliases import MARK
 from ..triton.settings import SOCKETS, Settings
 from .config import COMPANION, as_parameters
 
@@ -71,20 +72,22 @@ MODEL = '''"""{text}"""
 import sys
 from pathlib import Path
 
+sys.dont_write_bytecode = True  # Triton would take it for a change, and load the model anew
+
 # First, so that no installed utune_deploy answers in place of the one that was carried here.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utune_deploy.serving.triton.{module} import TritonPythonModel  # noqa: E402, F401
 '''
 
-NAMES_MODEL = '''"""Say a task's name once for each row: the first step of every alias."""
+NAMES_MODEL = '''"""Say which alias was asked, once for each row: the first step of every alias."""
 
 import numpy as np
 import triton_python_backend_utils as triton
 
 
 class TritonPythonModel:
-    """Each output is called what it says."""
+    """Each output says its own name, behind a mark."""
 
     def execute(self, requests):
         """One response per request, of the outputs that were asked for."""
@@ -95,7 +98,7 @@ class TritonPythonModel:
             responses.append(
                 triton.InferenceResponse(
                     output_tensors=[
-                        triton.Tensor(name, np.full((count, 1), name.encode(), dtype=object))
+                        triton.Tensor(name, np.full((count, 1), ({mark!r} + name).encode(), dtype=object))
                         for name in request.requested_output_names()
                     ]
                 )
@@ -148,7 +151,7 @@ class Hot:
             shutil.copytree(bundle.path, version / "bundle", copy_function=_link)
         _carry_package(version / PACKAGE)
         text = "Serve the bundle beside this file with the package beside this file."
-        (version / "model.py").write_text(MODEL.format(text=text, module="model"))
+        _write_program(version, MODEL.format(text=text, module="model"))
 
     def tasks_fields(
         self, registry: Registry, main: Mapping[str, Any], options: ModelOptions
@@ -175,7 +178,7 @@ class Hot:
         """Write the folder of a version of NAME.tasks."""
         _carry_package(version / PACKAGE)
         text = "Pass commands on to the model of the tasks."
-        (version / "model.py").write_text(MODEL.format(text=text, module="tasks"))
+        _write_program(version, MODEL.format(text=text, module="tasks"))
 
     def finish_names(self, fields: dict[str, Any]) -> None:
         """Add to the configuration of the aliases' first step."""
@@ -184,7 +187,14 @@ class Hot:
     def fill_names(self, version: Path, tasks: tuple[str, ...], rows: Tensor) -> None:
         """Write the folder of a version of the aliases' first step."""
         del tasks, rows
-        (version / "model.py").write_text(NAMES_MODEL)
+        _write_program(version, NAMES_MODEL.format(mark=MARK))
+
+
+def _write_program(version: Path, text: str) -> None:
+    (version / "model.py").write_text(text)
+    # Python would leave byte code here when it first reads the program, and Triton take that for a change and load the
+    # model anew, without the tasks that came meanwhile. Where this is no folder, Python goes without.
+    (version / "__pycache__").touch()
 
 
 def _carry_package(folder: Path) -> None:

@@ -35,6 +35,7 @@ from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..repository import write_repository
 from ..repository.options import ModelOptions
+from ..triton.aliases import is_alias
 from .ports import Addresses, free_port, host_port
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def serve_triton(
     rows: int | None = None,
     keep: Path | None = None,
     task_control: bool = True,
+    aliases: bool = False,
     otlp: str | None = None,
     load_seconds: float = LOAD_SECONDS,
     on_ready: Callable[[Addresses], None] | None = None,
@@ -131,6 +133,7 @@ def serve_triton(
         rows: See `Service.open`.
         keep: See `Service.open`.
         task_control: Whether clients may add, change and remove tasks.
+        aliases: Have a model NAME.TASK for each task too.
         otlp: Where traces go, an OTLP/HTTP collector's URL; None traces nothing.
         load_seconds: Longest that loading may take.
         on_ready: Called once, when requests are answered.
@@ -163,6 +166,7 @@ def serve_triton(
             metrics_port=metrics_port,
             device=device,
             options=options,
+            aliases=aliases,
             otlp=otlp,
             load_seconds=load_seconds,
             stopped=stopped,
@@ -186,6 +190,7 @@ def running(
     metrics_port: int = 0,
     device: Device = CPU,
     options: ModelOptions | None = None,
+    aliases: bool = False,
     otlp: str | None = None,
     load_seconds: float = LOAD_SECONDS,
     stopped: Callable[[], bool] = lambda: False,
@@ -209,6 +214,7 @@ def running(
             # The bundle stays out of what is polled: a hard link to one of its files, as another server's repository
             # has it, would count as a change, and the model be loaded anew without its tasks.
             options=replace(options, sockets=folder / "sockets", in_place=True),
+            aliases=aliases,
         )
         _compile(fit, folder / "models")
         process = TritonProcess(fit, folder, host, ports, collector)
@@ -246,7 +252,6 @@ class TritonProcess:
         self.addresses = Addresses(*(host_port(host, port) for port in ports))
         self.log = folder / "tritonserver.log"
         self._folder = folder
-        self._models = sorted(path.name for path in (folder / "models").iterdir())
         self._connect_to = host.strip("[]"), http_port
         self._memory = f"utune_{uuid.uuid4().hex[:12]}"
         for part in ("backends", "caches"):
@@ -307,7 +312,7 @@ class TritonProcess:
         deadline = time.monotonic() + seconds
         while not stopped():
             self.check_alive()
-            if self._is_ready():
+            if self._are_ready(self._models()):
                 return
             if time.monotonic() > deadline:
                 raise self._failure(f"tritonserver was not ready after {seconds:g} s")
@@ -350,11 +355,16 @@ class TritonProcess:
         Returns:
             Whether nothing is left to answer.
         """
-        models = [self._folder / "models" / name for name in self._models]
-        if self._has_ended() or not all(map(Path.exists, models)) or not self._is_ready():
+        repository = self._folder / "models"
+        models = self._models()
+        lasting = [name for name in models if not is_alias(repository / name)]
+        if self._has_ended() or not lasting or not self._are_ready(lasting):
             return False
-        for model in models:
-            model.rename(self._folder / f"drained-{model.name}")
+        for name in models:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # an alias whose task has just been removed
+                (repository / name).rename(self._folder / f"drained-{name}")
         leader = self._process.pid
         return self._wait(lambda: _living(leader) <= {leader}, EXIT_SECONDS)
 
@@ -375,11 +385,17 @@ class TritonProcess:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
-    def _is_ready(self) -> bool:
+    def _models(self) -> list[str]:
+        """What stands in the repository now: the models themselves write and remove aliases."""
+        folders = (self._folder / "models").iterdir()
+        return sorted(path.name for path in folders if not path.name.startswith("."))
+
+    def _are_ready(self, models: list[str]) -> bool:
+        return all(map(self._is_ready, models))
+
+    def _is_ready(self, model: str) -> bool:
         try:
-            return all(
-                self._ask("GET", f"/v2/models/{model}/ready")[0] == 200 for model in self._models
-            )
+            return self._ask("GET", f"/v2/models/{model}/ready")[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 

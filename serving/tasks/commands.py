@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...merge.errors import UsageError
 from .. import protocol
@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+class Aliases(Protocol):
+    """Whoever keeps a model per task, where those do not follow by themselves."""
+
+    def follow(self, task: str) -> None:
+        """Bring the alias to what the task is now; raises nothing."""
+        ...
+
+    def entry(self, task: str) -> dict[str, Any]:
+        """What there is to say of a task's alias, as JSON values."""
+        ...
+
+
 TASKS = ".tasks"
 """Behind a bundle's name: the model that changes its tasks."""
 
@@ -44,16 +57,20 @@ COMMAND, FILE, REPLY = "command", "file", "reply"
 class TaskCommands:
     """See the module. One change runs at a time; requests are answered meanwhile."""
 
-    def __init__(self, batcher: Batcher, *, control: bool = True) -> None:
+    def __init__(
+        self, batcher: Batcher, *, control: bool = True, aliases: Aliases | None = None
+    ) -> None:
         """Over the batcher of the tasks.
 
         Args:
             batcher: Its engine is what a new task is held to, beside the requests that it answers.
             control: Whether clients may change the tasks, or only look.
+            aliases: Models that are to follow the tasks.
         """
         self._batcher = batcher
         self._service = batcher.service
         self._control = control
+        self._aliases = aliases
         self._change = asyncio.Lock()
         self.name = self._service.registry.name + TASKS
         self.versions = (protocol.VERSION,)
@@ -138,6 +155,7 @@ class TaskCommands:
                 tasks.require_right(staged, answers)
                 await asyncio.to_thread(tasks.publish, staged, update=update)
             self._service.counters.know(staged.version.name)
+            await self._follow(staged.version.name)
         self._log("updated" if update else "added", staged.version.name)
         return self._shown(staged.version.name)
 
@@ -150,6 +168,7 @@ class TaskCommands:
         tasks = self._require_control()
         async with self._change:
             await asyncio.to_thread(tasks.remove, name)
+            await self._follow(name)
         self._service.counters.forget(name)
         self._log("removed", name)
         return {"removed": name}
@@ -163,6 +182,7 @@ class TaskCommands:
         tasks = self._require_control()
         async with self._change:
             await asyncio.to_thread(tasks.use, name, number)
+            await self._follow(name)
         self._log("set to another version", name, version=number)
         return self._shown(name)
 
@@ -179,7 +199,14 @@ class TaskCommands:
 
     async def entries(self, name: str | None = None) -> list[dict[str, Any]]:
         """See `Service.entries`."""
-        return self._service.entries(name)
+        return [self._with_alias(entry) for entry in self._service.entries(name)]
+
+    async def _follow(self, name: str) -> None:
+        if self._aliases is not None:
+            await asyncio.to_thread(self._aliases.follow, name)
+
+    def _with_alias(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return entry if self._aliases is None else entry | self._aliases.entry(entry["name"])
 
     @staticmethod
     def _log(change: str, name: str, **details: Any) -> None:
@@ -225,7 +252,7 @@ class TaskCommands:
 
     def _shown(self, name: str) -> dict[str, Any]:
         (entry,) = self._service.entries(name)
-        return {"task": entry}
+        return {"task": self._with_alias(entry)}
 
     def _require_control(self) -> Tasks:
         self._refuse_unless_control()

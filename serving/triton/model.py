@@ -27,6 +27,7 @@ from ..tasks import link as task_link
 from ..tasks.commands import TaskCommands
 from ..tensors import OutputRequest
 from ..watching.series import Model
+from .aliases import Aliases
 from .errors import code_of
 from .metrics import PushedMetrics
 from .settings import PRIORITY, Settings
@@ -59,8 +60,23 @@ class TritonPythonModel:
         self._batcher = ThreadedBatcher(self._service, **settings.queueing)
         self._metrics = PushedMetrics(triton, Model.of(self._batcher.batcher))
         self._link: task_link.TaskLink | None = None
-        if not self._service.registry.all_tasks and _is_first(args):
-            commands = TaskCommands(self._batcher.batcher, control=settings.task_control)
+        is_owner = not self._service.registry.all_tasks and _is_first(args)
+        self._aliases: Aliases | None = None
+        if settings.slots is not None and not self._service.registry.all_tasks:
+            self._aliases = Aliases(
+                triton,
+                self._service.registry,
+                Path(args["model_repository"]),
+                args["model_version"],
+                settings.slots,
+                kept=settings.keep is not None,
+            )
+            if is_owner:
+                self._aliases.start()
+        if is_owner:
+            commands = TaskCommands(
+                self._batcher.batcher, control=settings.task_control, aliases=self._aliases
+            )
             self._link = task_link.TaskLink(
                 task_link.address(settings.sockets, args["model_name"], args["model_version"]),
                 lambda command, file: self._batcher.run(partial(commands.run, command, file)),
@@ -90,6 +106,8 @@ class TritonPythonModel:
         """Answer what was taken."""
         if self._link is not None:
             self._link.close()
+        if self._aliases is not None:
+            self._aliases.close()
         self._batcher.close()
         self._metrics.close()
         self._service.close()
@@ -101,7 +119,10 @@ class TritonPythonModel:
             for name in registry.inputs
         }
         task = None if registry.all_tasks else triton.get_input_tensor_by_name(request, TASK)
-        return registry.check(rows, None if task is None else task_names(task.as_numpy().ravel()))
+        names = None if task is None else task_names(task.as_numpy().ravel())
+        if names is not None and self._aliases is not None:
+            names = self._aliases.tasks_of(names)
+        return registry.check(rows, names)
 
     def _send(
         self, sender: Any, outputs: list[OutputRequest], result: Answers | UtuneError

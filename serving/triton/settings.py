@@ -16,6 +16,7 @@ PRIORITY = "utune_priority"
 """The parameter of a request that says its priority: that of the protocol does not reach Triton's Python backend."""
 
 SOCKETS = "sockets"
+ALIAS_SLOTS = "alias_slots"
 OF_DEVICE = ("threads", "kernels", "prepared", "memory_mb")
 """Fields of `Device` that are left out where they are None."""
 
@@ -32,6 +33,7 @@ class Settings:
         sockets: Folder of the sockets between models; None for one in the system's temporary folder.
         bundle: Where the bundle is; None for beside the model's code.
         queueing: Settings of `Batcher`; None there is its own default.
+        slots: Of the aliases, see `aliases`; None where there are none.
     """
 
     device: Device = CPU
@@ -41,6 +43,7 @@ class Settings:
     sockets: Path | None = None
     bundle: Path | None = None
     queueing: Mapping[str, Any] = field(default_factory=dict)
+    slots: int | None = None
 
     def write(self) -> dict[str, str]:
         """The parameters."""
@@ -52,6 +55,8 @@ class Settings:
             for name in names:
                 if (value := getattr(holder, name)) is not None:
                     texts[name] = str(value)
+        if self.slots is not None:
+            texts[ALIAS_SLOTS] = str(self.slots)
         texts["task_control"] = json.dumps(self.task_control)
         texts["queueing"] = json.dumps(self.queueing, sort_keys=True)
         return texts
@@ -81,4 +86,5 @@ class Settings:
             sockets=path(SOCKETS),
             bundle=path("bundle"),
             queueing=json.loads(texts.get("queueing", "{}")),
+            slots=number(ALIAS_SLOTS),
         )

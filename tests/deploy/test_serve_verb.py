@@ -42,7 +42,7 @@ def _accepts(engine: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     ("engine", "more"),
     [
         ("embedded", ["--shared-memory", "--log-requests"]),
-        ("triton", ["--shared-memory", "--otlp", "http://127.0.0.1:4318"]),
+        ("triton", ["--shared-memory", "--aliases", "--otlp", "http://127.0.0.1:4318"]),
         ("ray", ["--ray-address", "auto", "--replicas", 2, "--max-replicas", 3]),
     ],
 )
@@ -61,6 +61,7 @@ def test_every_option_reaches_its_server(
     assert given["task_control"] is False
     assert given["keep"] == tmp_path / "kept"
     assert given["rows"] == 64
+    assert given.get("aliases", False) is ("--aliases" in more)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_every_option_reaches_its_server(
     [
         ("embedded", ["--otlp", "http://127.0.0.1:4318"], "writes no traces"),
         ("ray", ["--otlp", "http://127.0.0.1:4318"], "writes no traces"),
+        ("embedded", ["--aliases"], "by the task's own name"),
         ("triton", ["--log-requests"], "no line of ours"),
         ("ray", ["--shared-memory"], "do not reach replicas"),
         ("embedded", ["--replicas", 2], "of --engine ray"),

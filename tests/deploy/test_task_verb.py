@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from utune_deploy.deploy.verbs.task import _line
 from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.backbone import save
 from utune_deploy.merge.delta import save_delta
+from utune_deploy.serving.client import TaskInfo
 from utune_deploy.serving.service import Service
 
 if TYPE_CHECKING:
@@ -143,3 +145,10 @@ def test_a_bundle_of_constants_says_that_its_tasks_stay(
         refused = cli("task", "remove", "lora", "--server", url)
         assert refused.code == 2
         assert "--bank inputs" in refused.err
+
+
+def test_a_line_names_the_alias_or_says_why_there_is_none() -> None:
+    task = TaskInfo("pets", 1, (1,), ("cat", "dog"), None, None, True, False, "0" * 64)
+    assert _line(task) == "version 1, 2 classes, in memory"
+    assert _line(replace(task, alias="vit.pets")).endswith(", in memory, alias vit.pets")
+    assert _line(replace(task, no_alias="so")).endswith(", in memory, no alias: so")

@@ -373,7 +373,11 @@ def test_an_alias_is_an_ensemble_over_the_one_model(bundle, tmp_path, layout):
     assert [(t.name, t.dims) for t in config.output] == [(t.name, t.dims) for t in main.output]
     names, answer = config.ensemble_scheduling.step
     assert (names.model_name, dict(names.input_map)) == ("tiny.task_names", {"images": "images"})
-    assert dict(names.output_map) == {"cars": "task"}
+    (said_by,) = names.output_map
+    assert names.output_map[said_by] == "task"
+    step = _parsed((tmp_path / "tiny.task_names" / "config.pbtxt").read_text())
+    assert said_by in {t.name for t in step.output}
+    assert (said_by == "cars") is (layout == "native")
     assert answer.model_name == "tiny"
     assert dict(answer.input_map) == {"images": "images", "task": "task"}
     assert list((alias / "1").iterdir()) == []
@@ -409,10 +413,11 @@ def test_a_new_version_has_the_aliases_of_its_tasks(bundle, fewer, tmp_path):
     write_repository(fewer, tmp_path, aliases=True)
     write_repository(replace(bundle, name="other"), tmp_path, aliases=True)
     write_repository(bundle, tmp_path, new_version=True)
-    assert (tmp_path / "tiny.flowers" / "2").is_dir()
+    assert _versions(tmp_path / "tiny.flowers") == ["1"]  # the task's own
     write_repository(fewer, tmp_path, new_version=True)
     assert not (tmp_path / "tiny.flowers").exists()
-    assert _versions(tmp_path / "tiny.cars") == ["1", "2", "3"]
+    assert _versions(tmp_path / "tiny.task_names") == ["1", "2", "3"]
+    assert _versions(tmp_path / "tiny.cars") == ["1"]
     write_repository(fewer, tmp_path, force=True)
     assert _names(tmp_path) == [
         "other", "other.cars", "other.flowers", "other.pets", "other.task_names", "other.tasks",

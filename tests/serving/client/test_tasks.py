@@ -10,7 +10,10 @@ import pytest
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.serving.client import TaskInfo
+from utune_deploy.serving.client.answers import read_task
 from utune_deploy.serving.rejections import BadReply, InvalidRequest
+from utune_deploy.serving.tasks.life import entry as task_entry
+from utune_deploy.serving.tasks.versions import Version
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,15 @@ def test_tasks_are_told_with_all_their_facts(client, tasks, bundle):
     assert [task.name for task in others] == ["cars", "flowers"]
     assert client.tasks()
     assert len(tasks.commands) == 2  # never from memory
+
+
+def test_an_alias_is_told_or_why_there_is_none(bundle):
+    entry = task_entry(Version(bundle.task("pets")), [1])
+    assert read_task(entry, where="here").alias is None  # of a server that has none
+    entry |= {"alias": "tiny.pets", "no_alias": None}
+    assert read_task(entry, where="here").alias == "tiny.pets"
+    found = read_task({**entry, "alias": None, "no_alias": "so"}, where="here")
+    assert (found.alias, found.no_alias) == (None, "so")
 
 
 def test_a_real_server_tells_its_tasks_and_refuses_what_it_cannot_change(client, bundle):

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--kind", default="dual")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--bank", choices=["constants", "inputs"], default="constants")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -52,6 +53,7 @@ def main() -> None:
         "kind": options.kind,
         "rank": options.rank,
         "bank": options.bank,
+        "precision": options.precision,
         "max_batch": options.max_batch,
         "backbone_mb": backbone,
         "imports_mb": empty,
@@ -104,6 +106,8 @@ def _export(options, count: int, empty: float) -> dict[str, float]:
             str(bundle),
             "--bank",
             options.bank,
+            "--precision",
+            options.precision,
             "--max-batch",
             str(options.max_batch),
             *(["--mode", "multi"] if count == 1 else []),

@@ -12,9 +12,10 @@ from ..export.streamed import fill, write_engine, write_tensors
 from .graphs import bank_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -42,7 +43,7 @@ def write_graph(made: Made, path: Path, metadata: Mapping[str, str], losses: Los
     if holes and rows is not None:
         values = made.model.graph.initializers
         half = {name for name in holes if values[name].dtype in HALF.values()}
-        fill(path, holes, (_laid_out(row, holes, half, losses) for row in rows))
+        fill(path, holes, (_laid_out(row, holes, half, losses.cast) for row in rows))
 
 
 def write_bank(
@@ -65,17 +66,20 @@ def write_bank(
     shapes = {f"{BANK_PREFIX}{k}": tuple(t.shape) for k, t in rows.shaped().tensors.items()}
     holes = write_tensors(path, shapes, metadata, KINDS.get(precision, "F32"))
     half = set(holes) if precision in HALF else set()
-    fill(path, holes, (_laid_out(row, holes, half, losses) for row in rows))
+    fill(path, holes, (_laid_out(row, holes, half, losses.cast_weights) for row in rows))
 
 
 def _laid_out(
-    row: Mapping[str, Tensor], names: Iterable[str], half: set[str], losses: Losses
+    row: Mapping[str, Tensor],
+    names: Iterable[str],
+    half: set[str],
+    cast: Callable[[str, NDArray[np.float32]], NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
     """A row by the names that are written; a tensor that the engine reads in two types has two."""
     found: dict[str, NDArray[Any]] = {}
     for name in names:
         key = name.removeprefix(BANK_PREFIX)
-        own = key if key in row else key.removesuffix(f".{losses.precision}")
+        own = key if key in row else key.rpartition(".")[0]  # the typing pass adds the precision
         values = row[own].float().numpy()
-        found[name] = losses.cast(f"{BANK_PREFIX}{own}", values) if name in half else values
+        found[name] = cast(f"{BANK_PREFIX}{own}", values) if name in half else values
     return found

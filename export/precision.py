@@ -43,6 +43,9 @@ ON_CUDA = frozenset({"tf32", "fp16", "bf16"})
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
+MASK = 1e30
+"""Magnitudes from here on are masks, and no values of the model."""
+
 FLOAT_INPUTS = {"Resize": (0,)}
 """Of operators whose other float inputs are not values of the model, those that are."""
 
@@ -66,6 +69,11 @@ class Losses:
     subnormal: Counter[str] = field(default_factory=Counter)
     largest: dict[str, float] = field(default_factory=dict)
     apart: dict[str, float] = field(default_factory=dict)
+
+    def cast_weights(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
+        """The same, masks not counted: what keys and classes are filled with that a task does not have."""
+        self.cast(name, np.where(np.abs(values) < MASK, values, np.float32(0)))
+        return to_half(values, self.precision)[0]
 
     def cast(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
         """A tensor or a piece of it in half, counted."""

@@ -27,7 +27,7 @@ from ..merge.errors import CheckFailed
 from .engine_file import EngineFile
 from .islands import Islands, find_islands, matched
 from .passes.linear import constant
-from .precision import HALF, NUMPY, retype
+from .precision import HALF, MASK, NUMPY, retype
 from .streamed import write_model
 from .targets.onnxruntime import DATA_FOLDER
 from .targets.private import ort
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from .precision import Typing
 
 AUTO = "auto"  # the pattern that keeps whatever the audit finds
-MASK = 1e30
 NEAR = 4.0  # a value within this factor of the range is mentioned
 SHOWN = 6
 

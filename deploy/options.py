@@ -187,7 +187,7 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
-def weight(text: str) -> tuple[str, float]:
+def weight(text: str, called: str = "weight") -> tuple[str, float]:
     """Task and number of `TASK=NUMBER`.
 
     Raises:
@@ -199,7 +199,7 @@ def weight(text: str) -> tuple[str, float]:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise UsageError("a task's number is not positive", where=name, found=value)
+        raise UsageError(f"a {called} is no positive number", where=name, found=value)
     return name, number
 
 
@@ -210,10 +210,10 @@ def rates(texts: Iterable[str]) -> dict[str, Any]:
         UsageError: One is not of that form, or no positive number, or there are two for the same.
     """
     every = [text for text in texts if "=" not in text]
-    named = [weight(text) for text in texts if "=" in text]
+    named = [weight(text, "rate") for text in texts if "=" in text]
     if len(every) > 1 or len(dict(named)) < len(named):
         raise UsageError("a rate is given twice", wanted="one of each task", found=" ".join(texts))
-    rate = weight(f"every task={every[0]}")[1] if every else None
+    rate = weight(f"every task={every[0]}", "rate")[1] if every else None
     return {"rate": rate, "rates": dict(named)}
 
 

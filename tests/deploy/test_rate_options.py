@@ -15,5 +15,5 @@ def test_a_number_is_of_every_task_and_a_name_of_one():
     "texts", [("1", "2"), ("a=1", "a=2"), ("0",), ("fast",), ("a=-1",), ("=3",)]
 )
 def test_what_is_no_rate_is_refused(texts):
-    with pytest.raises(UsageError, match="rate|setting"):
+    with pytest.raises(UsageError, match=r"rate|setting"):
         rates(texts)

@@ -354,7 +354,11 @@ def _read_json(head: memoryview) -> dict[str, Any]:
         message = json.loads(text)
         if _HALF.search(text):
             json.dumps(message, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as cause:  # a character's half cannot be encoded
+    except UnicodeEncodeError as cause:
+        raise InvalidRequest(
+            "a string of the body is not text in UTF-8", found="half of a surrogate pair"
+        ) from cause
+    except (ValueError, RecursionError) as cause:
         raise InvalidRequest("the body is not JSON", found=str(cause)[:200]) from cause
     return _object(message, "body")
 

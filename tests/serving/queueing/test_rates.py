@@ -11,6 +11,7 @@ from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving.queueing.batcher import Batcher
 from utune_deploy.serving.queueing.rates import Rates
 from utune_deploy.serving.rejections import Overloaded
+from utune_deploy.serving.service import Service
 
 SECOND = 1_000_000_000
 
@@ -72,7 +73,8 @@ def test_a_rate_is_a_positive_number(rate, named):
         Rates(None if named else rate, {"pets": rate} if named else None, least_burst=1)
 
 
-def test_a_server_refuses_what_comes_too_fast_and_says_so(service, rows):
+def test_a_server_refuses_what_comes_too_fast_and_says_so(service, bundle, rows):
+    service = Service(bundle, service.session)  # with counters of its own
     images, _ = rows(8)
     pets, cars = (service.registry.check(images, [task] * 8) for task in ("pets", "cars"))
 

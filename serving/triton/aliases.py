@@ -52,6 +52,7 @@ SETTLING_SECONDS = 120.0
 """Longest that changes to what was there before wait for Triton, which may still be reading it."""
 
 RESCAN_SECONDS = 1.0
+"""How often the repository is read again for a slot that nobody knows, where nothing seems to have changed in it."""
 _WAIT_SECONDS = 0.1
 _LISTENS = "0A"  # a socket's state in /proc/net/tcp
 
@@ -188,10 +189,11 @@ class Aliases:
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._read = self._written()
         self._slots = read_slots(self._repository, self._name)
         self._said = {f"{MARK}{slot}": task for slot, task in self._slots.items()}
         self._last = max(self._slots, default=-1)
-        self._read = time.monotonic()
+        self._looked = time.monotonic()
 
     def start(self) -> None:
         """Write the aliases that lack; put the others right when Triton has read them.
@@ -230,11 +232,16 @@ class Aliases:
     def _look_again(self) -> None:
         """Take up slots that somebody else gave out, another instance or who wrote the repository anew."""
         with self._lock:
-            if time.monotonic() - self._read < RESCAN_SECONDS:
+            written, now = self._written(), time.monotonic()
+            if written == self._read and now - self._looked < RESCAN_SECONDS:
                 return
-            self._read = time.monotonic()
+            self._read, self._looked = written, now
             for slot, task in read_slots(self._repository, self._name).items():
                 self._give(slot, task)
+
+    def _written(self) -> int:
+        """When a folder last came to the repository or went, in ticks of its file system."""
+        return self._repository.stat().st_mtime_ns
 
     def _give(self, slot: int, task: str) -> None:
         self._slots[slot] = task

@@ -227,9 +227,23 @@ def test_an_older_version_of_the_model_leaves_aliases_alone(
         newer.follow(name)
         assert newer.entry(name)["alias"] == f"tiny.{name}"
     said = ["\0" + str(newer._slot_of("terns"))]  # given out by another process
-    assert made.tasks_of(said) == said
-    made._read -= aliases.RESCAN_SECONDS
     assert made.tasks_of(said) == ["terns"]
+
+
+def test_the_repository_is_not_read_for_every_slot_that_nobody_knows(begin, monkeypatch):
+    made, _ = begin()
+    reads = []
+    inner = aliases.read_slots
+    monkeypatch.setattr(aliases, "read_slots", lambda *of: reads.append(of) or inner(*of))
+    unknown = ["\0999"]
+    made.tasks_of(unknown)
+    before = len(reads)
+    for _ in range(5):
+        assert made.tasks_of(unknown) == unknown
+    assert len(reads) == before
+    made._looked -= aliases.RESCAN_SECONDS
+    made.tasks_of(unknown)
+    assert len(reads) == before + 1
 
 
 @pytest.mark.parametrize("settings", [{"new_version": True}, {"force": True, "aliases": True}])

@@ -70,11 +70,6 @@ class Losses:
     largest: dict[str, float] = field(default_factory=dict)
     apart: dict[str, float] = field(default_factory=dict)
 
-    def cast_weights(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
-        """The same, masks not counted: what keys and classes are filled with that a task does not have."""
-        self.cast(name, np.where(np.abs(values) < MASK, values, np.float32(0)))
-        return to_half(values, self.precision)[0]
-
     def cast(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
         """A tensor or a piece of it in half, counted."""
         half, clipped, flushed = to_half(values, self.precision)
@@ -84,13 +79,16 @@ class Losses:
         ):  # fmt: skip
             if count:
                 counter[name] += count
-        finite, none = np.isfinite(values), np.zeros_like(values)
-        largest = float(np.abs(values, where=finite, out=none).max(initial=0.0))
-        none = np.zeros_like(values)
-        apart = np.abs(half.astype(np.float32) - values, where=finite, out=none)
-        self.largest[name] = max(self.largest.get(name, 0.0), largest)
-        self.apart[name] = max(self.apart.get(name, 0.0), float(apart.max(initial=0.0)))
+        finite = np.isfinite(values)
+        for sizes, of in ((self.largest, values), (self.apart, half.astype(np.float32) - values)):
+            size = np.abs(of, where=finite, out=np.zeros_like(values)).max(initial=0.0)
+            sizes[name] = max(sizes.get(name, 0.0), float(size))
         return half
+
+    def cast_weights(self, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
+        """As `cast`, masks not counted: what keys and classes are filled with that a task does not have."""
+        self.cast(name, np.where(np.abs(values) < MASK, values, np.float32(0)))
+        return to_half(values, self.precision)[0]
 
     @property
     def error(self) -> float:

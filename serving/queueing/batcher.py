@@ -43,6 +43,7 @@ class _Waiting:
     arrived: int  # perf_counter_ns
     answer: asyncio.Future[Answers] = field(repr=False)
     gone: Callable[[], bool] | None = None
+    counted: bool = True
 
 
 class Batcher:
@@ -147,7 +148,29 @@ class Batcher:
             Stopping: The batcher drains.
             EngineFailed: The engine could not answer this request.
         """
-        ticket = self.enqueue(request, priority=priority, timeout_us=timeout_us)
+        return await self._answered(self.enqueue(request, priority=priority, timeout_us=timeout_us))
+
+    async def ask(self, request: Request) -> Answers:
+        """Answer a request of the server's own: before all others, past limits and rates, and in no task's counts.
+
+        Args:
+            request: What to answer; see `submit`.
+
+        Raises:
+            InvalidRequest: The request is larger than a batch.
+            Stopping: The batcher drains.
+            EngineFailed: The engine could not answer this request.
+        """
+        self._check(request)
+        answer: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(request, time.perf_counter_ns(), answer, counted=False)
+        ticket = self._queue.put(
+            waiting, rows=len(request), tasks=(), now=waiting.arrived, priority=1
+        )
+        self._changed.set()
+        return await self._answered(ticket)
+
+    async def _answered(self, ticket: Ticket[_Waiting]) -> Answers:
         waiting = ticket.item
         try:
             return await waiting.answer
@@ -232,14 +255,8 @@ class Batcher:
                     self._fail(waiting, result)
                 elif not waiting.answer.done():  # else it was cancelled while the engine ran
                     waiting.answer.set_result(result)
-                    self.service.counters.answer(
-                        len(waiting.request),
-                        result.tasks,
-                        request_ns=ended - waiting.arrived,
-                        queue_ns=begun - waiting.arrived,
-                        engine_ns=result.engine_ns,
-                        output_ns=max(0, ended - begun - result.engine_ns),
-                    )
+                    if waiting.counted:
+                        self._count_answer(waiting, result, begun, ended)
 
     async def _next_batch(self) -> list[_Waiting]:
         """The next requests that fit one engine call; empty when drained."""
@@ -304,6 +321,18 @@ class Batcher:
             waiting.answer.set_exception(error)
             self._count_failure(waiting, error)
 
+    def _count_answer(self, waiting: _Waiting, result: Answers, begun: int, ended: int) -> None:
+        self.service.counters.answer(
+            len(waiting.request),
+            result.tasks,
+            request_ns=ended - waiting.arrived,
+            queue_ns=begun - waiting.arrived,
+            engine_ns=result.engine_ns,
+            output_ns=max(0, ended - begun - result.engine_ns),
+        )
+
     def _count_failure(self, waiting: _Waiting, error: BaseException) -> None:
+        if not waiting.counted:
+            return
         spent = time.perf_counter_ns() - waiting.arrived
         self.service.counters.failure(error, spent, waiting.request.tasks)

@@ -153,7 +153,8 @@ class FairQueue(Generic[Item]):
         Args:
             item: What waits.
             rows: What it costs, at least 1.
-            tasks: The task of each of its answers.
+            tasks: The task of each of its answers; none of a request of the server's own, which is always
+                admitted and stands in a line of its own.
             now: The time.
             priority: Its level, 1 first; 0 for the default.
             deadline: When it gives up; None for never.
@@ -161,7 +162,8 @@ class FairQueue(Generic[Item]):
         Raises:
             Overloaded: Too many rows wait, of all tasks or of one of its own.
         """
-        self._admit(rows, tasks)
+        if tasks:
+            self._admit(rows, tasks)
         level = self._levels[
             (priority if 1 <= priority <= len(self._levels) else self._default) - 1
         ]

@@ -151,7 +151,7 @@ class TaskCommands:
         async with self._change:
             staged = await asyncio.to_thread(tasks.stage, data, update=update)
             with self._unless_published(tasks, staged):
-                answers = await self._batcher.submit(tasks.probe(staged))
+                answers = await self._batcher.ask(tasks.probe(staged))
                 tasks.require_right(staged, answers)
                 await asyncio.to_thread(tasks.publish, staged, update=update)
             self._service.counters.know(staged.version.name)
@@ -246,8 +246,6 @@ class TaskCommands:
             yield
         except BaseException:
             tasks.discard(staged)
-            if staged.version.name not in self._service.registry.versions:
-                self._service.counters.forget(staged.version.name)  # the probe was counted
             raise
 
     def _shown(self, name: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Replica:
         version = next(iter(registry.versions.values()))
         versions = tuple(registry.versions.values()) if registry.all_tasks else (version,)
         request = Request(registry.draw(), versions)
-        await asyncio.wait_for(self._batchers[0].submit(request, priority=1), HEALTH_SECONDS)
+        await asyncio.wait_for(self._batchers[0].ask(request), HEALTH_SECONDS)
 
     @_as_values
     async def answer(self, ask: Ask, inputs: Mapping[str, NDArray[Any]]) -> Reply:
@@ -192,7 +192,7 @@ class Replica:
                 raise IncompatibleArtefact(
                     "a task came damaged", where=key.name, wanted=key.file, found=staged.file
                 )
-            tasks.require_right(staged, await self._batchers[0].submit(tasks.probe(staged)))
+            tasks.require_right(staged, await self._batchers[0].ask(tasks.probe(staged)))
         except BaseException:
             self._give_back(staged)
             raise

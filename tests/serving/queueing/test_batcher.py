@@ -72,6 +72,54 @@ def test_rows_of_different_requests_and_tasks_share_one_call(gated, service, row
         assert answer.labels == reference.labels
 
 
+def test_the_servers_own_request_goes_before_all_others_whatever_the_limits(gated, service, rows):
+    images, (task, another, *_) = rows(8)
+    limits = {
+        "max_queued_rows": 8, "max_task_rows": 8, "rates": {task: 1e-3}, "default_timeout_ms": 10.0
+    }  # fmt: skip
+    probe = gated.registry.check(images[:1], [task])
+
+    async def main():
+        async with Batcher(gated, **limits) as batcher:
+            first = await _blocked(gated, batcher, gated.registry.check(images, [task] * 8))
+            with pytest.raises(Overloaded, match="rate"):
+                await batcher.submit(probe)
+            full = gated.registry.check(images, [another] * 8)
+            line = asyncio.create_task(batcher.submit(full, timeout_us=60_000_000))
+            await asyncio.sleep(0)
+            asked = asyncio.create_task(batcher.ask(probe))
+            await asyncio.sleep(0.02)  # longer than others may wait
+            gated.session.gate.set()
+            await asyncio.gather(first, line)
+            return await asked
+
+    answer = asyncio.run(main())
+    assert [len(call) for call in gated.session.calls] == [8, 1, 8]
+    np.testing.assert_allclose(
+        answer.logits, service.answer(probe.inputs, [task]).logits, rtol=1e-5, atol=1e-4
+    )
+    assert gated.counters.read().rows_by_task[task] == 8
+    assert gated.counters.read().answered == 2
+
+
+def test_a_line_of_the_same_task_does_not_hold_up_the_servers_own_request(gated, rows):
+    first, *line = _requests(gated, rows, [8, 8, 8, 8])
+    probe = gated.registry.check(*rows(1, seed=9))
+
+    async def main():
+        async with Batcher(gated) as batcher:
+            held = await _blocked(gated, batcher, first)
+            others = [asyncio.create_task(batcher.submit(request)) for request in line]
+            await asyncio.sleep(0)
+            asked = asyncio.create_task(batcher.ask(probe))
+            await asyncio.sleep(0)
+            gated.session.gate.set()
+            await asyncio.gather(held, *others, asked)
+
+    asyncio.run(main())
+    assert [len(call) for call in gated.session.calls] == [8, 1, 8, 8, 8]
+
+
 def test_no_call_is_larger_than_the_engine_allows_and_a_task_keeps_its_order(gated, rows):
     requests = _requests(gated, rows, [1, 5, 5, 3, 8, 1])
 

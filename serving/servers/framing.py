@@ -3,7 +3,8 @@
 Two readings of one body are how requests are smuggled past a proxy. Where a request says twice how long it is,
 `Content-Length` beside `Transfer-Encoding: chunked`, the chunks count and the connection ends with the answer, so
 that nothing behind them is taken for a request. One that asks for another protocol (`Upgrade: h2c`, as Java's client
-does by itself) is answered in this one, its body read like any other's. Fields behind the chunks are dropped.
+does by itself) is answered in this one, its body read like any other's. Fields behind the chunks are dropped. A request that never ends
+is given up.
 Source: RFC 9112, 6.1 and 6.3; RFC 9110, 6.5.1 and 7.8.
 """
 
@@ -17,10 +18,16 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
+    import asyncio
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_HEAD = 64 << 10
 """Bytes that may come while neither a head nor a part of a body is whole. Triton takes less."""
+
+
+SILENCE_SECONDS = 60.0
+"""Longest that a client may send nothing before a request of its is whole: it holds a connection, and perhaps a body."""
 
 
 class Framing(HttpToolsProtocol):
@@ -38,6 +45,34 @@ class Framing(HttpToolsProtocol):
         self._silent = 0  # bytes since the parser last told of something whole
         self._unanswered = 0
         self._refusal = b""
+        self._incomplete = True  # a request, or the connection's first is awaited
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the event loop."""
+        super().connection_made(transport)
+        self._await_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        super().connection_lost(exc)
+        self._incomplete = False
+        self._await_more()
+
+    def _await_more(self) -> None:
+        """Begin to count the seconds in which nothing comes, while something is to come."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        if self._incomplete:
+            self._alarm = self.loop.call_later(SILENCE_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.flow.read_paused:  # it is we who do not read
+            self._await_more()
+        elif not self._refusal:
+            sentence = f"nothing came of a request for {SILENCE_SECONDS:g} s"
+            self._refuse(b"408 Request Timeout", sentence)
 
     def _begin(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
@@ -58,6 +93,7 @@ class Framing(HttpToolsProtocol):
         if self._silent > MAX_HEAD:
             sentence = f"a request's head or trailer is larger than {MAX_HEAD} bytes"
             self._refuse(b"431 Request Header Fields Too Large", sentence)
+        self._await_more()
 
     def _read(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -103,7 +139,7 @@ class Framing(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Called by the parser."""
-        self._in_head = True
+        self._in_head = self._incomplete = True
         if not self._again:
             super().on_message_begin()
 
@@ -133,6 +169,7 @@ class Framing(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Called by the parser."""
         self._silent = 0
+        self._incomplete = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -7,8 +7,11 @@ import json
 import socket
 import threading
 import time
+from http.client import HTTPConnection, HTTPResponse
 
 import pytest
+
+from utune_deploy.serving.servers import framing
 
 BODY = json.dumps({"ready": True}).encode()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -247,3 +250,42 @@ def test_a_body_that_breaks_off_leaves_no_trace_in_the_log(address, caplog):
             time.sleep(0.1)
     assert _codes(_tell(address, PROBE)) == [b"200", b"open"]
     assert not [record for record in caplog.records if record.exc_info]
+
+
+HALVES = {
+    "nothing": b"",
+    "half a head": PROBE[:-3],
+    "half a body": _request("Content-Length: 9", body=b"{"),
+    "half a chunk": _request("Transfer-Encoding: chunked", body=b"5\r\nab"),
+    "a tunnel's": _request("Upgrade: h2c", "Connection: Upgrade", "Content-Length: 9", body=b"{"),
+}
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_a_request_that_never_ends_is_given_up(address, monkeypatch, half, count):
+    monkeypatch.setattr(framing, "SILENCE_SECONDS", 0.2)
+    answers = _codes(_tell(address, PROBE * count + half))
+    if count and not half:
+        assert answers == [b"200"] * count + [b"open"]  # the next request is not begun
+    else:
+        assert answers == [b"200"] * count + [b"408"]
+
+
+def test_a_slow_client_is_waited_for(address, monkeypatch):
+    monkeypatch.setattr(framing, "SILENCE_SECONDS", 0.3)
+    host, port = address.rsplit(":", 1)
+    slow = HTTPConnection(host, int(port), timeout=10)
+    slow.connect()
+    request = _request(f"Content-Length: {len(BODY)}", body=BODY)
+    for start in range(0, len(request), 16):
+        time.sleep(0.1)
+        slow.sock.sendall(request[start : start + 16])
+    answer = HTTPResponse(slow.sock, method="POST")
+    answer.begin()
+    assert answer.status == 200
+    assert json.loads(answer.read())
+    time.sleep(0.6)  # between requests it may be silent
+    slow.sock.sendall(PROBE)
+    assert slow.sock.recv(1 << 10).startswith(b"HTTP/1.1 200")
+    slow.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from .linear import Linear, constant, initializer, linear_from, only_reader, replace, shaped
+from .linear import Linear, constant, initializer, linear_from, replace, shaped, split_behind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ def join_siblings(model: ir.Model) -> int:
             by_input.setdefault(layer.x, []).append(layer)
     joined = 0
     for x, layers in by_input.items():
-        cut = [layer for layer in layers if _split_behind(layer) is not None]
+        cut = [layer for layer in layers if split_behind(layer) is not None]
         narrow = [layer for layer in layers if layer not in cut]
         width = sum(layer.weight.shape[1] for layer in narrow)
         if width > layers[0].weight.shape[0]:
@@ -50,15 +50,6 @@ def join_siblings(model: ir.Model) -> int:
 def _is_narrow(layer: Linear) -> bool:
     """A down-projection: its output is at most half as wide as its input."""
     return 2 * layer.weight.shape[1] <= layer.weight.shape[0]
-
-
-def _split_behind(layer: Linear) -> ir.Node | None:
-    """The Split along the last axis that is all that reads a layer."""
-    split = only_reader(layer.y)
-    if split is None or split.op_type != "Split":
-        return None
-    known = len(split.inputs) > 1 and constant(split.inputs[1]) is not None
-    return split if known and split.attributes.get_int("axis", 0) == -1 else None
 
 
 def _join(graph: ir.Graph, x: ir.Value, layers: Sequence[Linear]) -> None:
@@ -77,7 +68,7 @@ def _join(graph: ir.Graph, x: ir.Value, layers: Sequence[Linear]) -> None:
         bias = initializer(graph, f"{name}.columns_bias", np.concatenate(parts))
         nodes.append(ir.node("Add", [matmul.outputs[0], bias], name=f"{name}.joined_bias"))
     old: list[ir.Value] = []  # what the pieces of the split stand for, in order
-    cut = [_split_behind(layer) for layer in layers]
+    cut = [split_behind(layer) for layer in layers]
     for layer, split in zip(layers, cut, strict=True):
         old.extend(split.outputs if split is not None else [layer.y])
     pieces: list[int] = []

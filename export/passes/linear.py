@@ -120,6 +120,15 @@ def linear_to(value: ir.Value | None) -> Linear | None:
     return None
 
 
+def split_behind(layer: Linear) -> ir.Node | None:
+    """The Split along the last axis that is all that reads a layer."""
+    split = only_reader(layer.y)
+    if split is None or split.op_type != "Split":
+        return None
+    known = len(split.inputs) > 1 and constant(split.inputs[1]) is not None
+    return split if known and split.attributes.get_int("axis", 0) == -1 else None
+
+
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register a new constant."""
     number, unique = 0, name

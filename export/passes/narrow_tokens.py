@@ -7,7 +7,8 @@ tokens: a product then costs `n` tokens instead of `N`.
 
 A moved pick copies `n` tokens of each operand, where the operator read and wrote `N`: picks of at most
 half of the tokens are moved (`x[:, 1:]` is not), and only where nothing else reads the other tokens.
-Attention stays whole: its queries are alone, too, but kernels are made for as many queries as keys.
+Attention stays whole: its queries are alone, too, but kernels are made for as many queries as keys. So does a
+tuner's narrow layer that `join_siblings` makes columns of `qkv`, which reads all tokens: that is one product less.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from .linear import constant, initializer, replace, shape_of
+from .linear import constant, initializer, linear_from, replace, shape_of, split_behind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,7 @@ ELEMENTWISE = frozenset({
     "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu", "Where",
 })  # fmt: skip
 OVER_CHANNELS = frozenset({"LayerNormalization", "RMSNormalization", "LogSoftmax", "Softmax"})
+COLUMNS = 8  # times as wide at least as what is to be columns of it
 BANK = "bank/"  # tensors that a check puts others in the place of
 
 
@@ -133,6 +135,8 @@ def _sides(node: ir.Node, pick: Pick) -> list[int] | None:
         plain = all(shape is not None and len(shape) > 1 for shape in shapes)
         if not plain or pick.back != 2:
             return None
+        if _is_part(node):
+            return None
         values = values[:1]
     elif node.op_type in OVER_CHANNELS:
         rank = len(shape_of(node.outputs[0]) or ())
@@ -153,6 +157,19 @@ def _sides(node: ir.Node, pick: Pick) -> list[int] | None:
             return None
         sides.append(number)
     return sides or None
+
+
+def _is_part(matmul: ir.Node) -> bool:
+    """A layer is to be columns of a wide one, which reads the same and is cut apart behind."""
+    layer, x = linear_from(matmul), matmul.inputs[0]
+    if layer is None or x is None:
+        return False
+    least = COLUMNS * layer.weight.shape[1]
+    others = (linear_from(reader) for reader, _ in x.uses() if reader is not matmul)
+    return any(
+        other is not None and other.weight.shape[1] >= least and split_behind(other) is not None
+        for other in others
+    )
 
 
 def _pick(graph: ir.Graph, value: ir.Value, pick: Pick) -> ir.Value:

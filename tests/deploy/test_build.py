@@ -122,6 +122,17 @@ def test_the_plan_counts_products_and_keeps_attentions_whole(
         assert found["engine"] == found["backbone"]
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_fused_task_has_no_product_more_than_the_backbone(
+    activation: str, vit: Backbone, random_delta: Any, as_task: Any, tmp_path: Path
+) -> None:
+    delta = random_delta(vit, methods.dual_adapter(3, activation=activation))
+    bundle = export_bundle(
+        tmp_path / "one", vit, [as_task(delta)], max_batch=2, device=Device(threads=1)
+    )
+    assert bundle.plan["products"]["engine"] == bundle.plan["products"]["backbone"]
+
+
 def test_an_attention_that_fell_apart_is_refused(vit: Backbone) -> None:
     whole = calls_of(vit)
     engine = ir.from_proto(onnx.load_from_string(backbone_engine(vit)))

@@ -14,6 +14,7 @@ from onnx_ir.passes import common
 from utune_deploy.export.graph import Inputs, clean, trace
 from utune_deploy.export.macs import macs
 from utune_deploy.export.passes import rewrite
+from utune_deploy.export.passes.join_siblings import join_siblings
 from utune_deploy.export.passes.narrow_tokens import narrow_tokens
 from utune_deploy.merge.bank import stack
 from utune_deploy.merge.lower import lower
@@ -210,6 +211,29 @@ def test_the_last_block_of_a_vit_ends_with_one_token(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT * np.abs(wanted).max())
     said = [record for record in caplog.records if record.name.startswith("onnx_ir")]
     assert not said  # of values with a shape and no type
+
+
+def test_a_layer_that_becomes_columns_of_a_wide_one_keeps_its_tokens(
+    hand: Callable[..., ir.Model], apply: Callable[[ir.Model], int]
+) -> None:
+    """It is one product less; only what reads it is narrowed. One of half the width pays for itself."""
+    constants = {
+        **W, "Q": values(C, 48), "halves": ints(24, 24), "down": values(C, 6), "up": values(6, C)
+    }  # fmt: skip
+    nodes: Nodes = [
+        ("MatMul", ["x", "Q"], ["q"]),
+        ("Split", ["q", "halves"], ["q0", "q1"], {"axis": -1}),
+        ("MatMul", ["x", "down"], ["d"]),
+        ("Relu", ["d"], ["r"]),
+        ("MatMul", ["r", "up"], ["h"]),
+        FIRST,
+    ]
+    outputs = ["y", "q0", "q1"]
+    model = hand(X, nodes, constants, outputs)
+    assert apply(model) == 2
+    assert join_siblings(model) == 1
+    wide = {**constants, "down": values(C, 7), "up": values(7, C)}
+    assert apply(hand(X, nodes, wide, outputs)) == 3
 
 
 def test_tuners_of_the_last_block_are_narrowed_with_it(

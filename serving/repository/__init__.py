@@ -21,7 +21,7 @@ from ...merge.errors import IncompatibleArtefact, UsageError
 from ...merge.files import atomic_file, atomic_folder, refuse_existing
 from .. import protocol
 from ..registry import Registry
-from ..triton.aliases import (
+from ..triton.alias_folder import (
     ABOUT,
     NAME,
     SLOT_HERE,

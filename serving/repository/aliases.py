@@ -3,7 +3,7 @@
 Each is an ensemble, which Triton runs itself: a first step says the task's name once for each row, and
 the bundle's model answers. So all aliases share that model's one queue of batches, and none has a process
 or an engine of its own. The first step is one small model for all of them, NAME.task_names. In `native` it has an
-output per task; in `hot`, where tasks come and go, `triton/aliases.py` says what its outputs are.
+output per task; in `hot`, where tasks come and go, `triton/alias_folder.py` says what its outputs are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...export.engine import TASK
 from ...merge.errors import UsageError
-from ..triton.aliases import FIRST_STEP
+from ..triton.alias_folder import FIRST_STEP
 from .config import COMPANION, as_parameters, label_file
 
 if TYPE_CHECKING:

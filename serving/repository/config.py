@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...export.engine import LOGITS, TASK
 from ...merge.errors import IncompatibleArtefact
 from .. import protocol
-from ..triton.aliases import CONFIG, LABELS, labels_text
+from ..triton.alias_folder import CONFIG, LABELS, labels_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

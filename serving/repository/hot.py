@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ...merge.errors import UsageError
 from ..service import require_fitting_rows
 from ..tasks.commands import commands_config
-from ..triton.aliases import MARK
+from ..triton.alias_folder import MARK
 from ..triton.settings import SOCKETS, Settings
 from .config import COMPANION, as_parameters
 

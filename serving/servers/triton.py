@@ -35,7 +35,7 @@ from ..registry import MAX_DELAY_MS
 from ..rejections import ServerFailed
 from ..repository import write_repository
 from ..repository.options import ModelOptions
-from ..triton.aliases import is_alias
+from ..triton.alias_folder import is_alias
 from .ports import Addresses, free_port, host_port
 
 if TYPE_CHECKING:

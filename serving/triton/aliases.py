@@ -1,13 +1,7 @@
 """The alias of each task, NAME.TASK, which comes and goes with the task while Triton serves it (layout `hot`).
 
-An alias is an ensemble of NAME.task_names and NAME. The first of them has a fixed number of outputs, the slots: the alias
-maps the one of its own to NAME's input `task`, and NAME's process knows whose slot that is. So a task that comes
-needs one new folder, and no model is loaded anew.
-
-    NAME.TASK/config.pbtxt   the ensemble
-    NAME.TASK/labels.txt     the task's class names, where it has any
-    NAME.TASK/alias.json     {"of": NAME, "task": TASK, "slot": number}
-    NAME.TASK/N/             empty; N is the task's version
+The alias puts the number of its slot where a task's name is expected, and NAME's process knows whose slot that is. So a
+task that comes needs one new folder, see `alias_folder`, and no model is loaded anew.
 
 A folder comes and goes whole, by a rename. What a killed process left behind is put right by the next one's start. A slot
 is given out again only when all others were: what Triton has not yet forgotten leads nowhere, never to another task.
@@ -16,37 +10,40 @@ is given out again only when all others were: what Triton has not yet forgotten 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...merge.files import atomic_file
+from .alias_folder import (
+    ABOUT,
+    CONFIG,
+    FIRST_STEP,
+    LABELS,
+    MARK,
+    NAME,
+    SLOT_HERE,
+    TASK_HERE,
+    TEMPLATE,
+    about_json,
+    free_slot,
+    labels_text,
+    read_about,
+    read_slots,
+    renew,
+)
+from .tritonserver import control_mode, is_listening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..registry import Registry
     from ..tasks.versions import Version
 
 log = logging.getLogger(__name__)
-
-CONFIG, LABELS, ABOUT = "config.pbtxt", "labels.txt", "alias.json"
-TEMPLATE = "alias.pbtxt"
-"""Beside `model.py`: the configuration of an alias, with `TASK_HERE` and `SLOT_HERE` in it."""
-
-TASK_HERE, SLOT_HERE = "@task@", "@slot@"
-MARK = "\0"
-"""Before the number of a slot, where a task's name is expected: no task is called so."""
-
-SLOTS = 1024
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""What can be a model's folder."""
 
 SETTLING_SECONDS = 120.0
 """Longest that changes to what was there before wait for Triton, which may still be reading it."""
@@ -54,99 +51,8 @@ SETTLING_SECONDS = 120.0
 RESCAN_SECONDS = 1.0
 """How often the repository is read again for a slot that nobody knows, where nothing seems to have changed in it."""
 _WAIT_SECONDS = 0.1
-_LISTENS = "0A"  # a socket's state in /proc/net/tcp
-
-FIRST_STEP = ".task_names"
-"""Behind a bundle's name: the first step of its aliases."""
 
 NOT_READ = "Triton reads its repository at its start alone (--model-control-mode=none)"
-
-
-def read_slots(repository: Path, name: str) -> dict[int, str]:
-    """Which slot each alias in a repository has.
-
-    Args:
-        repository: The folder of all models.
-        name: The bundle's model.
-    """
-    slots = {}
-    for folder in repository.glob(f"{name}.*"):
-        if (about := _read_about(folder)) is not None and about["of"] == name:
-            slots[about["slot"]] = about["task"]
-    return slots
-
-
-def free_slot(slots: Mapping[int, str], count: int, last: int) -> int | None:
-    """The next slot after the one given out last that nobody has; None where all are taken."""
-    turn = ((last + step) % count for step in range(1, count + 1))
-    return next((slot for slot in turn if slot not in slots), None)
-
-
-def about_json(name: str, task: str, slot: int) -> str:
-    """The content of `alias.json`."""
-    return json.dumps({"of": name, "task": task, "slot": slot}) + "\n"
-
-
-def labels_text(labels: Iterable[str]) -> str:
-    """The content of `labels.txt`."""
-    return "".join(f"{label}\n" for label in labels)
-
-
-def is_alias(folder: Path) -> bool:
-    """Whether a model is an alias that we wrote."""
-    return _read_about(folder) is not None
-
-
-def renew(folder: Path, files: Mapping[str, str], number: int) -> bool:
-    """Bring an alias that is there to what these files say, and to one version; whether anything changed."""
-    changed = False
-    for name, text in files.items():
-        target = folder / name
-        if not target.is_file() or target.read_text() != text:
-            changed = True
-            with atomic_file(target) as temporary:
-                temporary.write_text(text)
-    there = [path for path in folder.iterdir() if path.name.isdecimal()]
-    others = [path for path in there if path.name != str(number)]
-    if len(others) == len(there):
-        if others:
-            others.pop().rename(folder / str(number))
-        else:
-            (folder / str(number)).mkdir()
-        changed = True
-    for path in others:
-        path.rmdir()
-        changed = True
-    return changed
-
-
-def control_mode(server: int) -> str:
-    """Triton's `--model-control-mode`, as the command line of its process says; its default where nothing does."""
-    words: list[str] = []
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{server}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    mode = "none"
-    for word, following in zip(words, (*words[1:], ""), strict=False):
-        option, is_given, value = word.partition("=")
-        if option == "--model-control-mode":
-            mode = value if is_given else following
-    return mode
-
-
-def is_listening(server: int) -> bool:
-    """Whether a process listens on a TCP port, as tritonserver does once all is loaded that it loads at its start."""
-    process = Path(f"/proc/{server}")
-    held = set()
-    for link in (process / "fd").glob("*"):
-        with contextlib.suppress(OSError):  # it was closed meanwhile
-            held.add(str(link.readlink()))
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            for line in (process / "net" / table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in held:
-                    return True
-    return False
 
 
 class Aliases:
@@ -388,7 +294,7 @@ class Aliases:
         return self._repository / self._alias(task)
 
     def _is_own(self, folder: Path, task: str) -> bool:
-        about = _read_about(folder)
+        about = read_about(folder)
         return about is not None and (about["of"], about["task"]) == (self._name, task)
 
     @contextlib.contextmanager
@@ -410,14 +316,3 @@ class Aliases:
         for path in self._repository.glob(f"{self._working}*"):
             if not Path(f"/proc/{path.name.removeprefix(self._working)}").exists():
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _read_about(folder: Path) -> dict[str, Any] | None:
-    """The content of an alias's `alias.json`; None where it is none of ours."""
-    try:
-        about = json.loads((folder / ABOUT).read_text())
-        if isinstance(about["slot"], int) and isinstance(about["task"], str) and about["of"]:
-            return about
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None

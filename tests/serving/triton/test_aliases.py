@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from utune_deploy.serving.repository.config import parse
 from utune_deploy.serving.repository.options import ModelOptions
 from utune_deploy.serving.tasks.versions import Version
 from utune_deploy.serving.triton import aliases
+from utune_deploy.serving.triton.alias_folder import free_slot, read_slots
 from utune_deploy.serving.triton.aliases import Aliases
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def test_a_start_puts_right_what_was_left(begin, repository, make_task, monkeypa
     assert ".other" in names(repository)
     found = read(repository / "tiny.owls")
     assert (found["labels.txt"], found[""]) == ("owls-0-0\nowls-0-1\nowls-0-2\n", "1")
-    slots = aliases.read_slots(repository, "tiny")
+    slots = read_slots(repository, "tiny")
     assert sorted(slots.values()) == ["cars", "flowers", "owls", "pets", "terns"]
 
 
@@ -253,12 +253,12 @@ def test_aliases_of_kept_tasks_outlive_a_written_repository(
     made, registry = begin()
     put(registry, make_task, "birds")
     made.follow("birds")
-    slots = aliases.read_slots(repository, "tiny")
+    slots = read_slots(repository, "tiny")
     options = ModelOptions(keep=tmp_path / "kept")
     write_repository(inputs_bundle, repository, options=options, **settings)
-    assert aliases.read_slots(repository, "tiny") == slots
+    assert read_slots(repository, "tiny") == slots
     write_repository(inputs_bundle, repository, **settings)
-    assert "birds" not in aliases.read_slots(repository, "tiny").values()
+    assert "birds" not in read_slots(repository, "tiny").values()
 
 
 def test_many_tasks_have_slots_of_their_own(begin, repository, make_task):
@@ -266,57 +266,13 @@ def test_many_tasks_have_slots_of_their_own(begin, repository, make_task):
     for number in range(300):
         put(registry, make_task, f"t{number}")
         made.follow(f"t{number}")
-    slots = aliases.read_slots(repository, "tiny")
+    slots = read_slots(repository, "tiny")
     assert len(slots) == 303
     assert made.tasks_of([f"\0{slot}" for slot in slots]) == list(slots.values())
 
 
 def test_slots_go_round():
-    assert aliases.free_slot({}, 3, -1) == 0
-    assert aliases.free_slot({}, 3, 2) == 0
-    assert aliases.free_slot({1: "a"}, 3, 0) == 2
-    assert aliases.free_slot({0: "a", 1: "b", 2: "c"}, 3, 1) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, as Triton's Linux has it")
-@pytest.mark.parametrize(
-    ("words", "mode"),
-    [
-        (["--model-control-mode=poll"], "poll"),
-        (["--model-control-mode", "explicit"], "explicit"),
-        (["--other"], "none"),
-    ],
-)
-def test_the_servers_command_line_says_its_mode(words, mode):
-    script = "import sys; print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        process.stdout.readline()
-        assert aliases.control_mode(process.pid) == mode
-        process.stdin.close()
-    assert aliases.control_mode(process.pid) == "none"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, as Triton's Linux has it")
-def test_a_process_is_seen_to_listen():
-    code = """
-import socket, sys
-kind = getattr(socket, sys.argv[1])
-with socket.socket(kind) as own:
-    own.bind(("::1" if kind == socket.AF_INET6 else "127.0.0.1", 0))
-    print(flush=True); sys.stdin.readline()
-    own.listen()
-    print(flush=True); sys.stdin.readline()
-"""
-    for kind in ["AF_INET", *(["AF_INET6"] if socket.has_ipv6 else [])]:
-        with subprocess.Popen(
-            [sys.executable, "-c", code, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:  # fmt: skip
-            process.stdout.readline()
-            assert not aliases.is_listening(process.pid)
-            print(file=process.stdin, flush=True)
-            process.stdout.readline()
-            assert aliases.is_listening(process.pid)
-            print(file=process.stdin, flush=True)
-    assert not aliases.is_listening(process.pid)
+    assert free_slot({}, 3, -1) == 0
+    assert free_slot({}, 3, 2) == 0
+    assert free_slot({1: "a"}, 3, 0) == 2
+    assert free_slot({0: "a", 1: "b", 2: "c"}, 3, 1) is None

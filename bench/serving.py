@@ -185,36 +185,25 @@ def changes(options) -> dict:
         mix = np.random.default_rng(number)
         count = int(mix.integers(1, 4))
         rows = mix.integers(len(images), size=count)
-        if number % 4 == 0:  # a task that comes and goes, alone: it may be gone
-            name = packs[number // 4 % len(packs)][1]
+        if number % 16 == 0:  # a task that comes and goes, alone: it may be gone
+            name = packs[number // 16 % len(packs)][1]
             return rows[:1], [name], [known[name, rows[0]][None], None]
         tasks = [names[i] for i in mix.integers(len(names), size=count)]
         return rows, tasks, [np.stack([known[t, r] for t, r in zip(tasks, rows, strict=True)])]
-
-    def steady(number: int):
-        rows, tasks, accepted = plan(number * 4 + 1)
-        return rows, tasks, accepted
 
     results = []
     with server(options.bundle) as (_, addresses):
         for concurrency in options.concurrency:
             entry = {"concurrency": concurrency}
             for mode in ("still", "changing"):
-                seen, stop, changed = Seen(), threading.Event(), []
-                if mode == "changing":
-                    changer = threading.Thread(
-                        target=_change, args=(addresses, packs, stop, changed)
-                    )
-                    changer.start()
-                asyncio.run(
-                    callers(
-                        addresses, bundle.name, images, plan if mode == "changing" else steady,
-                        options.fronts, concurrency, options.seconds, seen,
-                    )
-                )  # fmt: skip
-                stop.set()
-                if mode == "changing":
-                    changer.join()
+                seen, changed = Seen(), []
+                with _further(addresses, packs, changed if mode == "changing" else None):
+                    asyncio.run(
+                        callers(
+                            addresses, bundle.name, images, plan,
+                            options.fronts, concurrency, options.seconds, seen,
+                        )
+                    )  # fmt: skip
                 took = np.array(seen.ended) - np.array(seen.begun)
                 during = _during(seen, changed)
                 entry[mode] = {
@@ -229,6 +218,31 @@ def changes(options) -> dict:
             results.append(entry)
             print(_line(entry), flush=True)
     return {"runs": results, "tasks": len(names), "seconds": options.seconds}
+
+
+@contextlib.contextmanager
+def _further(addresses, packs, changed: list | None):
+    """The further tasks are served: they stay as they are, or come and go, which `changed` then lists.
+
+    The load is the same in both, and asks them about as often as the others: a task that is asked more than
+    its share waits longer, whatever changes.
+    """
+    with Client(f"grpc://{addresses['grpc']}", deadline_s=60) as client:
+        if changed is None:
+            for data, _ in packs:
+                client.add(data)
+            yield
+            for _, name in packs:
+                client.remove(name)
+            return
+    stop = threading.Event()
+    changer = threading.Thread(target=_change, args=(addresses, packs, stop, changed))
+    changer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        changer.join()
 
 
 def _change(addresses, packs, stop, changed) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..backbone import read_tensors
 from ..errors import UsageError
-from ..pickles import read_pickle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,16 +16,6 @@ if TYPE_CHECKING:
 ARGUMENTS = ("args", "opt")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")  # moving averages of the weights
 CHOICE = "weights"
-
-
-def read_saved(path: Path) -> Any:
-    """A torch checkpoint, no code of which is run, or the tensors of a safetensors file.
-
-    Raises:
-        UsageError: There is no such file.
-        IncompatibleArtefact: It is damaged, or holds objects other than tensors and plain containers.
-    """
-    return read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def arguments_of(saved: Any, names: Sequence[str] = ARGUMENTS) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..preprocessing import Preprocessing
 from ..sites import blocks
+from ..tensor_files import read_saved
 from ..tuner import Branch, Point
 from ..tuners.bias import Bias
 from ..tuners.bottleneck import Bottleneck
 from ..tuners.prefix import Prefix
-from .containers import contained, read_saved
+from .containers import contained
 from .foreign import (
     Foreign,
     bare_name,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backbone.transformers.config import CALLED
 from ..differences import carry, subtract
 from ..errors import UsageError
-from ..published import CALLED
 from ..sites import blocks
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck

@@ -11,10 +11,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ..backbone import read_tensors
 from ..errors import IncompatibleArtefact, UsageError
-from ..pickles import read_pickle
 from ..preprocessing import Preprocessing
+from ..tensor_files import read_saved
 from .foreign import Foreign, bare_name, named_module, refuse
 from .modelscope import CROP
 
@@ -239,9 +238,7 @@ def state_dict(file: Path) -> dict[str, Tensor]:
         UsageError: There is no such file.
         IncompatibleArtefact: It is malformed, unsafe, or no state dict.
     """
-    if file.suffix == ".safetensors":
-        return read_tensors(file)
-    saved = read_pickle(file)
+    saved = read_saved(file)
     saved = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
     if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
         raise refuse(file, "the file is no state dict", found=type(saved).__name__)

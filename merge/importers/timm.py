@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..backbone import read_tensors
 from ..differences import Ranks, carry, say_truncation, subtract
 from ..errors import UsageError
-from ..pickles import read_pickle
+from ..tensor_files import read_saved
 from .foreign import Foreign, other_backbone, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-    from typing import Any
 
     from ..backbone import Backbone
     from .settings import Settings
@@ -80,8 +78,7 @@ def _state_dict(path: Path, chosen: str | None) -> Mapping[str, Tensor]:
         UsageError: Several state dicts and none chosen, or the chosen one is not there.
         IncompatibleArtefact: The file holds none.
     """
-    saved: Any
-    saved = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    saved = read_saved(path)
     if not isinstance(saved, dict):
         raise refuse(path, "the file holds no state dict", found=type(saved).__name__)
     parts = {key: saved[key] for key in CONTAINERS if isinstance(saved.get(key), dict)}

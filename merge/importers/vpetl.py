@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..methods import adapters
 from ..sites import blocks
+from ..tensor_files import read_saved
 from ..tuner import Branch, Point
 from ..tuners.bottleneck import Bottleneck
-from .containers import arguments_of, contained, read_saved
+from .containers import arguments_of, contained
 from .foreign import (
     Foreign,
     bare_name,

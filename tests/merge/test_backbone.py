@@ -14,18 +14,11 @@ from safetensors.torch import load_file, save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from utune_deploy.merge.backbone import (
-    DESCRIPTION,
-    WEIGHTS,
-    create,
-    fingerprint,
-    load,
-    read_tensors,
-    save,
-    wrap,
-)
+from utune_deploy.merge.backbone import create, fingerprint, load, save, wrap
+from utune_deploy.merge.backbone.folder import DESCRIPTION, WEIGHTS
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError, UtuneError
 from utune_deploy.merge.preprocessing import Clip, Preprocessing
+from utune_deploy.merge.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
 from utune_deploy.merge.attach import Tuned
 from utune_deploy.merge.backbone import load, wrap
+from utune_deploy.merge.backbone.transformers.config import set_eps
 from utune_deploy.merge.bank import stack
 from utune_deploy.merge.delta import load_delta, require_backbone, save_delta
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
@@ -27,7 +28,6 @@ from utune_deploy.merge.fold import fold, refusals
 from utune_deploy.merge.importers.peft import KINDS, read_peft
 from utune_deploy.merge.mixed import Mixed
 from utune_deploy.merge.preprocessing import Preprocessing
-from utune_deploy.merge.published import set_eps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utune_deploy.merge.backbone.transformers.processor import PROCESSOR, read_processor
 from utune_deploy.merge.errors import IncompatibleArtefact
 from utune_deploy.merge.preprocessing import Preprocessing
-from utune_deploy.merge.processor import PROCESSOR, read_processor
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...backbone.transformers.processor import PROCESSOR, read_processor
 from ...errors import IncompatibleArtefact
 from ...parallel import read_inside
-from ...processor import PROCESSOR, read_processor
 from ...sites import measure
 from .adapter import Adapter
 from .ia3 import read_ia3

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import Seam
-from ...backbone import read_tensors
-from ...counterparts import Counterparts, Place
+from ...backbone.transformers.counterparts import Counterparts, Place
 from ...errors import IncompatibleArtefact, UsageError
 from ...parallel import read_inside
 from ...pickles import read_pickle
+from ...tensor_files import read_tensors
 from ..foreign import Foreign, differing, named_module, other_backbone, refuse, some
 from .layer import Layer
 from .state import MAGNITUDE, TUNED, is_whole, split

@@ -17,7 +17,7 @@ from ...tuners.kronecker import Kronecker
 from .parts import joined, spread
 
 if TYPE_CHECKING:
-    from ...counterparts import Place
+    from ...backbone.transformers.counterparts import Place
     from ...tuner import Tuner, Weights
     from .adapter import Adapter
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import IncompatibleArtefact
-from ..containers import arguments_of, read_saved
+from ...tensor_files import read_saved
+from ..containers import arguments_of
 from ..foreign import some
 from .clip4clip import read_clip4clip
 from .clip_vil import read_clip_vil

@@ -10,8 +10,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from .errors import IncompatibleArtefact
-from .preprocessing import Preprocessing
+from ...errors import IncompatibleArtefact
+from ...preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .errors import IncompatibleArtefact
+from ...errors import IncompatibleArtefact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

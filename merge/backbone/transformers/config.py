@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import IncompatibleArtefact
-from .tuners.bottleneck import ACTIVATIONS
+from ...errors import IncompatibleArtefact
+from ...tuners.bottleneck import ACTIVATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 EPS = "layer_norm_eps"
 """An argument of timm's models here: the eps of all layer norms."""
-PICKLED = (".bin", ".pth", ".pt")
 FILES = ("model.safetensors", "pytorch_model.bin")
 CALLED = {  # transformers' name of an activation, and ours
     "gelu": "gelu",
@@ -35,11 +34,20 @@ CALLED = {  # transformers' name of an activation, and ours
     "swish": "silu",
 }
 VISION = "vision_model."
+CONFIG = "config.json"
 
 
 def weights_of(folder: Path) -> Path | None:
     """The file of a folder's weights."""
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def model_type(path: Path) -> str | None:
+    """What a configuration says; None where it cannot be read, which who reads it says."""
+    try:
+        return json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def of_pictures(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ from ..merge.files import atomic_folder, refuse_existing
 from ..merge.lower import in_double, lower
 from ..merge.rows import Rows
 from ..merge.sites import measure
+from .bank_inputs import bank_inputs
 from .begin import manifest_tasks, require_one_kind_of_answer
 from .check import check_engine
-from .graphs import bank_inputs
 from .held import require_runnable, require_same_backbone
 from .reference import Evidence
 

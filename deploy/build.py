@@ -16,11 +16,11 @@ from ..merge.calls import calls_of
 from ..merge.errors import CheckFailed, UsageError
 from ..merge.files import atomic_folder
 from ..merge.memory import give_back
+from .bank_inputs import bank_inputs
 from .begin import begin
 from .check import check_engine
 from .files import write_bank, write_graph
 from .graphs import (
-    bank_inputs,
     counted,
     fan_out_graph,
     finish,
@@ -119,7 +119,7 @@ def export_bundle(
     made += [fan_out_graph(backbone, groups)] if fan_out and plan.mode != FAN_OUT else []
     progress("rewrite")
     held = made[0].bank if plan.bank == "inputs" else None
-    exact = [bank_inputs(held.tensors, "fp32") if held is not None else {}, {}]
+    exact = [bank_inputs(held.tensors) if held is not None else {}, {}]
     numerics = numerics.with_examples(
         precision, backbone, evidence, [delta.task for delta in deltas]
     )

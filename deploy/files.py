@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from ..export.engine import BANK_PREFIX
 from ..export.precision import HALF
 from ..export.streamed import fill, write_engine, write_tensors
-from .graphs import bank_inputs
+from .bank_inputs import bank_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

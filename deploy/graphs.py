@@ -13,7 +13,7 @@ from ..export.graph import Inputs, clean, merge_equal, serialise, specs, trace
 from ..export.macs import macs
 from ..export.passes import APART, CPU_PASSES, CUDA_PASSES, HALF_PASSES, PASSES, rewrite
 from ..export.passes.gathered import RANKS
-from ..export.precision import HALF, ON_CUDA, QUANTISED, to_half
+from ..export.precision import HALF, ON_CUDA, QUANTISED
 from ..export.products import products
 from ..merge.backbone import create
 from ..merge.bank import NO_ROOM, Bank, Room, Slot, slots_of, stack
@@ -237,16 +237,6 @@ def finish(
         rewritten |= rewrite(model, CUDA_PASSES if precision in ON_CUDA else CPU_PASSES)
         common.TopologicalSortPass()(model)
     return Finished(rewritten, typing)
-
-
-def bank_inputs(
-    tensors: Mapping[str, torch.Tensor], precision: str
-) -> dict[str, NDArray[np.generic]]:
-    """The bank by input name, in the type in which the engine reads it."""
-    arrays = {f"bank/{key}": tensor.float().numpy() for key, tensor in tensors.items()}
-    if precision not in HALF:
-        return arrays
-    return {name: to_half(array, precision)[0] for name, array in arrays.items()}
 
 
 def backbone_engine(backbone: Backbone, precision: str = "fp32") -> bytes:

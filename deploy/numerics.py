@@ -7,7 +7,6 @@ every way that `check` knows, then quantised, and the result is held to the floa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from ..export.saturation import AUTO, retype_audited
 from ..export.targets.onnxruntime import OnnxRuntimeSession
 from ..merge.errors import CheckFailed, MissingDependency, UsageError
 from ..merge.rows import Rows
+from .bank_inputs import bank_inputs
 from .calibration import noise, of_pictures
 
 if TYPE_CHECKING:
@@ -125,15 +125,12 @@ class Numerics:
         names = [value.name or "" for value in model.graph.inputs]
         if isinstance(bank, Rows):
             names += [name for name in model.graph.initializers if name.startswith(BANK_PREFIX)]
-            examples = self.calibration.examples(names, partial(_some, bank), at_once=AUDITED)
+            examples = self.calibration.examples(
+                names, lambda numbers: bank_inputs(bank.some(numbers)), at_once=AUDITED
+            )
         else:
             examples = self.calibration.examples(names, bank or {}, at_once=AUDITED)
         return retype_audited(model, precision, self.keep, examples)
-
-
-def _some(rows: Rows, numbers: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """Some rows of a bank, by the names that the engine reads."""
-    return {f"{BANK_PREFIX}{key}": tensor.numpy() for key, tensor in rows.some(numbers).items()}
 
 
 def require(precision: str, target: str, keep: Sequence[str], *, calibrated: bool) -> None:

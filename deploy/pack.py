@@ -23,8 +23,8 @@ from ..merge.errors import IncompatibleArtefact, UsageError
 from ..merge.lower import in_double, lower
 from ..merge.sites import measure
 from ..serving.tasks.packed import Packed, Probe, layout_json
+from .bank_inputs import bank_inputs
 from .begin import manifest_tasks
-from .graphs import bank_inputs
 from .reference import in_dtype, in_torch
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from ..export.targets.tensorrt.tuner_names import require_nothing_else, tuner_na
 from ..merge.calls import calls_of
 from ..merge.errors import BuildFailed, CheckFailed, UsageError
 from ..merge.files import atomic_folder, canonical_json
+from .bank_inputs import bank_inputs
 from .begin import begin
 from .check import check_engine
-from .graphs import bank_inputs, finish, graph_of, inputs_of, require_whole_attentions
+from .graphs import finish, graph_of, inputs_of, require_whole_attentions
 from .numerics import Numerics, Proved, require, shrink
 from .reference import Evidence
 
@@ -127,7 +128,7 @@ def export_tensorrt(
     progress("rewrite")
     plan = begun.plan
     stacked = made.bank.tensors if plan.bank == "inputs" and made.bank is not None else {}
-    tensors, exact = bank_inputs(stacked, precision), bank_inputs(stacked, "fp32")
+    tensors, exact = bank_inputs(stacked, precision), bank_inputs(stacked)
     numerics = numerics.with_examples(
         precision, backbone, evidence, [delta.task for delta in begun.deltas]
     )

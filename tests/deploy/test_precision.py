@@ -10,11 +10,11 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from utune_deploy.deploy.add import add_tasks
+from utune_deploy.deploy.bank_inputs import bank_inputs
 from utune_deploy.deploy.bench.report import TIMED, TIMED_ON_DEVICE
 from utune_deploy.deploy.bench.subject import Resident, open_subject
 from utune_deploy.deploy.build import export_bundle
 from utune_deploy.deploy.check import check_engine
-from utune_deploy.deploy.graphs import bank_inputs
 from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from utune_deploy.deploy.bank_inputs import bank_inputs
 from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.files import write_bank, write_graph
-from utune_deploy.deploy.graphs import bank_inputs, finish, graph_of
+from utune_deploy.deploy.graphs import finish, graph_of
 from utune_deploy.deploy.numerics import Numerics
 from utune_deploy.deploy.plan import make_plan
 from utune_deploy.deploy.reference import Evidence

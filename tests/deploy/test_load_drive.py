@@ -10,22 +10,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from loads import GOOD, target_at, traffic_of
 
 from utune_deploy.deploy.load.answers import UNREADABLE
 from utune_deploy.deploy.load.drive import drive, run_precisely
 from utune_deploy.deploy.load.numbers import numbers
-from utune_deploy.deploy.load.rows import draw_rows
 from utune_deploy.deploy.load.run import load
 from utune_deploy.deploy.load.step import CLOSED, CONSTANT, POISSON, Settings, Step
-from utune_deploy.deploy.load.target import Target
-from utune_deploy.deploy.load.traffic import write_traffic
 from utune_deploy.deploy.load.wire import open_wire
 from utune_deploy.merge.errors import CheckFailed
-from utune_deploy.serving.client.address import parse
-from utune_deploy.serving.client.calls import ModelFacts
 from utune_deploy.serving.rejections import Overloaded, Unreachable
-
-GOOD = {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1.5]}]}
 
 
 def answer(value, status="200 OK"):
@@ -70,23 +64,6 @@ def fake(reply):
     finally:
         box["loop"].call_soon_threadsafe(box["stop"].set)
         thread.join()
-
-
-def target_at(url, tasks=(), **inputs):
-    inputs = inputs or {"images": ("FP32", (3,))}
-    return Target(parse(url), "fake", ModelFacts(8, inputs), tuple(tasks))
-
-
-def traffic_of(target, **settings):
-    settings = {
-        "batch": 1,
-        "mix": "uniform",
-        "encoding": "binary",
-        "seed": 0,
-        "source": "",
-        **settings,
-    }
-    return write_traffic(target, draw_rows(target, 0), **settings)
 
 
 def driven(url, step, **settings):

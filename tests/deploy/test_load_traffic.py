@@ -6,35 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from loads import GOOD, target_at, traffic_of
 
 from utune_deploy.deploy.load.answers import NUMBERS, ROWS, UNREADABLE, fault
 from utune_deploy.deploy.load.rows import draw_rows, read_rows
-from utune_deploy.deploy.load.target import Target
-from utune_deploy.deploy.load.traffic import write_traffic
 from utune_deploy.deploy.load.wire import OK, Reply
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
-from utune_deploy.serving.client.address import parse
-from utune_deploy.serving.client.calls import ModelFacts
-
-GOOD = {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1.5]}]}
-
-
-def target_at(url, tasks=(), **inputs):
-    inputs = inputs or {"images": ("FP32", (3,))}
-    return Target(parse(url), "fake", ModelFacts(8, inputs), tuple(tasks))
-
-
-def traffic_of(target, **settings):
-    settings = {
-        "batch": 1,
-        "mix": "uniform",
-        "encoding": "binary",
-        "seed": 0,
-        "source": "",
-        **settings,
-    }
-    return write_traffic(target, draw_rows(target, 0), **settings)
-
 
 # answers
 

@@ -70,6 +70,8 @@ class Framing(HttpToolsProtocol):
     def _give_up(self) -> None:
         if self.flow.read_paused:  # it is we who do not read
             self._await_more()
+        elif not self._in_head and self.cycle is None:  # it never asked: an answer would puzzle it
+            self.transport.close()
         elif not self._refusal:
             sentence = f"nothing came of a request for {SILENCE_SECONDS:g} s"
             self._refuse(b"408 Request Timeout", sentence)

@@ -188,6 +188,8 @@ def main() -> None:
                     for callers in (1, asked.callers):
                         figures = measure(bundle, server, callers, asked.seconds)
                         found.setdefault((name, callers), []).append(figures)
+                        said = ", ".join(f"{key} {value:.1f}" for key, value in figures.items())
+                        print(f"{name}, {callers} callers: {said}", flush=True)
         with serving(asked.bundle, *variants["ray, 2 nodes"]) as server:
             calls = Callers(bundle, server.address, asked.callers)
             with calls.calling():

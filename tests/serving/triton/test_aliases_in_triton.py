@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -324,3 +325,68 @@ def test_a_task_is_added_where_triton_reads_no_folder_and_the_answer_says_so(
             shutil.rmtree(tmp_path / "again" / part)
         for left in (tmp_path / "again").glob("drained-*"):
             left.rename(models / left.name.removeprefix("drained-"))
+
+
+@pytest.mark.parametrize("settings", [{"force": True, "aliases": True}, {"new_version": True}])
+def test_a_repository_may_be_written_anew_while_it_is_served(
+    inputs_bundle, triton_environment, make_task, tmp_path, monkeypatch, settings
+):
+    """Requests may be refused while a model is replaced; no answer is another task's."""
+    options = ModelOptions(task_control=True, keep=tmp_path / "kept", rows=8)
+    birds = make_task("birds", 3, seed=1)
+    models = tmp_path / "models"
+    write_repository(inputs_bundle, models, device=ONE, options=options, aliases=True)
+    with (
+        started(triton_environment, tmp_path, "poll", monkeypatch) as address,
+        Client(f"http://{address}", deadline_s=30) as client,
+        http.InferenceServerClient(address) as web,
+    ):
+        assert client.add(birds.data).alias == "tiny.birds"
+        until(lambda: web.is_model_ready("tiny.birds"))
+        more = replace(options, rows=9)
+        write_repository(inputs_bundle, models, device=ONE, options=more, **settings)
+
+        def rows() -> str:
+            return web.get_model_config("tiny")["parameters"]["rows"]["string_value"]
+
+        def settled(task: str) -> bool:
+            try:
+                return answers_as(
+                    web, f"tiny.{task}", birds if task == "birds" else make_task(task)
+                )
+            except InferenceServerException:
+                return False
+
+        version = "2" if "new_version" in settings else "1"
+        until(lambda: web.is_model_ready("tiny", version) and rows() == "9")
+        for task in ("birds", "pets", "cars", "flowers"):
+            until(lambda task=task: settled(task))
+        assert {task.name for task in client.tasks()} == {"birds", "pets", "cars", "flowers"}
+        client.remove("birds")
+        until(lambda: not web.is_model_ready("tiny.birds"))
+
+
+def test_a_model_of_the_aliases_name_stays_what_it_is(
+    inputs_bundle, triton_environment, make_task, tmp_path, monkeypatch
+):
+    models = tmp_path / "models"
+    options = ModelOptions(task_control=True, rows=8)
+    write_repository(inputs_bundle, models, device=ONE, options=options, aliases=True)
+    shutil.copytree(models / "tiny.pets", models / "tiny.birds")  # somebody else's ensemble
+    (models / "tiny.birds/alias.json").unlink()
+    config = (models / "tiny.birds/config.pbtxt").read_text()
+    (models / "tiny.birds/config.pbtxt").write_text(config.replace("tiny.pets", "tiny.birds"))
+    before = {path.name for path in (models / "tiny.birds").iterdir()}
+    birds = make_task("birds", 3, seed=1)
+    with (
+        started(triton_environment, tmp_path, "poll", monkeypatch) as address,
+        Client(f"http://{address}", deadline_s=30) as client,
+        http.InferenceServerClient(address) as web,
+    ):
+        added = client.add(birds.data)
+        assert (added.alias, added.no_alias) == (None, "another model is called tiny.birds")
+        assert birds.answers(IMAGES[:1], client.ask_many(IMAGES[:1], tasks="birds")[0].logits[None])
+        assert answers_as(web, "tiny.birds", make_task("pets"))
+        client.remove("birds")
+        assert {path.name for path in (models / "tiny.birds").iterdir()} == before
+        assert web.is_model_ready("tiny.birds")

@@ -20,6 +20,7 @@ from utune_deploy.serving.rejections import ServerFailed
 from utune_deploy.serving.servers import server, triton
 from utune_deploy.serving.servers.ports import listen
 
+SHARED, PREFIX = Path("/dev/shm"), "shm-region-prefix-name="
 FACTS = {
     "python": "3.11",
     "libdir": "lib",
@@ -214,17 +215,19 @@ def test_a_signal_ends_the_real_one_with_0_and_leaves_nothing(
     child, bundle, triton_environment, number
 ):
     settings = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "device": Device(threads=1)}
-    before = set(Path("/dev/shm").glob("utune_*"))
     with child("triton", bundle, environment=triton_environment, **settings) as process:
         assert process.stdout.readline(), process.stderr.read()
         family = psutil.Process(process.pid).children(recursive=True)
         assert {"tritonserver", "triton_python_b"} <= {member.name()[:15] for member in family} or (
             len(family) >= 2
         )
+        words = [word for member in family for word in member.cmdline()]
+        (memory,) = {w.partition(PREFIX)[2] for w in words if PREFIX in w}
+        assert list(SHARED.glob(f"{memory}*"))
         os.kill(process.pid, number)
         assert process.wait() == 0
         assert process.stderr.read() == ""
     # The group is killed before its leader is waited for; init may still be reaping its orphans.
     while any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in family):
         time.sleep(0.01)
-    assert set(Path("/dev/shm").glob("utune_*")) <= before
+    assert not list(SHARED.glob(f"{memory}*"))

@@ -105,7 +105,7 @@ class Aliases:
         self._looked = time.monotonic()
 
     def start(self) -> None:
-        """Write the aliases that lack; put the others right when Triton has read them.
+        """Write the aliases that lack; put the others right when Triton has read them. The end of `initialize`.
 
         Triton may be about to load what was there before, and what vanishes then is a model that fails.
         """
@@ -232,6 +232,10 @@ class Aliases:
 
     def _put_right(self) -> None:
         """What `start` left for later."""
+        # A load, in which Triton keeps Python's lock, waits for the load before it. That may be this model's own, which
+        # needs the lock as long as `initialize` has not returned.
+        if self._closing.wait(_WAIT_SECONDS):
+            return
         try:
             if not self._wait(lambda: is_listening(os.getppid())) and self._mode == "explicit":
                 return

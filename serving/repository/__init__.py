@@ -23,6 +23,7 @@ from .. import protocol
 from ..registry import Registry
 from ..triton.alias_folder import (
     ABOUT,
+    LAST,
     NAME,
     SLOT_HERE,
     SLOTS,
@@ -31,6 +32,7 @@ from ..triton.alias_folder import (
     about_json,
     free_slot,
     is_alias,
+    read_last,
     read_slots,
     renew,
 )
@@ -110,7 +112,8 @@ def write_repository(
 
     Raises:
         UsageError: A model is already there, or is not there to have a version added; or its name cannot be
-            a folder's; or the layout does not have what is asked of it.
+            a folder's, or is that of a model which is none of the bundle's; or the layout does not have what is
+            asked of it.
         IncompatibleArtefact: The bundle cannot be served, or its tensors differ from those of versions that
             stay.
         BuildFailed: A graph is too large for one file.
@@ -142,6 +145,7 @@ def write_repository(
                 found=model.name,
                 do="export it under another name",
             )
+        _require_own(repository / model.name, None if model is models[0] else bundle.name)
     if new_version:
         version = _next_version(repository, models)
         for model in models:
@@ -223,11 +227,11 @@ def _aliases(
     registry, main = Registry(bundle), others[0].fields
     outputs, said_by = registry.names, {task: task for task in registry.names}
     if isinstance(layout, Hot):
-        said_by, count = _slots(registry, repository)
+        said_by, count, last = _slots(registry, repository)
         outputs = tuple(map(str, range(count)))
         main["parameters"].update(config.as_parameters({ALIAS_SLOTS: str(count)}))
         template, _ = alias.alias_fields(registry, main, TASK_HERE, SLOT_HERE)
-        others[0] = replace(others[0], fill=partial(_fill_both, others[0].fill, template))
+        others[0] = replace(others[0], fill=partial(_fill_both, others[0].fill, template, last))
     fields = alias.names_fields(registry, main, outputs)
     layout.finish_names(fields)
     rows = alias.smallest_input(registry)
@@ -245,24 +249,33 @@ def _aliases(
     return models
 
 
-def _slots(registry: Registry, repository: Path) -> tuple[dict[str, str], int]:
-    """The slot of each task's alias, and how many there are; an alias that is there keeps its own."""
+def _slots(registry: Registry, repository: Path) -> tuple[dict[str, str], int, int]:
+    """The slot of each task's alias, how many there are, and the last that was given out.
+
+    An alias that is there keeps its own. That of one which went is not the next to be given out: a tritonserver may
+    have it loaded still.
+    """
     taken = read_slots(repository, registry.name)
     known = {task: slot for slot, task in taken.items()}
-    count, last = SLOTS, max(taken, default=-1)
-    while count < 2 * len(registry.names) or count <= last:
+    count = SLOTS
+    while count < 2 * len(registry.names) or count <= max(taken, default=-1):
         count *= 2
+    versions = (repository / registry.name).glob("[0-9]*")
+    last = max([*taken, *map(read_last, versions)], default=-1)
     for task in registry.names:
         if task not in known:
             last = known[task] = cast("int", free_slot(taken, count, last))
             taken[last] = task
-    return {task: str(known[task]) for task in registry.names}, count
+    return {task: str(known[task]) for task in registry.names}, count, last
 
 
-def _fill_both(fill: Callable[[Path], None], template: Mapping[str, Any], version: Path) -> None:
-    """The version of a model that writes aliases itself: what it has else, and their configuration."""
+def _fill_both(
+    fill: Callable[[Path], None], template: Mapping[str, Any], last: int, version: Path
+) -> None:
+    """The version of a model that writes aliases itself: what it has else, and what they are made of."""
     fill(version)
     (version / TEMPLATE).write_text(config.write(template))
+    (version / LAST).write_text(f"{last}\n")
 
 
 def _nothing(version: Path) -> None:
@@ -357,6 +370,20 @@ def _next_version(repository: Path, models: list[Model]) -> int:
                 do="serve the newest version alone (--keep-versions 1), or write it under another name",
             )
     return max(numbers) + 1
+
+
+def _require_own(folder: Path, owner: str | None) -> None:
+    """Refuse to write over a model that stands beside another one than this owner, or beside none.
+
+    Raises:
+        UsageError: It is somebody else's.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and _companion_of(folder) != owner:
+        raise UsageError(
+            "another model has the name",
+            where=folder,
+            do="name another repository, or move that model; an alias can also be left out",
+        )
 
 
 def _tensors(model: Any) -> list[str]:

@@ -24,6 +24,9 @@ CONFIG, LABELS, ABOUT = "config.pbtxt", "labels.txt", "alias.json"
 TEMPLATE = "alias.pbtxt"
 """Beside `model.py`: the configuration of an alias, with `TASK_HERE` and `SLOT_HERE` in it."""
 
+LAST = "alias.last"
+"""Beside `model.py`: the slot that was given out last when the repository was written."""
+
 TASK_HERE, SLOT_HERE = "@task@", "@slot@"
 SLOTS = 1024
 MARK = "\0"
@@ -54,6 +57,14 @@ def free_slot(slots: Mapping[int, str], count: int, last: int) -> int | None:
     """The next slot after the one given out last that nobody has; None where all are taken."""
     turn = ((last + step) % count for step in range(1, count + 1))
     return next((slot for slot in turn if slot not in slots), None)
+
+
+def read_last(version: Path) -> int:
+    """The slot that was given out last when a version of NAME was written; -1 where it does not say."""
+    try:
+        return int((version / LAST).read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def about_json(name: str, task: str, slot: int) -> str:

@@ -32,6 +32,7 @@ from .alias_folder import (
     free_slot,
     labels_text,
     read_about,
+    read_last,
     read_slots,
     renew,
 )
@@ -98,14 +99,17 @@ class Aliases:
         self._read = self._written()
         self._slots = read_slots(self._repository, self._name)
         self._said = {f"{MARK}{slot}": task for slot, task in self._slots.items()}
-        self._last = max(self._slots, default=-1)
+        self._last = max([*self._slots, read_last(model / version)])
+        self._began_as = self._program()
+        self._is_late = False  # whether Triton was up before this process
         self._looked = time.monotonic()
 
     def start(self) -> None:
-        """Write the aliases that lack; put the others right when Triton has read them.
+        """Write the aliases that lack; put the others right when Triton has read them. The end of `initialize`.
 
         Triton may be about to load what was there before, and what vanishes then is a model that fails.
         """
+        self._is_late = is_listening(os.getppid())
         with self._lock:
             for task in self._registry.versions:
                 if not self._folder(task).exists():
@@ -175,8 +179,8 @@ class Aliases:
         """Have the alias there; why it is not."""
         if not NAME.fullmatch(task):
             return "a task of this name cannot be a model's folder"
-        if (newer := self._newest()) != self._version:
-            return f"version {newer} of {self._name} has the aliases"
+        if (other := self._other()) is not None:
+            return f"{other} has the aliases"
         folder = self._folder(task)
         is_there = folder.exists()
         if is_there and not self._is_own(folder, task):
@@ -217,7 +221,7 @@ class Aliases:
 
     def _remove(self, task: str) -> str | None:
         folder = self._folder(task)
-        if not self._is_own(folder, task) or self._newest() != self._version:
+        if not self._is_own(folder, task) or self._other() is not None:
             return None
         alias = self._alias(task)
         if self._mode == "explicit" and self._triton.is_model_ready(alias):
@@ -228,6 +232,10 @@ class Aliases:
 
     def _put_right(self) -> None:
         """What `start` left for later."""
+        # A load, in which Triton keeps Python's lock, waits for the load before it. That may be this model's own, which
+        # needs the lock as long as `initialize` has not returned.
+        if self._closing.wait(_WAIT_SECONDS):
+            return
         try:
             if not self._wait(lambda: is_listening(os.getppid())) and self._mode == "explicit":
                 return
@@ -240,7 +248,7 @@ class Aliases:
                     return
                 with self._lock:
                     self._settle(task, load=task in self._shipped)
-                    if task not in self._shipped and task not in self._missing:
+                    if task not in self._missing and self._is_unknown(task):
                         self._load_came(task)
         except Exception:
             log.exception("the aliases could not be put right")
@@ -253,8 +261,14 @@ class Aliases:
                 return False
         return there
 
+    def _is_unknown(self, task: str) -> bool:
+        """Whether Triton's command line cannot have known of a task's alias, nor anybody have loaded it since."""
+        if task not in self._shipped:
+            return True
+        return self._is_late and not self._triton.is_model_ready(self._alias(task))
+
     def _load_came(self, task: str) -> None:
-        """Load an alias of which Triton's command line cannot have known."""
+        """Load an alias that nobody else loads."""
         if self._mode != "explicit" or task not in self._registry.versions:
             return
         if (why := self._load(task)) is not None:
@@ -283,9 +297,21 @@ class Aliases:
         labels = {LABELS: labels_text(version.labels)} if version.labels else {}
         return {**labels, ABOUT: about_json(self._name, task, slot), CONFIG: config}
 
-    def _newest(self) -> str:
+    def _other(self) -> str | None:
+        """What will be loaded in this process's place and has the aliases; None where nothing was written since."""
         numbers = (int(path.name) for path in self._model.iterdir() if path.name.isdecimal())
-        return str(max(numbers, default=0))
+        if (newest := str(max(numbers, default=0))) != self._version:
+            return f"version {newest} of {self._name}"
+        is_anew = self._program() != self._began_as
+        return f"{self._name}, which was written anew," if is_anew else None
+
+    def _program(self) -> tuple[int, int] | None:
+        """What tells the folder that this process was started from from one in its place."""
+        try:
+            status = (self._model / self._version / TEMPLATE).stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _alias(self, task: str) -> str:
         return f"{self._name}.{task}"

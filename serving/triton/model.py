@@ -71,8 +71,6 @@ class TritonPythonModel:
                 settings.slots,
                 kept=settings.keep is not None,
             )
-            if is_owner:
-                self._aliases.start()
         if is_owner:
             commands = TaskCommands(
                 self._batcher.batcher, control=settings.task_control, aliases=self._aliases
@@ -81,6 +79,8 @@ class TritonPythonModel:
                 task_link.address(settings.sockets, args["model_name"], args["model_version"]),
                 lambda command, file: self._batcher.run(partial(commands.run, command, file)),
             )
+        if self._aliases is not None and is_owner:
+            self._aliases.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Take the requests; their answers follow."""

@@ -37,7 +37,7 @@ from utune_deploy.serving.service import Service
 from utune_deploy.serving.tasks.packed import Packed, Probe, write_packed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 SIZE = 8
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
@@ -293,7 +293,9 @@ class Made:
         return Made(replace(self.packed, task=replace(self.packed.task, **task), **rest))
 
 
-def _write_inputs_bundle(folder: Path, name: str = "tiny") -> Bundle:
+def _write_inputs_bundle(
+    folder: Path, name: str = "tiny", classes: Mapping[str, int] = CLASSES, seed: int = 0
+) -> Bundle:
     """Three tasks in a bundle whose bank is an input of its engine."""
     folder.mkdir(parents=True)
     width = max(CLASSES.values())
@@ -325,8 +327,8 @@ def _write_inputs_bundle(folder: Path, name: str = "tiny") -> Bundle:
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    tasks = tuple(_facts(n, CLASSES[n], 0, row) for row, n in enumerate(CLASSES))
-    rows = [_row_of(CLASSES[n], 0) for n in CLASSES]
+    tasks = tuple(_facts(n, classes[n], seed, row) for row, n in enumerate(classes))
+    rows = [_row_of(classes[n], seed) for n in classes]
     backbone = {"architecture": "tiny", "fingerprint": "f" * 64}
     identity = identity_of(backbone, "multi", "inputs", tasks, "fp32", inputs)
     helper.set_model_props(model, {IDENTITY: identity})
@@ -349,6 +351,13 @@ def _write_inputs_bundle(folder: Path, name: str = "tiny") -> Bundle:
 def inputs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The three tasks, of 5, 3 and 2 classes, whose bank is an input."""
     return _write_inputs_bundle(tmp_path_factory.mktemp("bundles") / "inputs")
+
+
+@pytest.fixture(scope="session")
+def later_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of that name, of seed 5, with boats (4 classes) in the place of flowers."""
+    folder = tmp_path_factory.mktemp("bundles") / "later"
+    return _write_inputs_bundle(folder, classes={"boats": 4, "cars": 3, "pets": 5}, seed=5)
 
 
 @pytest.fixture(scope="session")
@@ -608,6 +617,45 @@ except UtuneError as error:
             process.communicate()
 
     return start
+
+
+@pytest.fixture(scope="session")
+def under_load():
+    """`with under_load(*askers) as counts`: each asks again and again, in a thread of its own, while the block runs.
+
+    An asker opens, as a context manager, a function that asks once and returns what was wrong; it is given the
+    number of its turn. Nothing may be wrong, and each must have had an answer.
+    """
+
+    @contextmanager
+    def load(*askers: Callable) -> Iterator[list[int]]:
+        wrong: list[object] = []
+        counts = [0] * len(askers)
+        stop = threading.Event()
+
+        def ask(number: int) -> None:
+            with askers[number]() as once:
+                while not stop.is_set():
+                    try:
+                        found = once(counts[number])
+                    except Exception as error:
+                        found = error
+                    wrong.extend([] if found is None else [found])
+                    counts[number] += 1
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(askers))]
+        for thread in threads:
+            thread.start()
+        try:
+            yield counts
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert not wrong, wrong[:3]
+        assert min(counts) > 0
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -434,6 +434,21 @@ def test_an_alias_that_would_be_another_model_is_refused(two_engines, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("settings", [{}, {"force": True}, {"new_version": True}])
+def test_another_model_with_the_name_of_an_alias_is_not_written_over(
+    bundle, fewer, tmp_path, settings
+):
+    if settings:
+        write_repository(fewer, tmp_path, aliases=True)
+    other = tmp_path / "tiny.flowers"
+    (other / "7").mkdir(parents=True)
+    (other / "config.pbtxt").write_text('name: "tiny.flowers"')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="another model has the name"):
+        write_repository(bundle, tmp_path, aliases=True, **settings)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_a_task_whose_name_is_no_folder_has_no_alias(bundle, tmp_path):
     first = replace(bundle.tasks[0], name="a/b")
     other = replace(bundle, tasks=(first, *bundle.tasks[1:]))

@@ -72,48 +72,34 @@ def _url(server, front: str) -> str:
     return f"{front}://{getattr(server.addresses, front)}"
 
 
-@contextmanager
-def _asking(server, make_task):
-    """Requests of all shipped tasks, mixed, while the block runs; none may be wrong or lost."""
-    wrong: list[object] = []
-    counts = [0, 0, 0]
-    stop = threading.Event()
+def _asker(server, make_task, number: int):
+    """For `under_load`: requests of all shipped tasks, mixed."""
     known = {name: make_task(name) for name in SHIPPED}
 
-    def ask(number: int) -> None:
+    def wrong(answer, name: str, row: int) -> bool:
+        right = known[name].logits(IMAGES[row : row + 1])[0]
+        return (
+            not np.allclose(answer.logits[: len(right)], right, rtol=1e-5, atol=1e-3)
+            or answer.label != known[name].labels[int(right.argmax())]
+        )
+
+    @contextmanager
+    def opened():
         with Client(_url(server, FRONTS[number % 2]), deadline_s=30) as client:
-            while not stop.is_set():
-                at = (counts[number] * 5 + number) % 60
+
+            def once(turn: int) -> object:
+                at = (turn * 5 + number) % 60
                 names = [SHIPPED[(at + row) % 3] for row in range(1 + at % 4)]
-                try:
-                    answers = client.ask_many(IMAGES[at : at + len(names)], tasks=names)
-                    for row, (name, answer) in enumerate(zip(names, answers, strict=True)):
-                        rows = IMAGES[at + row : at + row + 1]
-                        right = known[name].logits(rows)[0]
-                        if not np.allclose(
-                            answer.logits[: len(right)], right, rtol=1e-5, atol=1e-3
-                        ):
-                            wrong.append((name, at))
-                        if answer.label != known[name].labels[int(right.argmax())]:
-                            wrong.append(answer)
-                except Exception as error:
-                    wrong.append(error)
-                counts[number] += 1
+                answers = client.ask_many(IMAGES[at : at + len(names)], tasks=names)
+                found = zip(answers, names, range(at, at + len(names)), strict=True)
+                return next((each for each in found if wrong(*each)), None)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not wrong
-    assert min(counts) > 0
+            yield once
+
+    return opened
 
 
-def test_tasks_change_while_mixed_requests_are_answered(client, server, make_task):
+def test_tasks_change_while_mixed_requests_are_answered(client, server, make_task, under_load):
     first, second = make_task("birds", seed=1, probe=True), make_task("birds", 2, seed=2)
 
     def right(made) -> bool:
@@ -121,7 +107,7 @@ def test_tasks_change_while_mixed_requests_are_answered(client, server, make_tas
         wanted = made.logits(IMAGES[:3])
         return [a.label for a in answers] == [made.labels[k] for k in wanted.argmax(axis=1)]
 
-    with _asking(server, make_task):
+    with under_load(*(_asker(server, make_task, number) for number in range(3))):
         for _ in range(3):
             assert client.add(first.data).version % 2 == 1
             assert right(first)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -228,6 +229,51 @@ def test_an_older_version_of_the_model_leaves_aliases_alone(
         assert newer.entry(name)["alias"] == f"tiny.{name}"
     said = ["\0" + str(newer._slot_of("terns"))]  # given out by another process
     assert made.tasks_of(said) == ["terns"]
+
+
+@pytest.mark.parametrize("settings", [{"new_version": True}, {"force": True, "aliases": True}])
+def test_the_slot_of_a_task_that_went_with_a_rewriting_is_not_the_next_one(
+    begin, repository, make_task, inputs_bundle, settings
+):
+    """A tritonserver may have the alias loaded still, and it would lead to the other task."""
+    made, registry = begin()
+    put(registry, make_task, "birds")
+    made.follow("birds")
+    for tasks in (inputs_bundle.tasks[:2], inputs_bundle.tasks[:1]):
+        write_repository(replace(inputs_bundle, tasks=tasks), repository, **settings)
+    again, registry = begin(version="3" if "new_version" in settings else "1")
+    put(registry, make_task, "owls")
+    again.follow("owls")
+    assert read_slots(repository, "tiny") == {0: "pets", 4: "owls"}
+
+
+def test_a_model_that_was_written_anew_has_the_aliases_when_it_is_loaded(
+    begin, repository, make_task, inputs_bundle
+):
+    made, registry = begin()
+    put(registry, make_task, "birds")
+    made.follow("birds")
+    for _ in range(2):
+        write_repository(inputs_bundle, repository, force=True, aliases=True)
+        made.follow("birds")
+        assert made.entry("birds") == {
+            "alias": None, "no_alias": "tiny, which was written anew, has the aliases",
+        }  # fmt: skip
+        assert "tiny.birds" not in names(repository)
+    del registry.versions["pets"]
+    made.follow("pets")
+    assert "tiny.pets" in names(repository)
+
+
+def test_a_model_that_is_loaded_later_than_triton_loads_its_aliases(begin, monkeypatch):
+    for is_up in (False, True):
+        answers = iter([is_up])
+        monkeypatch.setattr(aliases, "is_listening", lambda _, first=answers: next(first, True))
+        triton = Triton("tiny", "tiny.task_names", "tiny.pets")
+        made, _ = begin("explicit", triton=triton)
+        made.start()
+        made._thread.join()
+        assert triton.loaded == (["tiny.cars", "tiny.flowers"] if is_up else [])
 
 
 def test_the_repository_is_not_read_for_every_slot_that_nobody_knows(begin, monkeypatch):

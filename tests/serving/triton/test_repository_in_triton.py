@@ -6,9 +6,9 @@ run in a stand-in there, a Python model that hands every batch to ONNX Runtime.
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,17 +18,16 @@ from PIL import Image
 from tritonclient.utils import np_to_triton_dtype
 
 from utune_deploy.export import served
-from utune_deploy.export.engine import Device
 from utune_deploy.serving.repository import write_repository
 from utune_deploy.serving.repository.options import ModelOptions
 from utune_deploy.serving.servers import triton
 from utune_deploy.serving.servers.ports import free_port
 
+from .running import ONE, until
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-ONE = Device(threads=1)
 
 STAND_IN = '''
 import os, numpy as np, onnxruntime, triton_python_backend_utils as triton
@@ -107,46 +106,40 @@ def test_aliases_answer_as_the_model_does(bundle, service, rows, triton_environm
 
 
 @pytest.mark.slow
-def test_a_version_is_added_under_load(bundle, fewer, service, rows, triton_environment, tmp_path):
+def test_a_version_is_added_under_load(
+    bundle, fewer, service, rows, triton_environment, tmp_path, under_load
+):
     models = tmp_path / "models"
     write_repository(fewer, models, device=ONE, aliases=True)
-    images, stop, wrong = rows(1)[0], threading.Event(), []
+    images = rows(1)[0]
+    expected = service.answer(images, ["cars"]).labels[0].encode()
 
-    def ask(address: str, model: str) -> None:
-        client = http.InferenceServerClient(address)
+    @contextmanager
+    def asker(address: str, model: str):
         inputs = [tensor("images", images)]
         if model == "tiny":
             inputs.append(tensor("task", tasks("cars")))
-        expected = service.answer(images, ["cars"]).labels[0].encode()
-        while not stop.is_set():
-            try:
+        with http.InferenceServerClient(address) as client:
+
+            def once(_: int) -> object:
                 label = client.infer(model, inputs).as_numpy("label")[0, 0]
-                wrong.extend([label] if label != expected else [])
-            except Exception as error:
-                wrong.append(str(error))
-        client.close()
+                return None if label == expected else label
+
+            yield once
 
     with serving(triton_environment, tmp_path) as process:
         process.wait_until_ready(60, lambda: False)
-        client = http.InferenceServerClient(process.addresses.http)
         address = process.addresses.http
-        askers = [threading.Thread(target=ask, args=(address, m)) for m in ("tiny", "tiny.cars")]
-        for asker in askers:
-            asker.start()
-        write_repository(bundle, models, device=ONE, new_version=True)
-        deadline = time.monotonic() + 60
-        while not client.is_model_ready("tiny.flowers") and time.monotonic() < deadline:
-            time.sleep(0.1)
-        stop.set()
-        for asker in askers:
-            asker.join()
+        client = http.InferenceServerClient(address)
+        with under_load(*(partial(asker, address, model) for model in ("tiny", "tiny.cars"))):
+            write_repository(bundle, models, device=ONE, new_version=True)
+            until(lambda: client.is_model_ready("tiny.flowers"), 60)
         reply = client.infer("tiny.flowers", [tensor("images", images)])
         assert reply.as_numpy("logits").tobytes() == (
             service.answer(images, ["flowers"]).logits.tobytes()
         )
         assert client.is_model_ready("tiny", "2")
         client.close()
-    assert not wrong
 
 
 def test_triton_takes_the_native_configuration(two_engines, triton_environment, tmp_path):

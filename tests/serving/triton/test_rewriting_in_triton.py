@@ -86,7 +86,7 @@ def test_kept_tasks_and_their_aliases_are_answered_all_along(
             asker(addresses, "http", "tiny.birds", birds), asker(addresses, "grpc", "tiny", birds)
         ):
             write_repository(
-                inputs_bundle, models, device=ONE, options=options, aliases=True, force=True
+                later_bundle, models, device=ONE, options=options, aliases=True, force=True
             )
             if mode == "explicit":
                 assert client.add(owls.data).alias is None
@@ -97,5 +97,7 @@ def test_kept_tasks_and_their_aliases_are_answered_all_along(
             else:
                 log = tmp_path / "tritonserver.log"
                 until(lambda: log.read_text().count("successfully loaded 'tiny'") == 2)
+            until(lambda: not web.is_model_ready("tiny.flowers"))  # taken away by the model
+            until(lambda: web.is_model_ready("tiny.boats"))
             assert "tiny.birds" in {task.alias for task in client.tasks()}
             assert answers_as(web, "tiny.birds", birds)

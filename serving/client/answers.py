@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_LOWEST = np.finfo(np.float32).min
+_NO_CLASS = float(np.finfo(np.float32).min) / 8
+"""What an engine gives for a class that a task does not have is below this; `merge.tuners.head` says what it is."""
+
+_NO_CLASS_IN_HALF = float(np.finfo(np.float16).min)
+"""The same of an engine in float16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +163,7 @@ def mean(views: Sequence[Answer], labels: Sequence[str]) -> Answer:
 
 def _own(row: NDArray[np.float32]) -> NDArray[np.float32]:
     """A row's logits without the columns behind them that no class of its task has."""
-    absent = (row == _LOWEST).reshape(-1, row.shape[-1]).all(axis=0)
+    absent = (row < _NO_CLASS) | (row == _NO_CLASS_IN_HALF)
+    absent = absent.reshape(-1, row.shape[-1]).all(axis=0)
     width = int(np.flatnonzero(~absent)[-1]) + 1 if not absent.all() else row.shape[-1]
     return row[..., :width].copy()

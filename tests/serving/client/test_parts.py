@@ -7,13 +7,17 @@ import sys
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from utune_deploy.merge.errors import UsageError
+from utune_deploy.merge.tuners.head import NO_CLASS
 from utune_deploy.serving.client import Client, Retry
 from utune_deploy.serving.client.address import parse
+from utune_deploy.serving.client.answers import _own
 from utune_deploy.serving.client.failures import FINAL, LOST, REFUSED, seconds
 from utune_deploy.serving.rejections import InvalidRequest, from_line, one_line
 
@@ -119,3 +123,12 @@ def test_a_foreign_line_is_a_sentence(line):
 def test_details_may_hold_brackets_and_semicolons():
     error = InvalidRequest("no", wanted="[n, 3] (or less); more", found="x: (y)")
     assert from_line(one_line(error)) == ("no", error.details)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+def test_columns_of_classes_that_a_task_does_not_have_are_no_logits(dtype, shape):
+    lowest = max(NO_CLASS, torch.finfo(dtype).min)
+    row = np.full(shape, torch.tensor(lowest, dtype=dtype).float().numpy())
+    row[..., :2] = -1e4
+    np.testing.assert_array_equal(_own(row), row[..., :2])

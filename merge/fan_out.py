@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .bank import Bank, stack
 from .errors import UtuneError
+from .no_class import NO_CLASS
 from .parallel import Fork, joined
 from .tuner import Point
-from .tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from .attention import ReadLinears
 from .errors import UsageError
+from .no_class import NO_CLASS
 from .ops import channels_first, patches
 from .tokens import Crowd, LongerKeys, Tokens
 from .tuner import Branch, Point
-from .tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
+from ..no_class import NO_CLASS
 from ..tuner import CannotFold, Place, Shapes, Tuner, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-NO_CLASS = (
-    torch.finfo(torch.float32).min / 4
-)  # of a class that a task does not have; two may be summed
 
 
 @dataclass(frozen=True)

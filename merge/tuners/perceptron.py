@@ -11,9 +11,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from ..no_class import NO_CLASS
 from ..tuner import Shapes, Tuner, Weights
 from .bottleneck import ACTIVATIONS
-from .head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

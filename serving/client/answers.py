@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...export.engine import LOGITS
+from ...merge.no_class import NO_CLASS
 from ...merge.preprocessing import Preprocessing
 from ..protocol import LABEL, SCORE
 from ..rejections import BadReply
@@ -18,11 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_NO_CLASS = float(np.finfo(np.float32).min) / 8
-"""What an engine gives for a class that a task does not have is below this; `merge.tuners.head` says what it is."""
-
 _NO_CLASS_IN_HALF = float(np.finfo(np.float16).min)
-"""The same of an engine in float16."""
+"""What an engine in float16 gives in the place of `NO_CLASS`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +161,7 @@ def mean(views: Sequence[Answer], labels: Sequence[str]) -> Answer:
 
 def _own(row: NDArray[np.float32]) -> NDArray[np.float32]:
     """A row's logits without the columns behind them that no class of its task has."""
-    absent = (row < _NO_CLASS) | (row == _NO_CLASS_IN_HALF)
+    absent = (row < NO_CLASS / 2) | (row == _NO_CLASS_IN_HALF)
     absent = absent.reshape(-1, row.shape[-1]).all(axis=0)
     width = int(np.flatnonzero(~absent)[-1]) + 1 if not absent.all() else row.shape[-1]
     return row[..., :width].copy()

@@ -27,7 +27,7 @@ from utune_deploy.merge.bank import fill_row, stack
 from utune_deploy.merge.calls import calls_of
 from utune_deploy.merge.errors import BuildFailed, CheckFailed, IncompatibleArtefact, UsageError
 from utune_deploy.merge.lower import lower
-from utune_deploy.merge.tuners.head import NO_CLASS
+from utune_deploy.merge.no_class import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

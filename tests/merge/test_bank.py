@@ -14,6 +14,7 @@ from utune_deploy.merge.bank import fill_row, require_mixable, stack
 from utune_deploy.merge.delta import Delta
 from utune_deploy.merge.errors import IncompatibleArtefact, UsageError
 from utune_deploy.merge.methods import head_branch
+from utune_deploy.merge.no_class import NO_CLASS
 from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.merge.tuner import Branch, Point, bind
 from utune_deploy.merge.tuners.bias import Bias
@@ -21,7 +22,6 @@ from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.gain import Gain
-from utune_deploy.merge.tuners.head import NO_CLASS
 from utune_deploy.merge.tuners.kronecker import Kronecker
 from utune_deploy.merge.tuners.norm import Norm
 from utune_deploy.merge.tuners.prefix import MASKED, Prefix

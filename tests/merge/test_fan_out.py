@@ -34,11 +34,11 @@ from utune_deploy.merge.methods import (
     unipt,
 )
 from utune_deploy.merge.mixed import Mixed
+from utune_deploy.merge.no_class import NO_CLASS
 from utune_deploy.merge.parallel import Fork, joined
 from utune_deploy.merge.sites import measure
 from utune_deploy.merge.tuner import Branch, Point
 from utune_deploy.merge.tuners.bias import Bias
-from utune_deploy.merge.tuners.head import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

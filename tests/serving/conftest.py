@@ -32,6 +32,7 @@ from utune_deploy.export.bundle import (
     write_manifest,
 )
 from utune_deploy.export.engine import IMAGES, LOGITS, TASK, Device, Tensor
+from utune_deploy.merge.no_class import NO_CLASS
 from utune_deploy.merge.preprocessing import Preprocessing
 from utune_deploy.serving.service import Service
 from utune_deploy.serving.tasks.packed import Packed, Probe, write_packed
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 SIZE = 8
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}
 MAX_BATCH = 8
-LOWEST = np.float32(np.finfo(np.float32).min / 4)  # as merge.tuners.head has it
+LOWEST = np.float32(NO_CLASS)
 TRITON_ENV = "UTUNE_TRITON_ENV"
 
 

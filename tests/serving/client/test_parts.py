@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utune_deploy.merge.errors import UsageError
-from utune_deploy.merge.tuners.head import NO_CLASS
+from utune_deploy.merge.no_class import NO_CLASS
 from utune_deploy.serving.client import Client, Retry
 from utune_deploy.serving.client.address import parse
 from utune_deploy.serving.client.answers import _own

@@ -62,13 +62,13 @@ def begin(
         IncompatibleArtefact: A delta does not belong to the backbone.
     """
     refuse_existing(output, force=force)
-    name = name or output.name
+    given, name = name, name or output.name
     if not SERVABLE.fullmatch(name):
         raise UsageError(
             "a bundle of this name could not be served",
             wanted="letters, digits, '_', '.' and '-', beginning with a letter, digit or '_'",
             found=name,
-            do="choose another --name",
+            do="choose another --name" if given else "add --name, or choose another --output",
         )
     deltas = [task.delta for task in tasks]
     dtype = backbone.dtype

@@ -162,19 +162,6 @@ def backbone_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     return with_choice
 
 
-def read_labels(path: Path | None) -> list[str] | None:
-    """Class names, one per line of a file; None where no file is named.
-
-    Raises:
-        UsageError: There is no such file.
-    """
-    if path is None:
-        return None
-    if not path.is_file():
-        raise UsageError("there is no such file of labels", where=path)
-    return [line for line in path.read_text().splitlines() if line.strip()]
-
-
 def setting(text: str) -> tuple[str, str]:
     """Name and value of `KEY=VALUE`.
 

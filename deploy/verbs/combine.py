@@ -14,7 +14,6 @@ from ..options import (
     dry_run_option,
     force_option,
     json_option,
-    read_labels,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +52,9 @@ SHOWN = 5
 @click.option("--head", metavar="TASK|average", help="Whose classes the result answers with.")
 @click.option("--task", required=True, help="The result's name.")
 @click.option(
-    "--labels", type=PATH, help="Class names, one per line; those of the head if not given."
+    "--labels",
+    type=PATH,
+    help="Class names, one per line, or Hugging Face's config.json; those of the head if not given.",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="The delta (.safetensors).")
 @dry_run_option
@@ -83,6 +84,7 @@ def command(
     Sums run over what each task changes in the backbone's weights, in float64; a branch that does not
     fold is refused. The order of DELTAS does not matter.
     """
+    from ...merge.class_names import read_class_names
     from ...merge.combine.recipe import Recipe
     from ...merge.combine.tasks import combine
     from ...merge.delta import load_delta, save_delta
@@ -93,7 +95,7 @@ def command(
         refuse_existing(output, force=force, inputs=(*deltas, *choice.files))
     ranks = None if rank is None and energy is None else Ranks(rank, energy)
     recipe = Recipe(method, density, seed, ranks)
-    names = read_labels(labels)
+    names = None if labels is None else read_class_names(labels)
     found = combine(
         [load_delta(path) for path in deltas], choice.load(), recipe,
         task=task, weights=shares or None, head=head, labels=names,

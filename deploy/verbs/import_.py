@@ -12,7 +12,6 @@ from ..options import (
     backbone_options,
     force_option,
     json_option,
-    read_labels,
     setting,
 )
 
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="What the file does not say of itself, asked for by name when missing; repeatable.",
 )
-@click.option("--labels", type=PATH, help="Class names, one per line; numbered if not given.")
+@click.option(
+    "--labels", type=PATH, help="Class names, one per line, or Hugging Face's config.json."
+)
 @backbone_options
 @click.option("-o", "--output", type=PATH, required=True, help="The delta (.safetensors).")
 @json_option
@@ -69,15 +70,20 @@ def command(
     with layers over frames, the vectors in front of them). A unipt file of two sides is read for the side that
     the backbone is of.
     """
+    from ...merge.class_names import class_names_beside, read_class_names
     from ...merge.delta import require_backbone, save_delta, validate
     from ...merge.files import refuse_existing
     from ...merge.importers import read
     from ...merge.sites import measure
 
     refuse_existing(output, force=force, inputs=(file, *choice.files))
-    names = read_labels(labels)
+    names = None if labels is None else read_class_names(labels)
     backbone = choice.load()
     foreign = read(source, file, backbone, dict(map(setting, settings)))
+    numbered = names is None and foreign.labels is None
+    if numbered and (config := class_names_beside(file, foreign.width)):
+        names, numbered = read_class_names(config), False
+        foreign.notes["labels"] = f"those of {config.name} beside the file"
     delta = foreign.delta(task, backbone, labels=names)
     require_backbone(delta, backbone, measure(backbone), where=file)
     validate(delta, where=f"{file} with the classes of {labels}" if labels else file)
@@ -99,5 +105,7 @@ def command(
         )
         for name, note in foreign.notes.items():
             console.result(f"  {name}: {note}")
-    if names is None and foreign.labels is None:
+    if numbered:
         console.say("note: the classes are numbered; --labels FILE names them")
+        if choice.weights and (config := class_names_beside(choice.weights, foreign.width)):
+            console.say(f"      {config} names as many: --labels {config}, if it is of this task")

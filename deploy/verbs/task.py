@@ -203,12 +203,17 @@ def _bring(
     brought = []
     with connect() as client:
         layout = _layout(client)
-        backbone = _backbone(choice)
-        for path in deltas:
-            data = _packed(path, layout, choice, backbone)
-            task = client.add(data) if action == "add" else client.update(data)
-            brought.append(task)
-            if not as_json:
+        steps = [f"{action} {path.name}" for path in deltas]
+        try:
+            with console.steps("read the backbone", *steps) as step:
+                step("read the backbone")
+                backbone = _backbone(choice)
+                for path, now in zip(deltas, steps, strict=True):
+                    step(now)
+                    data = _packed(path, layout, choice, backbone)
+                    brought.append(client.add(data) if action == "add" else client.update(data))
+        finally:  # those that came before one that was refused
+            for task in () if as_json else brought:
                 _show(console, task, as_json=False)
     if as_json:
         console.json({"tasks": [_facts(task) for task in brought]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..backbone.transformers.config import EPS
 from ..delta import require_finite
 from ..errors import UsageError
 from ..tuner import bind
@@ -68,6 +69,8 @@ def read(
     given = Settings(settings)
     foreign = IMPORTERS[source](path, backbone, given)
     given.require_used()
+    if (eps := backbone.identity.arguments.get(EPS)) is not None:
+        foreign.notes[EPS] = f"{eps}, as the backbone has it"
     for name, branch in foreign.branches.items():
         bind(branch.tuner.shapes, foreign.tensors[name], where=f"{path}: {name}")
         for key, tensor in foreign.tensors[name].items():

@@ -44,6 +44,13 @@ class Foreign:
     preprocessing: Preprocessing | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def width(self) -> int:
+        """How many numbers the task answers, a number per class where it has classes."""
+        first = next(n for n, b in self.branches.items() if b.tuner.answers)
+        tuner = self.branches[first].tuner
+        return tuner.answer_width(bind(tuner.shapes, self.tensors[first], where=first))
+
     def plant(self, name: str, branch: Branch, tensors: Weights) -> None:
         """Add a branch."""
         self.branches[name] = branch
@@ -77,10 +84,7 @@ class Foreign:
         provenance: Mapping[str, str] | None = None,
     ) -> Delta:
         """The task's delta; classes without names are numbered."""
-        first = next(n for n, b in self.branches.items() if b.tuner.answers)
-        tuner = self.branches[first].tuner
-        classes = tuner.answer_width(bind(tuner.shapes, self.tensors[first], where=first))
-        numbered = [f"class_{index}" for index in range(classes)]
+        numbered = [f"class_{index}" for index in range(self.width)]
         names = labels or (numbered if self.labels is None else self.labels)
         return Delta(
             task=task,

@@ -14,6 +14,7 @@ from ..service import Service
 from ..tasks.claim import claim
 from ..tasks.commands import TaskCommands
 from ..tasks.life import fixed
+from ..watching import logs
 from ..watching.metrics import Model
 from .fronts import fronts, stop_signals
 
@@ -82,6 +83,8 @@ def serve_embedded(
                     if on_ready is not None:
                         on_ready(addresses)
                     await stop.wait()
+                    logs.stopping()
+            logs.stopped()
 
         try:
             asyncio.run(until_signalled())

@@ -36,6 +36,7 @@ from ..rejections import ServerFailed
 from ..repository import write_repository
 from ..repository.options import ModelOptions
 from ..triton.alias_folder import is_alias
+from ..watching import logs
 from .ports import Addresses, free_port, host_port
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ def serve_triton(
         while not stopped():
             server.check_alive()
             time.sleep(POLL_SECONDS)
+        logs.stopping()
+    logs.stopped()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ REQUESTS = "utune_deploy.requests"  # the logger of inferences
 DETAILS = "details"  # attribute of a record: further fields by name
 
 _requests = logging.getLogger(REQUESTS)
+_life = logging.getLogger("utune_deploy.server")
 
 
 def configure(form: str, *, requests: bool) -> None:
@@ -36,6 +37,16 @@ def configure(form: str, *, requests: bool) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("utune_deploy").setLevel(logging.INFO)
     _requests.setLevel(logging.INFO if requests else logging.WARNING)
+
+
+def stopping() -> None:
+    """Write down that the server was asked to stop."""
+    _life.info("stopping: what was taken is answered, what comes now is refused")
+
+
+def stopped() -> None:
+    """Write down that nothing is left to answer."""
+    _life.info("stopped")
 
 
 def inference(

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utune_deploy.export.graph import Inputs, clean, serialise, trace
+from utune_deploy.merge import importers
 from utune_deploy.merge.attach import Tuned
 from utune_deploy.merge.backbone import load, wrap
 from utune_deploy.merge.backbone.transformers.config import set_eps
@@ -616,6 +617,21 @@ def test_layers_that_no_classifier_reads_are_named(peft, pair, tmp_path):
     _, settings = settings_of("lora", "siglip")
     path, _ = adapter(peft, both, tmp_path / "adapter", "Lora", **settings)
     assert "vision_model.head.mlp.fc1" in read_peft(path, both.ours).notes["left out"]
+
+
+def test_what_the_adapter_cannot_prove_is_said(peft, pair, tmp_path):
+    both = pair("vit")
+    _, settings = settings_of("lora", "vit")
+    path, _ = adapter(peft, both, tmp_path / "adapter", "Lora", **settings)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "google/vit"
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    notes = importers.read("peft", path, both.ours).notes
+    assert notes["trained on"].startswith("google/vit, ")
+    assert notes["layer_norm_eps"].startswith("1e-12, ")
+    config["base_model_name_or_path"] = None
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    assert "trained on" not in importers.read("peft", path, both.ours).notes
 
 
 def test_old_oft_is_refused(pair, tmp_path):

@@ -583,7 +583,7 @@ def embed(threaded):
 def child():
     """`with child(verb, bundle, *settings) as process`: a server in a process of its own.
 
-    The process prints its HTTP and gRPC addresses in one line once it answers.
+    The process prints its HTTP and gRPC addresses in one line once it answers, and logs as `serve` does.
     """
     script = """
 import sys
@@ -592,7 +592,9 @@ from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UtuneError
 from utune_deploy.serving.servers import server
+from utune_deploy.serving.watching import logs
 
+logs.configure("text", requests=False)
 name, bundle, settings = sys.argv[1], open_bundle(Path(sys.argv[2])), eval(sys.argv[3])
 settings["on_ready"] = lambda addresses: print(addresses.http, addresses.grpc, flush=True)
 try:

@@ -140,6 +140,10 @@ class Adapter:
             self.found.notes["wrapper"] = f"names begin with {self.wrapper}, which was left out"
         if frozen:
             self._require_same(frozen)
+        elif base := self.config.get("base_model_name_or_path"):
+            self.found.notes["trained on"] = (
+                f"{base}, by its configuration; that the weights here are the same cannot be seen in the adapter"
+            )
 
     def _require_same(self, frozen: dict[str, Tensor]) -> None:
         """Hold the frozen tensors of a whole state dict to the backbone's.

@@ -27,6 +27,7 @@ from ...queueing.batcher import QUEUED_BATCHES
 from ...registry import MAX_DELAY_MS
 from ...rejections import ServerFailed
 from ...service import require_fitting_rows
+from ...watching import logs
 from ...watching.metrics import Model
 from ..fronts import DRAIN_SECONDS, fronts, stop_signals
 from . import library
@@ -91,9 +92,11 @@ def serve_ray(
                 if on_ready is not None:
                     on_ready(addresses)
                 await stop.wait()
+                logs.stopping()
 
     with connected(address):
         asyncio.run(until_signalled())
+    logs.stopped()
 
 
 @contextlib.asynccontextmanager

@@ -289,7 +289,9 @@ def test_a_signal_ends_it_with_0_and_leaves_nothing(child, bundle, number):
             assert not psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, number)
             assert process.wait() == 0
-        assert process.stderr.read() == ""
+        stopping, stopped = process.stderr.read().splitlines()
+        assert "stopping: what was taken is answered" in stopping
+        assert stopped.endswith("stopped")
     host, port = web.split(":")
     with listen(host, int(port)):
         pass

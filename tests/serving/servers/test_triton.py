@@ -226,7 +226,9 @@ def test_a_signal_ends_the_real_one_with_0_and_leaves_nothing(
         assert list(SHARED.glob(f"{memory}*"))
         os.kill(process.pid, number)
         assert process.wait() == 0
-        assert process.stderr.read() == ""
+        stopping, stopped = process.stderr.read().splitlines()
+        assert "stopping: what was taken is answered" in stopping
+        assert stopped.endswith("stopped")
     # The group is killed before its leader is waited for; init may still be reaping its orphans.
     while any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in family):
         time.sleep(0.01)

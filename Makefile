@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 TRITON := .venv-triton
 CONSTRAINTS := requirements/constraints.txt
+JOBS ?= 2
 
 .PHONY: demo test check bench setup clean
 
@@ -16,7 +17,7 @@ test: $(VENV)/.ready $(TRITON)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
-	UTUNE_TRITON_ENV=$(TRITON) $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 UTUNE_TRITON_ENV=$(TRITON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: $(VENV)/.ready
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH bench/report.sh

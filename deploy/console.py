@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,19 @@ import click
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import Console as Rich
+
+
+WIDE = 200
+"""Columns where nobody is watching: a table in a file is whole."""
+
+
+def paper() -> Rich:
+    """Where tables are printed: a terminal as wide as it is, a pipe or a file as wide as any of ours."""
+    from rich.console import Console as Rich
+
+    return Rich(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 
 
 class Console:

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+from .files import require_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +26,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: There is no such file, or JSON without names.
     """
-    if not path.is_file():
-        raise UsageError("there is no such file of labels", where=path)
+    require_file(path, "names of classes, one per line, or config.json")
     if path.suffix != ".json":
         return tuple(line for line in path.read_text().splitlines() if line.strip())
     names = _of_config(path)

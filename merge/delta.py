@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .backbone import Backbone, Identity
-from .errors import IncompatibleArtefact, UsageError
-from .files import atomic_file, canonical_json, digest, refuse_existing
+from .errors import IncompatibleArtefact
+from .files import atomic_file, canonical_json, digest, refuse_existing, require_file
 from .preprocessing import Preprocessing
 from .stored import StoredTensors
 from .tuner import Branch, Point, bind
@@ -148,8 +148,7 @@ def load_delta(path: Path, *, keep: bool = True) -> Delta:
             unknown kind, missing or surplus tensors, wrong shapes, or NaN or Inf.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError("there is no such file", where=path, wanted="a delta (.safetensors)")
+    require_file(path, "a delta (.safetensors)")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

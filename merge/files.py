@@ -22,8 +22,25 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def require_file(path: Path, wanted: str = "a file") -> None:
+    """Stop where there is no file to read.
+
+    Raises:
+        UsageError: Nothing is there, or a folder.
+    """
+    if path.is_dir():
+        raise UsageError("this is a folder", where=path, wanted=wanted)
+    if not path.is_file():
+        raise UsageError("there is no such file", where=path, wanted=wanted)
+
+
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    require_file(path)
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

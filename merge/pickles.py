@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .errors import IncompatibleArtefact, UsageError
+from .errors import IncompatibleArtefact
+from .files import require_file
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+MARKS = (b"PK", b"\x80")  # a zip file, and the pickles of torch before 1.6
 
 
 def _plain_classes() -> list[Any]:
@@ -55,8 +59,14 @@ def read_pickle(path: Path) -> Any:
         UsageError: There is no such file.
         IncompatibleArtefact: The file is damaged, or holds objects other than tensors.
     """
-    if not path.is_file():
-        raise UsageError("there is no such file", where=path, wanted="a torch checkpoint")
+    require_file(path, "a torch checkpoint")
+    with path.open("rb") as file:
+        if (mark := file.read(2)) and not mark.startswith(MARKS):
+            raise IncompatibleArtefact(
+                "the file is no torch checkpoint",
+                where=path,
+                wanted="what torch.save wrote, or a .safetensors file",
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what fails is raised

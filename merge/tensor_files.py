@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .errors import IncompatibleArtefact, UsageError
+from .errors import IncompatibleArtefact
+from .files import require_file
 from .pickles import read_pickle
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UsageError: There is no such file.
         IncompatibleArtefact: It is truncated or not safetensors.
     """
-    if not path.is_file():
-        raise UsageError("there is no such file", where=path, wanted="a safetensors file")
+    require_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="pt"):
             pass

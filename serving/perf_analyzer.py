@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..export.engine import TASK, row_inputs
-from ..merge.errors import UsageError
 from ..merge.files import atomic_file
 
 if TYPE_CHECKING:
@@ -53,13 +52,7 @@ def requests(bundle: Bundle, *, entries: int = ENTRIES, seed: int = 0) -> dict[s
 
 
 def write(path: Path, bundle: Bundle) -> None:
-    """Write `requests` to a new file.
-
-    Raises:
-        UsageError: There is one already.
-    """
-    if path.exists():
-        raise UsageError("the output already exists", where=path, do="name another one")
+    """Write `requests` to a file; see `refuse_existing`, which asks first."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(requests(bundle), separators=(",", ":")))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from ..comparison.views import (
@@ -17,9 +16,12 @@ from ..comparison.views import (
     print_around,
     tally,
 )
+from ..console import paper
 from .wording import milliseconds, plural
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .compare import Comparison, Row
 
 DESCRIPTION = (
@@ -64,7 +66,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             Text(_verdict(row), COLOURS.get(row.verdict, "dim")),
         )
     description = _description(comparison, "beside")
-    print_around(comparison, finding(comparison), table, description, console or Console())
+    print_around(comparison, finding(comparison), table, description, console or paper())
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -290,6 +290,7 @@ def _case(report: Report, mix: str | None, batch: int | None) -> Case:
             where=report.about.name,
             wanted=f"one of {'; '.join(case.case.label for case in report.cases)}",
             found=f"batch {batch or 'any'}, {mix or 'any'}",
+            do="name one that is there, or bench it with --batch and --mix",
         )
     return max(cases, key=lambda case: case.batch)
 

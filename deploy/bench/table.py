@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..console import paper
 from .wording import facts, milliseconds, rate, verdict
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .report import Report
 
 
@@ -27,7 +29,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
         report: What was measured.
         console: Where to; standard output unless given.
     """
-    console = console or Console()
+    console = console or paper()
     console.print(Text(verdict(report), "bold"))
     console.print(Text(report.timed, "dim"))
     for label, text in facts(report):
@@ -51,6 +53,6 @@ def print_table(report: Report, console: Console | None = None) -> None:
                 "" if ratio is None else f"{ratio.low:.3f}-{ratio.high:.3f}",
             )
         table.add_section()
-    console.print(Padding(table, (1, 0)))
+    console.print(Padding(table, (1, 0), expand=False))
     for warning in report.warnings:
         console.print(Text.assemble(("warning  ", "yellow"), warning))

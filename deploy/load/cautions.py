@@ -17,16 +17,29 @@ if TYPE_CHECKING:
 
 
 def find_cautions(
-    steps: Sequence[Step], results: Sequence[StepResult], machine: Machine, load: Load
+    steps: Sequence[Step],
+    results: Sequence[StepResult],
+    machine: Machine,
+    load: Load,
+    *,
+    handed_over: bool = False,
 ) -> tuple[str, ...]:
-    """One sentence for each thing that weakens the numbers; none for a clean load."""
+    """One sentence for each thing that weakens the numbers; none for a clean load.
+
+    Args:
+        steps: What was driven.
+        results: What came of each.
+        machine: The client's.
+        load: Of it, before and after.
+        handed_over: The server's statistics were left out; see `ModelFacts`.
+    """
     pairs = list(zip(steps, results, strict=True))
     sentences = (
         _client_bound(pairs),
         _failed(pairs),
         _unstable(pairs),
         _few_samples(pairs),
-        _unseen(results),
+        _unseen(results, handed_over=handed_over),
         busy(machine, load, "The client's"),
         governed(machine, "The client's", "a load"),
     )
@@ -78,7 +91,12 @@ def _few_samples(pairs: Sequence[tuple[Step, StepResult]]) -> str | None:
     )
 
 
-def _unseen(results: Sequence[StepResult]) -> str | None:
+def _unseen(results: Sequence[StepResult], *, handed_over: bool) -> str | None:
+    if handed_over:
+        return (
+            "Triton's statistics of this model end where our service takes a request over, and are left out; what it "
+            "waited and what the engine took are in the metrics utune_queue_seconds_total and utune_engine_seconds_total."
+        )
     if all(result.server is not None for result in results):
         return None
     return "The server's own statistics could not be read in every step: what it did is not known there."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from ..bench.wording import milliseconds, plural, rate
@@ -18,9 +17,12 @@ from ..comparison.views import (
     print_around,
     tally,
 )
+from ..console import paper
 from .compare import SHOWN
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .compare import Comparison, Measure, Pair
     from .saturation import Saturation
 
@@ -71,7 +73,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
                     "red" if measure.fails else COLOURS.get(measure.verdict, "dim"),
                 ),
             )
-    print_around(comparison, finding(comparison), table, DESCRIPTION, console or Console())
+    print_around(comparison, finding(comparison), table, DESCRIPTION, console or paper())
 
 
 def to_markdown(comparison: Comparison) -> str:

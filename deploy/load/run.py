@@ -77,7 +77,9 @@ def load(
         load=load_both,
         date=began.isoformat(timespec="seconds"),
         command=command_line() if command is None else command,
-        warnings=find_cautions(steps, results, machine, load_both),
+        warnings=find_cautions(
+            steps, results, machine, load_both, handed_over=target.facts.hands_over
+        ),
     )
 
 
@@ -101,6 +103,8 @@ async def _drive_all(
                     wire, traffic, target.model, step, settings, over_grpc=target.address.is_grpc
                 )
             changes = None if changer is None else effect(run, step, changer.changes)
+            if target.facts.hands_over:
+                run.before = run.after = None
             results.append(numbers(run, step, traffic.rows, changes))
             if told is not None:
                 told(step, results[-1])

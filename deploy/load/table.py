@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..bench.wording import milliseconds, rate
+from ..console import paper
 from .wording import facts, label, state, timed, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from .report import Report
 
@@ -28,7 +30,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
         report: What was measured.
         console: Where to; standard output unless given.
     """
-    console = console or Console()
+    console = console or paper()
     console.print(Text(verdict(report), "bold"))
     console.print(Text(timed(report), "dim"))
     for name, text in facts(report):
@@ -58,7 +60,7 @@ def _print(
         table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
     for name, *cells in rows:
         table.add_row(Text(name), *map(Text, cells))
-    console.print(Padding(table, (1, 0, 0, 0)))
+    console.print(Padding(table, (1, 0, 0, 0), expand=False))
 
 
 def _latencies(report: Report) -> list[list[str]]:

@@ -38,7 +38,9 @@ def verdict(report: Report) -> str:
         return "No request had a good answer"
     if all(step.client_bound for step in report.steps if step.latency):
         return "The client set the pace in every step: nothing is known of the server"
-    return _most(report) if report.saturation is None else _held(report, report.saturation)
+    found = _most(report) if report.saturation is None else _held(report, report.saturation)
+    failed = sum(step.failed for step in report.steps)
+    return f"{found}; {failed:,} requests had no good answer" if failed else found
 
 
 def _most(report: Report) -> str:

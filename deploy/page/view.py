@@ -20,7 +20,8 @@ class View:
         note: What is shown, and how it is to be read.
         rows: The table; the first row names the columns. Empty where another table of the page has the numbers.
         chart: Its picture; None where there is nothing to draw.
-        legend: Names of the series, in the order of their colours; empty without one.
+        legend: Names of the series, in the order of their colours, an empty text for one that is not drawn; empty
+            without one.
     """
 
     title: str

@@ -196,12 +196,12 @@ def command(
 
 
 class _Line:
-    """Progress as one line that is written over, where a person is watching.
+    """Progress as one line that is written over where a person is watching, as a line for every case elsewhere.
 
     Args:
         console: Which may be quiet.
         pace: For the time left.
-        names: What each case belongs to. With them, where nobody is watching, every case that begins has a line.
+        names: What each case belongs to, where there is more than one thing.
     """
 
     def __init__(self, console: Console, pace: Pace, names: Sequence[str] = ()) -> None:
@@ -215,7 +215,7 @@ class _Line:
             text = f"{self.names[now.number - 1]}, {text}"
         if self.live:
             click.echo(f"\r{text}\033[K", nl=False, err=True)
-        elif self.names and now.number != self.told:
+        elif now.number != self.told:
             self.told = now.number
             self.console.say(text)
 

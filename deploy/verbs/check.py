@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("deltas", type=PATH, nargs=-1, required=True, metavar="DELTA...")
 @backbone_options
 @click.option("--images", type=PATH, help="Folder of real pictures, or one per task in it.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
 @click.option(
     "--every-tensor", is_flag=True, help="Try every tensor for liveness, however long it takes."
 )
@@ -60,7 +60,8 @@ def command(
     from ..reference import Evidence
 
     opened = open_bundle(bundle)
-    given = {digest(path): load_delta(path, keep=False) for path in deltas}
+    loaded = [load_delta(path, keep=False) for path in deltas]
+    given = dict(zip(map(digest, deltas), loaded, strict=True))
     tasks = require_tasks(opened, given)
     backbone = choice.load()
     require_same_backbone(opened, backbone)

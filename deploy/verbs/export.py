@@ -167,6 +167,7 @@ def command(
     pictures = {}
     if images is not None:
         pictures = read_folder(images, [(t.delta.task, t.delta.preprocessing) for t in tasks])
+    reads_pictures = backbone.pictures
     numerics = numbers.load(backbone, [(t.delta.task, t.delta.preprocessing) for t in tasks])
     if target == "tensorrt":
         from ..tensorrt import NUMBERS, export_tensorrt
@@ -236,14 +237,15 @@ def command(
     second = bundle.check.get("fan_out", {}).get("comparisons", [])
     count = len(bundle.check["comparisons"]) + len(second)
     console.result(f"check: {count} of {count} comparisons passed")
-    if images is None:
+    if images is None and reads_pictures and not numerics.calibration:
         console.say("note: checked on seeded noise only; --images FOLDER adds real pictures")
     engines = [engine for engine in (bundle.engine, bundle.fan_out) if engine is not None]
+    count_of_tasks = f"{len(bundle.tasks)} task{'s' if bundle.tasks[1:] else ''}"
     sizes = ", ".join(f"{(output / e.file).stat().st_size / 1e6:.1f} MB" for e in engines)
     console.result(
-        f"wrote {output} ({bundle.mode}, {len(bundle.tasks)} tasks, engine {sizes})"
+        f"wrote {output} ({bundle.mode}, {count_of_tasks}, engine {sizes})"
         if len(engines) == 1
-        else f"wrote {output} ({bundle.mode} and fan-out, {len(bundle.tasks)} tasks, engines {sizes})"
+        else f"wrote {output} ({bundle.mode} and fan-out, {count_of_tasks}, engines {sizes})"
     )
 
 

@@ -11,6 +11,7 @@ from ..options import PATH, device_options, memory_options, rates, triton_env_op
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ...export.bundle import Bundle
     from ...export.engine import Device
     from ..console import Console
 
@@ -166,6 +167,7 @@ def command(
     """Serve every task of BUNDLE until Ctrl-C; requests of different tasks share batches."""
     from ...export.bundle import open_bundle
     from ...merge.errors import UsageError
+    from ...merge.files import refuse_existing
     from ...serving import perf_analyzer
     from ...serving.greeting import greeting
     from ...serving.registry import MAX_DELAY_MS
@@ -202,9 +204,14 @@ def command(
         )
     opened = open_bundle(bundle)
     if perf_input is not None:
-        perf_analyzer.write(perf_input, opened)
+        refuse_existing(perf_input, force=False)
+    named = {**dict(map(weight, weights)), **rates(limits)["rates"]}
+    if strangers := sorted(named.keys() - {task.name for task in opened.tasks}):
+        _tell_of_strangers(console, opened, strangers)
 
     def on_ready(addresses) -> None:
+        if perf_input is not None:
+            perf_analyzer.write(perf_input, opened)
         said = greeting(
             opened, addresses, server=engine, provider=device.provider, perf_input=perf_input
         )
@@ -243,3 +250,22 @@ def command(
         server("triton").serve_triton(
             opened, environment=triton_env, aliases=aliases, otlp=otlp, **options
         )
+
+
+def _tell_of_strangers(console: Console, bundle: Bundle, names: list[str]) -> None:
+    """Say that weights and rates are of tasks that the bundle does not have.
+
+    Raises:
+        UsageError: And none can come.
+    """
+    from ...merge.errors import UsageError
+    from ...serving.tasks.life import fixed
+
+    if why := fixed(bundle):
+        raise UsageError(
+            "a weight or rate is of a task that the bundle does not have, and none can come",
+            where=bundle.path,
+            wanted=f"some of {', '.join(task.name for task in bundle.tasks)}",
+            found=f"{', '.join(names)}; {why}",
+        )
+    console.say(f"note: weights and rates of {', '.join(names)} count once there are such tasks")

@@ -177,9 +177,10 @@ def pack_(
 ) -> None:
     """Lay DELTA out for a server's bank, to send it later or from a machine without torch."""
     from ...export.bundle import open_bundle
-    from ...merge.files import atomic_file, refuse_existing
+    from ...merge.files import atomic_file, refuse_existing, require_file
     from ..pack import Layout
 
+    require_file(delta, "a delta")
     refuse_existing(output, force=force, inputs=(delta, *choice.files))
     if bundle is not None:
         layout = Layout.of(open_bundle(bundle))
@@ -200,6 +201,10 @@ def _bring(
     connect: Callable[[], Client],
     as_json: bool,
 ) -> None:
+    from ...merge.files import require_file
+
+    for path in deltas:
+        require_file(path, "a delta, or a packed task")
     brought = []
     with connect() as client:
         layout = _layout(client)

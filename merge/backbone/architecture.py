@@ -67,6 +67,11 @@ def known(architecture: str) -> type[nn.Module] | None:
     return own
 
 
+def features_of(model: nn.Module) -> int | None:
+    """How many features timm's classifier reads, where the model says it."""
+    return getattr(model, "head_hidden_size", getattr(model, "num_features", None))
+
+
 def classifiers_of(model: nn.Module, architecture: str) -> tuple[str, ...]:
     """Paths of the modules that turn features into logits.
 

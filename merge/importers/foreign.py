@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from ..delta import Delta
 from ..errors import IncompatibleArtefact
 from ..methods import head_branch
-from ..tuner import bind
+from ..tuner import Point, bind
+from ..tuners.class_and_mean import ClassAndMean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -73,6 +74,15 @@ class Foreign:
         name, branch = head_branch(backbone.classifiers[classifier])
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         self.plant(name, branch, {"weight": weight, "bias": bias})
+
+    def plant_wide_head(self, backbone: Backbone, weight: Tensor, bias: Tensor | None) -> None:
+        """Add DINOv2's classifier: `weight [K, 2 C]` of the class token and of the mean of the patches."""
+        name, branch = head_branch(backbone.classifiers[0])
+        tuner = ClassAndMean(int(getattr(backbone.model, "num_prefix_tokens", 1)))
+        token, mean = weight.chunk(2, dim=1)
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        tensors = {"weight": token.contiguous(), "mean": mean.contiguous(), "bias": bias}
+        self.plant(name, replace(branch, tuner=tuner, others=(Point("norm", "output"),)), tensors)
 
     def delta(
         self,
@@ -188,6 +198,8 @@ def is_linear_layer(weight: Tensor | None, bias: Tensor | None) -> bool:
     return bias is None or bias.shape == weight.shape[:1]
 
 
-def refuse(path: Path, what: str, *, found: object, do: str | None = None) -> IncompatibleArtefact:
+def refuse(
+    path: Path, what: str, *, found: object, wanted: str | None = None, do: str | None = None
+) -> IncompatibleArtefact:
     """The error of a tuner that cannot be carried."""
-    return IncompatibleArtefact(what, where=path, found=found, do=do)
+    return IncompatibleArtefact(what, where=path, wanted=wanted, found=found, do=do)

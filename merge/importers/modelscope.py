@@ -114,7 +114,7 @@ def _parts(
             path,
             "the file is no checkpoint of modelscope's vision_efficient_tuning",
             found=", ".join(list(flat)[:3]) or type(saved).__name__,
-            do="wanted: backbone_weight and head_weight, or model.backbone.* and model.head.*",
+            wanted="backbone_weight and head_weight, or model.backbone.* and model.head.*",
         )
     return trunk, head, None
 
@@ -177,7 +177,7 @@ def _rows(path: Path, key: str, tensor: Tensor) -> Tensor:
             path,
             "a tuner's tokens have another shape",
             found=f"{key} of shape {list(tensor.shape)}",
-            do="wanted: [1, length, channels]",
+            wanted="[1, length, channels]",
         )
     return tensor[0]
 
@@ -252,7 +252,7 @@ def _head(
                 path,
                 "the checkpoint's classifier is no linear layer",
                 found=some(f"{name} {list(layer[name].shape)}" for name in sorted(layer)),
-                do=f"wanted: head.fc.weight, or {classifier}weight, with or without a bias",
+                wanted=f"head.fc.weight, or {classifier}weight, with or without a bias",
             )
     if not inner or not outer:
         one = inner or outer

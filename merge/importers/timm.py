@@ -1,6 +1,6 @@
 """A timm model that was fine-tuned in all or in some of its own parameters, as its difference.
 
-Files: safetensors, or a torch checkpoint of timm's `train.py` and the like, a plain state dict or one under
+Files: safetensors, Hugging Face's folder with one, or a torch checkpoint of timm's `train.py` and the like, a plain state dict or one under
 `state_dict`, `model`, `state_dict_ema` or `model_ema`. Full fine-tuning, linear probing, BitFit and norm
 tuning differ in what changed and nothing else; see `differences.carry`.
 """
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backbone.architecture import features_of
+from ..backbone.transformers.config import weights_of
 from ..differences import Ranks, carry, say_truncation, subtract
 from ..errors import UsageError
 from ..tensor_files import read_saved
@@ -78,7 +80,7 @@ def _state_dict(path: Path, chosen: str | None) -> Mapping[str, Tensor]:
         UsageError: Several state dicts and none chosen, or the chosen one is not there.
         IncompatibleArtefact: The file holds none.
     """
-    saved = read_saved(path)
+    saved = read_saved((weights_of(path) if path.is_dir() else None) or path)
     if not isinstance(saved, dict):
         raise refuse(path, "the file holds no state dict", found=type(saved).__name__)
     parts = {key: saved[key] for key in CONTAINERS if isinstance(saved.get(key), dict)}
@@ -192,9 +194,7 @@ def _features(backbone: Backbone, classifier: str) -> int | None:
     layer = backbone.model.get_submodule(classifier)
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    return getattr(
-        backbone.model, "head_hidden_size", getattr(backbone.model, "num_features", None)
-    )
+    return features_of(backbone.model)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .bias import Bias
 from .bottleneck import Bottleneck
 from .bypass import Bypass
+from .class_and_mean import ClassAndMean
 from .difference import Difference
 from .embedding import Embedding
 from .gain import Gain
@@ -45,6 +46,7 @@ TUNERS: dict[str, type[Tuner]] = {
         Gpo,
         Difference,
         Head,
+        ClassAndMean,
         Perceptron,
         Embedding,
     )

@@ -56,10 +56,12 @@ class ModelFacts:
     Attributes:
         max_batch: Most rows of one request; at least 1.
         inputs: The protocol's datatype and the sizes of a row, by input.
+        hands_over: Triton's statistics of it end where our service takes a request over.
     """
 
     max_batch: int
     inputs: Mapping[str, tuple[str, tuple[int, ...]]]
+    hands_over: bool = False
 
 
 Reply: TypeAlias = "dict[str, NDArray[Any]] | ModelFacts | tuple[str, ...]"
@@ -81,6 +83,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
             )
             for entry in config["input"]
         },
+        hands_over=config.get("backend") == "python" and "identity" in config.get("parameters", {}),
     )
 
 

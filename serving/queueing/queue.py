@@ -268,7 +268,7 @@ class FairQueue(Generic[Item]):
             raise Overloaded(
                 "the queue is full",
                 wanted=f"at most {self._max_rows} rows waiting",
-                found=self._rows,
+                found=f"{self._rows}, and {rows} more",
                 do="try again later",
             )
         if self._max_task_rows is None:
@@ -279,7 +279,7 @@ class FairQueue(Generic[Item]):
                     "the task's part of the queue is full",
                     where=f"task {task}",
                     wanted=f"at most {self._max_task_rows} of its rows waiting",
-                    found=self._rows_by_task[task],
+                    found=f"{self._rows_by_task[task]}, and {more} more",
                     do="try again later",
                 )
 

@@ -216,7 +216,7 @@ def test_the_bank_of_inputs_is_not_in_the_engine(bundles: Callable[[str], Bundle
         ("prefix", methods.prefix(1)),
         ("probe", methods.together()),
     ],
-    ids=str,
+    ids=["lora", "dual", "prompt of 3", "prompt of 1", "prefix", "no tuner"],
 )
 def test_a_task_is_added_to_a_bank_of_inputs_without_a_rebuild(
     kind: str,

@@ -195,7 +195,7 @@ def test_dry_run_writes_nothing(spoken: str, cli: Any, files: Path, tmp_path: Pa
         ("ab", ["--head", "a", "--density", "0.5"], 2, "a density means nothing"),
         ("ab", ["--head", "a", "--rank", "0"], 2, "the rank is out of range"),
         ("ab", ["--head", "a", "--rank", "2", "--energy", "0.5"], 2, "one of rank and energy"),
-        ("ab", ["--head", "a", "--labels", "none.txt"], 2, "no such file of labels"),
+        ("ab", ["--head", "a", "--labels", "none.txt"], 2, "names of classes"),
         (["a", "serial"], ["--head", "a"], 2, "gelu between down and up"),
         (["a", "cropped"], ["--head", "average"], 2, "prepare their pictures differently"),
         (["a", "none"], ["--head", "a"], 2, "there is no such file"),

@@ -97,3 +97,19 @@ def test_a_folder_of_tasks_that_another_server_has_is_refused(
         )  # fmt: skip
     assert said.code == 2
     assert "another server keeps its tasks there" in said.err
+
+
+def test_weights_of_tasks_that_are_not_there(
+    bundles: Callable[[str], Bundle], cli: Any, monkeypatch: Any
+) -> None:
+    """Such a task may come later, or never."""
+    calls = _accepts("embedded", monkeypatch)
+    said = cli("serve", bundles("inputs").path, "--weight", "nobody=2", "--rate", "lora=5")
+    assert said.code == 0
+    assert "weights and rates of nobody count once" in said.err
+    (given,) = calls
+    assert given["weights"] == {"nobody": 2.0}
+    said = cli("serve", bundles("constants").path, "--rate", "nobody=2")
+    assert said.code == 2
+    assert "nobody; its tasks are constants" in said.err
+    assert len(calls) == 1

@@ -38,6 +38,7 @@ from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.class_and_mean import ClassAndMean
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
@@ -61,18 +62,19 @@ if TYPE_CHECKING:
 IDENTITY = Identity("vit_tiny_patch16_224", {"img_size": 32}, "0" * 64)
 FIRST = "18dcdeb3057d649072dc84f1107ac08f25b77be7b43c08fd2e8510d27d61c0c2"
 SECOND = "4979992bb0db9309ec97272a8e0e538f8292e13925307652b8cb6b9cd27eec70"
-GOLDEN = "9a1666dc83408667628af3bb946ca202034c8f56dbaff26c9b1835d96e3b19fe"
+THIRD = "9a1666dc83408667628af3bb946ca202034c8f56dbaff26c9b1835d96e3b19fe"
+GOLDEN = "d10fc3cd82b6597ade1db7f2d1d8e54d0c6e71deb1d02073fa66b4daf958e9df"
 
 
 def point(text: str) -> Point:
     return Point.parse(text)
 
 
-def tiny(*, age: int = 2) -> Delta:
+def tiny(*, age: int = 3) -> Delta:
     """A fixed delta of every kind, small enough to be read in a hex dump.
 
     At age 0 it has only the kinds and settings that version 1 of the format began with, at age 1 those
-    before networks beside the trunk and heads of several layers.
+    before networks beside the trunk and heads of several layers, at age 2 those before heads of two taps.
     """
     name, head = head_branch("head")
     op = point("blocks.0.attn.qkv:output")
@@ -129,6 +131,9 @@ def tiny(*, age: int = 2) -> Delta:
                 Embedding(2, unit=True), point("third:input"), point("third:output")
             ),
         }  # fmt: skip
+    if age >= 3:
+        taps = point("fourth:input"), point("fourth:output"), (point("norm:output"),)
+        branches["beside"] = Branch(ClassAndMean(5), *taps)
     sizes = {"in": 2, "out": 3, "r": 2, "c": 2, "d": 1}
     tensors, value = {}, 0
     for branch, where in branches.items():
@@ -183,7 +188,7 @@ def refused(action: Callable[[], Any], sentence: str) -> IncompatibleArtefact:
 def test_golden_bytes(written, tmp_path):
     """The format does not drift: a changed hash is a new version of the format."""
     assert hashlib.sha256(written.read_bytes()).hexdigest() == GOLDEN
-    for age, wanted in enumerate((FIRST, SECOND, GOLDEN)):
+    for age, wanted in enumerate((FIRST, SECOND, THIRD, GOLDEN)):
         found = save_delta(tmp_path / f"{age}", tiny(age=age))
         assert found == wanted, (
             "settings that were added later are not written where they are defaults"
@@ -408,7 +413,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no head": (
         lambda h: [
             h["branches"].remove(branch_of(h, name))
-            for name in ("head/head", "perceptron", "embedding")
+            for name in ("head/head", "perceptron", "embedding", "beside")
         ],
         "one head per classifier",
     ),

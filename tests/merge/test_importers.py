@@ -41,6 +41,21 @@ def test_code_in_a_checkpoint_is_never_run(vit, tmp_path, capsys):
     assert "never" not in capsys.readouterr().out
 
 
+def test_a_file_of_text_is_no_checkpoint(vit, tmp_path):
+    (tmp_path / "train.py").write_text("import torch\n")
+    with pytest.raises(IncompatibleArtefact, match="no torch checkpoint"):
+        read("timm", tmp_path / "train.py", vit)
+
+
+def test_a_folder_stands_for_the_weights_in_it(vit, tmp_path):
+    tensors = {name: t.contiguous() for name, t in vit.model.state_dict().items()}
+    tensors |= {"head.weight": torch.ones(3, 48), "head.bias": torch.zeros(3)}
+    with pytest.raises(UsageError, match="this is a folder"):
+        read("timm", tmp_path, vit)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert list(read("timm", tmp_path, vit).branches) == ["head/head"]
+
+
 BESIDE = {
     "arguments": argparse.Namespace(lr=0.1, inner=argparse.Namespace(x=1)),
     "numpy's number": np.float64(0.9),

@@ -30,6 +30,7 @@ from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import ACTIVATIONS, Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.class_and_mean import ClassAndMean
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
@@ -327,6 +328,9 @@ POINTS: dict[str, dict[str, Row]] = {
         "buffer": Row(difference("running_mean"), *["{block}.{buffer}:weights"] * 2),
     },
     "head": {"classifier": Row(Head(), "{head}:input", "{head}:output")},
+    "class_and_mean": {
+        "tokens": Row(ClassAndMean(), "{head}:input {pooled}", "{head}:output"),
+    },
     "perceptron": {
         "one hidden": Row(Perceptron((7,)), "{head}:input", "{head}:output"),
         "norms": Row(Perceptron((7, 6), "gelu", 1e-12), "{head}:input", "{head}:output"),
@@ -398,6 +402,7 @@ difference: bias                   | F        F        F        F        F      
 difference: token                  | F        F        F        F        F        -        -        -        -
 difference: buffer                 | -        -        -        -        -        -        -        -        F
 head: classifier                   | F        F        F        F        F        F        F        F        F
+class_and_mean: tokens             | +        +        +        +        +        +        +        +        u
 perceptron: one hidden             | +        +        +        +        +        +        +        +        +
 perceptron: norms                  | +        +        +        +        +        +        +        +        +
 embedding: as it is                | +        +        +        +        +        +        +        +        +
@@ -524,13 +529,15 @@ def make(case: Case, backbone: Backbone, sites_of, random_weights):
         planted = plant(case, backbone, sites)
         assert planted, "the family has no such place"
         answer: Tuner = Head()
+        beside: tuple[Point, ...] = ()
         if TUNERS[case.kind].answers:
             ((branch, _),) = planted.values()
-            answer, planted = branch.tuner, {}
+            answer, beside, planted = branch.tuner, branch.others, {}
         for classifier in backbone.classifiers:
             name, branch = head_branch(classifier)
             channels = sites.require(branch.tap)
-            planted[name] = replace(branch, tuner=answer), {"in": channels, "out": classes}
+            branch = replace(branch, tuner=answer, others=beside)
+            planted[name] = branch, {"in": channels, "out": classes}
         dtype = next(backbone.model.parameters()).dtype
         tensors = {}
         for number, (name, (branch, sizes)) in enumerate(planted.items()):
@@ -879,11 +886,11 @@ def test_padded_is_the_same_as_alone(case, backbone, make, run, sites_of, error)
         assert (mixed[row, width(task) :] == Head.fill["bias"]).all()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (1, 3, 4, 0, 2)])
 def test_tasks_that_answer_by_unlike_heads_share_a_batch(
     order, vit64, random_delta, random_weights, run, sites_of, error
 ):
-    """Classes, layers of unlike sizes, and a vector; none answers for another, nor with its classes."""
+    """Classes, layers of unlike sizes, two taps, and a vector; none answers for another, nor with its classes."""
     probe = random_delta(vit64, classes=3, task="probe")
     at = probe.branches[probe.head]
     tasks = [probe]
@@ -891,19 +898,21 @@ def test_tasks_that_answer_by_unlike_heads_share_a_batch(
         ("layers", Perceptron((7,)), 5),
         ("norms", Perceptron((4, 6), "gelu", 1e-12), 2),
         ("vector", Embedding(48), 0),
+        ("beside", ClassAndMean(), 4),
     ):
         w = random_weights(tuner, {"in": 48, "r": classes}, 1, torch.float64)
         labels = tuple(f"{name}{number}" for number in range(classes))
-        branch = replace(at, tuner=tuner)
+        others = (Point("norm", "output"),) if tuner.reads == 2 else ()
+        branch = replace(at, tuner=tuner, others=others)
         tasks.append(
             replace(probe, task=name, labels=labels, branches={name: branch}, tensors={name: w})
         )
     tasks = [tasks[number] for number in order]
     bank = stack([lower(vit64, task, sites_of(vit64)) for task in tasks], torch.float64)
-    images = vit64.example(4)
+    images = vit64.example(5)
     with torch.no_grad():
-        mixed = Mixed(vit64, bank)(images, torch.arange(4))
-    assert mixed.shape == (4, 48)
+        mixed = Mixed(vit64, bank)(images, torch.arange(5))
+    assert mixed.shape == (5, 48)
     for row, task in enumerate(tasks):
         alone = run(vit64, task, images[row : row + 1])
         assert error(mixed[row : row + 1, : width(task)], alone) < 1e-12

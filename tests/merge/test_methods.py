@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from utune_deploy.merge import methods
 from utune_deploy.merge.attach import attach
 from utune_deploy.merge.backbone import create
 from utune_deploy.merge.delta import require_backbone, validate
@@ -363,3 +366,16 @@ def test_hidden_states_that_do_not_fit_each_other():
     bare = create("vgg11", {"pretrained_cfg_overlay": {"input_size": [3, 64, 64]}})
     with pytest.raises(UsageError, match="with the same tokens"):
         attach(bare, ladder(8), classes=3)
+
+
+def test_the_arguments_of_every_method_are_in_its_document():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tuners.md").read_text()
+    helpers = {"Method", "Planted", "head_branch", "in_blocks", "together"}
+    for name in set(methods.__all__) - helpers:
+        parts, star = [], False
+        for parameter in inspect.signature(getattr(methods, name)).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and not star:
+                parts, star = [*parts, "*"], True
+            needed = parameter.default is parameter.empty
+            parts.append(parameter.name if needed else f"{parameter.name}={parameter.default!r}")
+        assert f"\n    {name}({', '.join(parts)})\n" in text

@@ -589,12 +589,75 @@ def test_two_trunks(pair, tmp_path):
         read_peft(tmp_path, pair("clip").ours)
 
 
-def test_dinov2s_own_classifier_is_refused_with_its_features(hub, peft, pair, tmp_path):
-    """It reads the class token beside the mean of the patches."""
+@pytest.fixture
+def classified(hub: Any, pair: Any) -> Any:
+    """`(family)`: DINOv2 with the classifier that transformers gives it, of the pair's trunk."""
+
+    def classified(family: str) -> Pair:
+        both = pair(family)
+        trunk = both.theirs.trunk
+        name = type(trunk).__name__.removesuffix("Model")
+        described = copy.deepcopy(trunk.config)
+        described.num_labels = 3
+        model = getattr(hub, f"{name}ForImageClassification")(described).double().eval()
+        getattr(model, model.base_model_prefix).load_state_dict(trunk.state_dict())
+        return replace(both, theirs=model)
+
+    return classified
+
+
+@pytest.mark.parametrize("family", BARE)
+@pytest.mark.parametrize("kind", ["Lora", "IA3"])
+def test_dinov2s_own_classifier(family, kind, peft, classified, error, tmp_path, sites_of):
+    """It reads the class token beside the mean of the patches, behind registers."""
+    both = classified(family)
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    if kind == "IA3":
+        settings["feedforward_modules"] = []
+    path, model = adapter(peft, both, tmp_path / "adapter", kind, **settings)
+    images = both.images(1)
+    delta = read(path, both.ours, tmp_path)
+    require_backbone(delta, both.ours, sites_of(both.ours))
+    assert error(tuned(both.ours, delta, images), answer(model, images)) <= FLOAT64
+    assert [refusal.branch for refusal in refusals(delta, both.ours)][-1] == "head/head"
+
+
+def test_an_engine_of_dinov2s_classifier_and_of_the_class_tokens(
+    peft, pair, classified, error, tmp_path
+):
+    wide, both = classified("dinov2 with registers"), pair("dinov2 with registers")
+    settings = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    ours = both.ours
+    single = wrap(
+        copy.deepcopy(ours.model).float(), ours.identity.architecture, ours.identity.arguments
+    )
+    tasks = []
+    for number, each in enumerate((wide, both)):
+        path, _ = adapter(
+            peft, each, tmp_path / str(number), "Lora", seed=number, r=2 + number, **settings
+        )
+        tasks.append(read(path, single, tmp_path, f"t{number}"))
+    images, task = both.images(1)[[0, 1, 0, 1]], torch.tensor([0, 1, 1, 0])
+    alone = [tuned(ours, delta, images) for delta in tasks]
+    mixed = Mixed(single, stack(tasks, torch.float32))
+    graph = clean(trace(mixed, Inputs(images.float(), task)))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        serialise(graph, {}), options, providers=["CPUExecutionProvider"]
+    )
+    (logits,) = session.run(None, {"images": images.float().numpy(), "task": task.numpy()})
+    wanted = torch.stack([alone[number][row] for row, number in enumerate(task.tolist())])
+    assert error(torch.from_numpy(np.asarray(logits)), wanted) <= FLOAT32
+
+
+def test_as_wide_a_classifier_of_somebody_else_is_refused(peft, pair, tmp_path):
+    """What it reads beside the class token is nowhere said."""
     both = pair("dinov2")
-    model = hub.Dinov2ForImageClassification(hub.Dinov2Config(**COMMON)).double()
+    whole = copy.deepcopy(both.theirs)
+    whole.classifier = torch.nn.Linear(64, 3).double()
     path, _ = adapter(
-        peft, replace(both, theirs=model), tmp_path / "adapter", "Lora",
+        peft, replace(both, theirs=whole), tmp_path / "adapter", "Lora",
         target_modules=["q_proj"], modules_to_save=["classifier"],
     )  # fmt: skip
     with pytest.raises(IncompatibleArtefact, match="reads other features") as caught:

@@ -8,7 +8,6 @@ import shlex
 import numpy as np
 import pytest
 
-from utune_deploy.merge.errors import UsageError
 from utune_deploy.serving import perf_analyzer, protocol
 from utune_deploy.serving.greeting import greeting
 from utune_deploy.serving.registry import Registry
@@ -49,14 +48,6 @@ def test_each_task_has_an_entry_and_rows_differ(bundle):
     assert [entry["task"]["content"] for entry in entries] == [["pets"], ["cars"], ["flowers"]]
     pictures = [np.array(entry["images"]["content"]) for entry in entries]
     assert len({picture.tobytes() for picture in pictures}) == 3
-
-
-def test_a_file_that_is_there_is_kept(bundle, tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text("mine")
-    with pytest.raises(UsageError, match="already exists"):
-        perf_analyzer.write(path, bundle)
-    assert path.read_text() == "mine"
 
 
 def test_the_greeting_prints_the_command(bundle, tmp_path):

@@ -76,12 +76,13 @@ def work_view(report: Report) -> View | None:
     if ceilings is None:
         return View("Work", UNMEASURED, rows)
     product, moved = product_words(ceilings)
+    drawn = {result.subject for _, _, result, _ in counted}
     return View(
         title="Work, and what the machine can do",
         note=NOTE.format(product=product, sum=moved),
         rows=rows,
         chart=roofline_chart(report, ceilings),
-        legend=tuple(subject.name for subject in report.subjects),
+        legend=tuple(s.name if s.name in drawn else "" for s in report.subjects),
     )
 
 

@@ -68,7 +68,8 @@ def size_view(report: Report) -> View | None:
     chart = memory_chart(report)
     if chart is not None:
         note += " The dashed line is computed, not measured: a merged model for each task, as often as the backbone."
-    legend = tuple(subject.name for subject in report.subjects) if chart is not None else ()
+    drawn = tuple(s.name if s.footprint and s.task_count else "" for s in report.subjects)
+    legend = drawn if chart is not None else ()
     return View("Memory and size", note, rows, chart, legend)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import IncompatibleArtefact
+from ..architecture import features_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -63,6 +64,7 @@ AROUND: tuple[Rule, ...] = (
 )  # fmt: skip
 """Behind the trunk's name, outside its blocks."""
 
+DINOV2 = ("dinov2.", "dinov2_with_registers.")  # the trunks in its models with a classifier
 CLASSIFIERS = {"classifier": 0, "cls_classifier": 0, "distillation_classifier": 1}
 UNUSED = re.compile(  # what no classifier reads, and what the module makes itself
     r"(?:.*\.)?(?:mask_token|pooler\.dense(?:\.\w+)?|position_ids|relative_position_index|relative_coords_table)"
@@ -200,28 +202,29 @@ class Counterparts:
         """The name of one classifier that stands for two of timm's, which it averages."""
         return ("classifier",) if len(self.classifiers) == 2 else ()
 
+    def reads_class_and_mean(self, head: Tensor) -> bool:
+        """A classifier's weight is DINOv2's: of the class token, and beside it of the mean of the patches."""
+        width = features_of(self.model)
+        return self.trunk in DINOV2 and width is not None and head.shape[-1] == 2 * width
+
     def require_features(self, tensors: Mapping[str, Tensor], *, where: Path) -> None:
         """A classifier among the names reads what timm's does.
 
-        transformers' ViT, DeiT and DINOv2 read the class token, CLIP the mean of the patches in front of the last
-        norm, SigLIP their mean behind it. BEiT and Swin have one way in both.
+        transformers' ViT and DeiT read the class token, DINOv2 the mean of the patches beside it, CLIP this mean in
+        front of the last norm, SigLIP behind it. BEiT and Swin have one way in both.
 
         Raises:
             IncompatibleArtefact: It reads something else.
         """
         head = tensors.get("classifier.weight")
-        width = getattr(self.model, "head_hidden_size", getattr(self.model, "num_features", None))
-        if head is not None and width is not None and head.shape[-1] != width:
+        width = features_of(self.model)
+        wide = head is not None and self.reads_class_and_mean(head)
+        if head is not None and not wide and width not in (None, head.shape[-1]):
             raise IncompatibleArtefact(
                 "the classifier reads other features than the backbone's",
                 where=f"{where}: classifier",
                 wanted=f"{width} features",
-                found=f"{head.shape[-1]}"
-                + (
-                    ", the class token beside the mean of the patches"
-                    if head.shape[-1] == 2 * width
-                    else ""
-                ),
+                found=head.shape[-1],
                 do="train a linear classifier on what the backbone pools, in modules_to_save",
             )
         if not hasattr(self.model, "blocks") or not hasattr(self.model, "norm_pre"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...tensor_files import read_state_dict, tensor_names
-from ..architecture import classifiers_of, make
+from ..architecture import classifiers_of, features_of, make
 from .config import CONFIG, EPS, match_config, model_type, of_pictures, weights_of
 from .counterparts import Counterparts
 from .processor import read_processor
@@ -60,7 +60,7 @@ def read_transformers(
     own = {} if eps is None or EPS in arguments else {EPS: eps}
     found = names.assemble(tensors, model.state_dict(), where=path)
     heads = [name for name in found if name.startswith(tuple(f"{c}." for c in classifiers))]
-    width = getattr(model, "head_hidden_size", getattr(model, "num_features", None))
+    width = features_of(model)
     if any(found[name].dim() != 1 and found[name].shape[-1] != width for name in heads):
         for name in heads:  # it reads other features; a task brings its own
             del found[name]

@@ -92,6 +92,11 @@ def read_heads(adapter: Adapter) -> None:
     found = adapter.found
     for number, path in enumerate(adapter.backbone.classifiers):
         head = _classifier(adapter, path)
+        if adapter.counterparts is not None and adapter.counterparts.reads_class_and_mean(
+            head.weight
+        ):
+            found.plant_wide_head(adapter.backbone, head.weight, head.bias)
+            continue
         at = {name: branch for name, branch in found.branches.items() if branch.add.module == path}
         layer = adapter.module(path)
         if at and isinstance(layer, nn.Linear) and head.weight.shape != layer.weight.shape:

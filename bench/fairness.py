@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from utune_deploy.serving.answers import Answers
 from utune_deploy.serving.queueing.batcher import Batcher
-from utune_deploy.serving.service import Answers
 from utune_deploy.serving.watching.counters import Counters
 
 ENGINE_SECONDS = 0.003

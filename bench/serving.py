@@ -33,8 +33,8 @@ import tritonclient.http.aio as http_aio
 from tritonclient.utils import InferenceServerException
 
 from utune_deploy.deploy.bench.machine import read_machine
-from utune_deploy.deploy.build import Task
 from utune_deploy.deploy.pack import Layout, pack
+from utune_deploy.deploy.task import Task
 from utune_deploy.export.bundle import open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.delta import load_delta

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..export.engine import Device
     from ..merge.backbone import Backbone
-    from .build import Task
+    from .task import Task
 
 
 def add_tasks(

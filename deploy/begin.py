@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..merge.delta import Delta
     from ..merge.fan_out import Group
     from ..merge.sites import Sites
-    from .build import Task
     from .plan import Plan
+    from .task import Task
 
 SERVABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # what Triton takes as a model's name
 

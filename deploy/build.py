@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..export import bundle as bundles
@@ -38,17 +38,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..merge.backbone import Backbone
-    from ..merge.delta import Delta
+    from .task import Task
 
 ENGINE_FILE = "model.onnx"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A delta and the digest of its file."""
-
-    delta: Delta
-    digest: str
 
 
 def export_bundle(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
     from ..merge.sites import Sites
-    from .build import Task
+    from .task import Task
 
 PROBE_ROWS = 2
 

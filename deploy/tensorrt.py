@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from ..merge.backbone import Backbone
     from ..merge.delta import Delta
     from .begin import Begun
-    from .build import Task
     from .graphs import Made
+    from .task import Task
 
 NUMBERS = "precision.json"  # what the typing pass and the quantiser did
 MORE_TASKS = 2  # times the tasks there are: what a bank that is an input has room for, at least

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from .answers import Answers
     from .registry import Registry, Request
-    from .service import Answers
     from .tasks.versions import Version
     from .watching.counters import Counters
 

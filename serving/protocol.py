@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .answering import Answerer
+    from .answers import Answers
     from .registry import Registry, Request
-    from .service import Answers
     from .tasks.versions import Version
 
 VERSION = "1"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..export.engine import CPU, LOGITS
 from ..merge.errors import UsageError
+from .answers import Answers
 from .registry import Registry
 from .rejections import EngineFailed, InvalidRequest
 from .tasks.life import Tasks, description, entry, fixed, refusal_to_change
@@ -34,50 +34,6 @@ if TYPE_CHECKING:
     from ..merge.errors import UtuneError
     from .registry import Request
     from .tasks.versions import Version
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the service says to one request.
-
-    Attributes:
-        logits: `[n, K]` float32, K the largest class count; columns past a task's own classes hold
-            a quarter of the lowest float32. `[n, Q, K]` where a task answers with more axes.
-        labels: The name of the best of the task's own classes, `n` of them; none without labels.
-        scores: `[n]` float32, the softmax of that class over the task's own classes; `[0]` without
-            labels.
-        versions: The task of each answer, as it was when the request was checked.
-        engine_ns: How long the engine call took that these rows were part of.
-
-    Where every task answers every row, the answers to the first row stand before those to the second.
-    """
-
-    logits: NDArray[np.float32]
-    labels: tuple[str, ...]
-    scores: NDArray[np.float32]
-    versions: tuple[Version, ...]
-    engine_ns: int
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The name of each answer's task."""
-        return tuple(version.name for version in self.versions)
-
-    def __len__(self) -> int:
-        return len(self.versions)
-
-    def split(self, size: int) -> list[Answers]:
-        """The same in parts of `size` answers each."""
-        return [
-            replace(
-                self,
-                logits=self.logits[at : at + size],
-                labels=self.labels[at : at + size],
-                scores=self.scores[at : at + size],
-                versions=self.versions[at : at + size],
-            )
-            for at in range(0, len(self), size)
-        ]
 
 
 class Service:

@@ -18,7 +18,8 @@ from .numbers import numbers
 from .report import Asked, Changing, Input, Report
 from .saturation import saturation
 from .step import CLOSED
-from .wire import BROKEN, OK, TIMEOUT, open_wire
+from .wire import BROKEN, OK, TIMEOUT
+from .wires import open_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from ...serving.client.address import Address
+from typing import Any, NamedTuple, Protocol
 
 OK = "ok"
 TIMEOUT = "timeout"
@@ -57,17 +54,6 @@ class Wire(Protocol):
     async def close(self) -> None:
         """Close every connection."""
         ...
-
-
-def open_wire(address: Address) -> Wire:
-    """The wire that an address asks for; connections are opened when they are needed."""
-    if address.is_grpc:
-        from .grpc_wire import GrpcWire
-
-        return GrpcWire(address)
-    from .http_wire import HttpWire
-
-    return HttpWire(address)
 
 
 def failed(sent_ns: int, written_ns: int, status: str, says: str) -> Reply:

@@ -51,9 +51,9 @@ def command(
     from ...merge.delta import load_delta
     from ...merge.files import digest, refuse_existing
     from ..add import add_tasks
-    from ..build import Task
     from ..pictures import read_folder
     from ..reference import Evidence
+    from ..task import Task
 
     refuse_existing(output, force=force, inputs=(*deltas, bundle, *choice.files))
     opened = open_bundle(bundle)

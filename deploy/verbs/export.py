@@ -141,10 +141,11 @@ def command(
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
     from ..begin import fan_out_groups, require_one_preprocessing
-    from ..build import Task, export_bundle
+    from ..build import export_bundle
     from ..pictures import read_folder
     from ..plan import make_plan
     from ..reference import Evidence
+    from ..task import Task
 
     numbers.require(precision, target)
 

@@ -239,8 +239,8 @@ def _packed(path: Path, layout: Layout, choice: BackboneChoice, backbone: Any = 
     from ...merge.delta import load_delta
     from ...merge.files import digest
     from ...serving.tasks.packed import is_packed, write_packed
-    from ..build import Task
     from ..pack import pack
+    from ..task import Task
 
     if is_packed(path):
         return path.read_bytes()

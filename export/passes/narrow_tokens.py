@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from ..engine import BANK_PREFIX
 from .linear import constant, initializer, linear_from, replace, shape_of, split_behind
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ ELEMENTWISE = frozenset({
 })  # fmt: skip
 OVER_CHANNELS = frozenset({"LayerNormalization", "RMSNormalization", "LogSoftmax", "Softmax"})
 COLUMNS = 8  # times as wide at least as what is to be columns of it
-BANK = "bank/"  # tensors that a check puts others in the place of
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _sides(node: ir.Node, pick: Pick) -> list[int] | None:
             return None
         if len(shape) < pick.back or shape[-pick.back] == 1:
             continue
-        if shape[-pick.back] != pick.whole or (value.name or "").startswith(BANK):
+        if shape[-pick.back] != pick.whole or (value.name or "").startswith(BANK_PREFIX):
             return None
         sides.append(number)
     return sides or None

@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..answers import Answers
 from ..registry import MAX_DELAY_MS
 from ..rejections import Cancelled, Expired, InvalidRequest, Overloaded, Stopping
-from ..service import Answers
 from .queue import DEFAULT_PRIORITY, PRIORITY_LEVELS, FairQueue
 from .rates import Rates
 

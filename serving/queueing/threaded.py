@@ -15,8 +15,9 @@ from .batcher import Batcher
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ..answers import Answers
     from ..registry import Request
-    from ..service import Answers, Service
+    from ..service import Service
 
 Result = TypeVar("Result")
 

@@ -51,6 +51,7 @@ CARRIED = (
     "export/parity.py",
     "export/targets/*.py",
     "serving/__init__.py",
+    "serving/answers.py",
     "serving/models.py",
     "serving/protocol.py",
     "serving/queueing/*.py",

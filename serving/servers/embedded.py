@@ -7,7 +7,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ...export.engine import CPU
-from ..bundle_models import BundleModel, BundleRepository
+from ..bundle_models import BundleModel
+from ..bundle_repository import BundleRepository
 from ..queueing.batcher import Batcher
 from ..registry import MAX_DELAY_MS
 from ..service import Service

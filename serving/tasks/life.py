@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...export.bundle import Bundle
+    from ..answers import Answers
     from ..registry import Registry, Request
-    from ..service import Answers
 
 CHANGES = ("add", "update", "remove", "rollback")
 KEPT_VERSIONS = 4

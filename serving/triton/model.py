@@ -33,8 +33,8 @@ from .metrics import PushedMetrics
 from .settings import PRIORITY, Settings
 
 if TYPE_CHECKING:
+    from ..answers import Answers
     from ..registry import Request
-    from ..service import Answers
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from utune_deploy.deploy.build import Task
+    from utune_deploy.deploy.task import Task
     from utune_deploy.export.bundle import Bundle
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta
@@ -98,7 +98,7 @@ def as_task() -> Callable[[Delta], Task]:
     """A delta with the digest that its file would have."""
     import hashlib
 
-    from utune_deploy.deploy.build import Task
+    from utune_deploy.deploy.task import Task
 
     return lambda delta: Task(delta, hashlib.sha256(delta.task.encode()).hexdigest())
 

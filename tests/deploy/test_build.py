@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from utune_deploy.deploy import build, graphs
-from utune_deploy.deploy.build import Task, export_bundle
+from utune_deploy.deploy.build import export_bundle
 from utune_deploy.deploy.graphs import backbone_engine
 from utune_deploy.deploy.plan import make_plan
 from utune_deploy.deploy.reference import Evidence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from utune_deploy.deploy.task import Task
     from utune_deploy.export.bundle import Bundle
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta

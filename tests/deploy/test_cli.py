@@ -222,7 +222,7 @@ def test_export_says_what_it_did_and_why(cli: Any, files: Path, tmp_path: Path) 
     assert said.out.startswith("mode merged: every branch folds exactly")
     assert "all branches fold exactly" in said.out
     assert "graph passes: flat_heads 3" in said.out
-    assert f"wrote {tmp_path / 'b'} (merged, 1 tasks, engine" in said.out
+    assert f"wrote {tmp_path / 'b'} (merged, 1 task, engine" in said.out
     names = [c["name"] for c in open_bundle(tmp_path / "b").check["comparisons"]]
     assert any("real images" in name for name in names)
     assert open_bundle(tmp_path / "b").name == "served"

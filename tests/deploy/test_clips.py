@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from utune_deploy.deploy.bench.run import bench
-from utune_deploy.deploy.build import Task, export_bundle
+from utune_deploy.deploy.build import export_bundle
 from utune_deploy.deploy.pictures import read_folder
 from utune_deploy.deploy.reference import Evidence
 from utune_deploy.export.engine import Device
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from utune_deploy.deploy.task import Task
     from utune_deploy.export.bundle import Bundle
     from utune_deploy.merge.backbone import Backbone
     from utune_deploy.merge.delta import Delta

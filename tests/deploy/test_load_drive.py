@@ -17,7 +17,7 @@ from utune_deploy.deploy.load.drive import drive, run_precisely
 from utune_deploy.deploy.load.numbers import numbers
 from utune_deploy.deploy.load.run import load
 from utune_deploy.deploy.load.step import CLOSED, CONSTANT, POISSON, Settings, Step
-from utune_deploy.deploy.load.wire import open_wire
+from utune_deploy.deploy.load.wires import open_wire
 from utune_deploy.merge.errors import CheckFailed
 from utune_deploy.serving.rejections import Overloaded, Unreachable
 

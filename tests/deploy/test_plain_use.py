@@ -10,10 +10,11 @@ import pytest
 import timm
 import torch
 
-from utune_deploy.deploy.build import Task, export_bundle
+from utune_deploy.deploy.build import export_bundle
 from utune_deploy.deploy.check import check_engine
 from utune_deploy.deploy.plan import make_plan
 from utune_deploy.deploy.reference import Evidence
+from utune_deploy.deploy.task import Task
 from utune_deploy.export.engine import Device
 from utune_deploy.export.parity import compare
 from utune_deploy.merge.attach import attach, restore

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utune_deploy.deploy.build import Task, export_bundle
+from utune_deploy.deploy.build import export_bundle
+from utune_deploy.deploy.task import Task
 from utune_deploy.merge.attach import attach
 from utune_deploy.merge.backbone import create
 from utune_deploy.merge.errors import UsageError

@@ -8,8 +8,9 @@ import pytest
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import UsageError
 from utune_deploy.merge.no_class import NO_CLASS
+from utune_deploy.serving.answers import Answers
 from utune_deploy.serving.rejections import EngineFailed, InvalidRequest
-from utune_deploy.serving.service import Answers, Service
+from utune_deploy.serving.service import Service
 
 LOWEST = np.float32(NO_CLASS)
 CLASSES = {"pets": 5, "cars": 3, "flowers": 2}

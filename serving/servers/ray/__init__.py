@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ....export.engine import CPU
 from ....merge.errors import IncompatibleArtefact, UsageError
-from ...bundle_models import BundleModel, BundleRepository
+from ...bundle_models import BundleModel
+from ...bundle_repository import BundleRepository
 from ...queueing.batcher import QUEUED_BATCHES
 from ...registry import MAX_DELAY_MS
 from ...rejections import ServerFailed

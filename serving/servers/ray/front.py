@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 
 from ....export.bundle import task_from_json
 from ....merge.errors import UsageError
+from ...answers import Answers
 from ...registry import Registry
 from ...rejections import EngineFailed, Expired, Overloaded, ServerFailed, Stopping
-from ...service import Answers
 from ...tasks.commands import TaskCommands, require_called
 from ...tasks.life import description, entry
 from ...tasks.versions import Version

@@ -12,7 +12,8 @@ import torch
 from utune_deploy.deploy.bench.alternatives import ALTERNATIVES, open_alternatives
 from utune_deploy.deploy.bench.alternatives.agreement import require_same_answers
 from utune_deploy.deploy.bench.beside import KINDS, Beside
-from utune_deploy.deploy.build import Task, export_bundle
+from utune_deploy.deploy.build import export_bundle
+from utune_deploy.deploy.task import Task
 from utune_deploy.export.engine import Device
 from utune_deploy.merge import methods
 from utune_deploy.merge.backbone import save, wrap

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from utune_deploy.merge.errors import UsageError
+from utune_deploy.serving.answers import Answers
 from utune_deploy.serving.queueing.threaded import ThreadedBatcher
 from utune_deploy.serving.rejections import EngineFailed, Expired, Overloaded, Stopping
-from utune_deploy.serving.service import Answers, Service
+from utune_deploy.serving.service import Service
 
 
 class GatedSession:

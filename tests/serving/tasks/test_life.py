@@ -14,9 +14,10 @@ import pytest
 from utune_deploy.export.bundle import BANK, Task, open_bundle
 from utune_deploy.export.engine import Device
 from utune_deploy.merge.errors import CheckFailed, IncompatibleArtefact, UsageError, UtuneError
+from utune_deploy.serving.answers import Answers
 from utune_deploy.serving.queueing.batcher import Batcher
 from utune_deploy.serving.rejections import InvalidRequest
-from utune_deploy.serving.service import Answers, Service
+from utune_deploy.serving.service import Service
 from utune_deploy.serving.tasks import life
 from utune_deploy.serving.tasks.commands import TaskCommands
 from utune_deploy.serving.tasks.packed import Probe

@@ -128,8 +128,8 @@ def overhead_views(reports: Mapping[str, Report]) -> Iterator[View]:
         if lines:
             yield View(
                 title=f"Overhead against the {what}",
-                note="Dots are measured ratios to the baseline of the same run with their 95 % intervals; the thin dashed "
-                f"lines are the ratios of multiply-accumulates. {_shown(len(lines))}",
+                note="Dots are measured ratios to the baseline of the same run with their 95 % intervals, joined within a comparison; "
+                f"the thin dashed lines are the ratios of multiply-accumulates. {_shown(len(lines))}",
                 rows=[
                     ("case", *(["comparison"] if len(reports) > 1 else []), "subject", "tasks", "rank", "ratio",
                      "95 % low", "95 % high", "bound"),
@@ -165,15 +165,24 @@ def overhead_chart(lines: list[list[tuple[int, Point]]], what: str) -> Markup:
     for index, line in enumerate(lines):
         group = series(svg, index)
         aside = APART * (index - (len(lines) - 1) / 2)  # or the intervals lie on each other
-        measured = [(x(value) + aside, y(p.ratio.median)) for value, p in line]
-        counted = [(x(value) + aside, y(p.bound)) for value, p in line if p.bound is not None]
-        draw_polyline(group, measured, "line", DASHES[index % SERIES])
-        draw_polyline(group, counted, "thin", "3 4")
+        for run in _runs(line):
+            measured = [(x(value) + aside, y(p.ratio.median)) for value, p in run]
+            counted = [(x(value) + aside, y(p.bound)) for value, p in run if p.bound is not None]
+            draw_polyline(group, measured, "line", DASHES[index % SERIES])
+            draw_polyline(group, counted, "thin", "3 4")
         for value, p in line:
             at = x(value) + aside
             draw_line(group, at, y(p.ratio.low), at, y(p.ratio.high), "whisker")
             draw_dot(group, at, y(p.ratio.median), 4)
     return to_markup(svg)
+
+
+def _runs(line: list[tuple[int, Point]]) -> Iterator[list[tuple[int, Point]]]:
+    """What a line may join: engines of one comparison that differ in nothing but what varies."""
+    for comparison in dict.fromkeys(p.comparison for _, p in line):
+        run = [(value, p) for value, p in line if p.comparison == comparison]
+        if len({value for value, _ in run}) == len(run) > 1:
+            yield run
 
 
 def _points(reports: Mapping[str, Report]) -> Iterator[Point]:

@@ -20,6 +20,7 @@ from utune_deploy.merge.tuners import TUNERS
 from utune_deploy.merge.tuners.bias import Bias
 from utune_deploy.merge.tuners.bottleneck import Bottleneck
 from utune_deploy.merge.tuners.bypass import Bypass
+from utune_deploy.merge.tuners.class_and_mean import ClassAndMean
 from utune_deploy.merge.tuners.difference import Difference
 from utune_deploy.merge.tuners.embedding import Embedding
 from utune_deploy.merge.tuners.gain import Gain
@@ -118,6 +119,7 @@ KINDS: dict[str, list[Planted]] = {
     "head": [],
     "perceptron": [(Perceptron((9, 6), "gelu", 1e-12), *HEAD)],
     "embedding": [(Embedding(48, unit=True), *HEAD)],
+    "class_and_mean": [(ClassAndMean(), "head:input norm:output", "head:output")],
 }
 
 

@@ -141,6 +141,7 @@ def command(
     from ...merge.files import digest, refuse_existing
     from ...merge.sites import measure
     from ..begin import fan_out_groups, require_one_preprocessing
+    from ..bench.wording import plural
     from ..build import export_bundle
     from ..pictures import read_folder
     from ..plan import make_plan
@@ -241,7 +242,7 @@ def command(
     if images is None and reads_pictures and not numerics.calibration:
         console.say("note: checked on seeded noise only; --images FOLDER adds real pictures")
     engines = [engine for engine in (bundle.engine, bundle.fan_out) if engine is not None]
-    count_of_tasks = f"{len(bundle.tasks)} task{'s' if bundle.tasks[1:] else ''}"
+    count_of_tasks = plural(len(bundle.tasks), "task")
     sizes = ", ".join(f"{(output / e.file).stat().st_size / 1e6:.1f} MB" for e in engines)
     console.result(
         f"wrote {output} ({bundle.mode}, {count_of_tasks}, engine {sizes})"

@@ -205,8 +205,9 @@ def command(
     opened = open_bundle(bundle)
     if perf_input is not None:
         refuse_existing(perf_input, force=False)
-    named = {**dict(map(weight, weights)), **rates(limits)["rates"]}
-    if strangers := sorted(named.keys() - {task.name for task in opened.tasks}):
+    shares, limited = dict(map(weight, weights)), rates(limits)
+    named = shares.keys() | limited["rates"].keys()
+    if strangers := sorted(named - {task.name for task in opened.tasks}):
         _tell_of_strangers(console, opened, strangers)
 
     def on_ready(addresses) -> None:
@@ -228,8 +229,8 @@ def command(
         "default_timeout_ms": timeout_ms,
         "max_queued_rows": max_queued,
         "max_task_rows": max_task_queued,
-        **rates(limits),
-        "weights": dict(map(weight, weights)),
+        **limited,
+        "weights": shares,
         "keep": keep,
         "rows": rows,
         "task_control": is_local(host) if task_control is None else task_control,

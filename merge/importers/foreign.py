@@ -75,12 +75,11 @@ class Foreign:
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         self.plant(name, branch, {"weight": weight, "bias": bias})
 
-    def plant_wide_head(self, backbone: Backbone, weight: Tensor, bias: Tensor | None) -> None:
+    def plant_wide_head(self, backbone: Backbone, weight: Tensor, bias: Tensor) -> None:
         """Add DINOv2's classifier: `weight [K, 2 C]` of the class token and of the mean of the patches."""
         name, branch = head_branch(backbone.classifiers[0])
         tuner = ClassAndMean(int(getattr(backbone.model, "num_prefix_tokens", 1)))
         token, mean = weight.chunk(2, dim=1)
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
         tensors = {"weight": token.contiguous(), "mean": mean.contiguous(), "bias": bias}
         self.plant(name, replace(branch, tuner=tuner, others=(Point("norm", "output"),)), tensors)
 

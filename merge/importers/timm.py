@@ -1,7 +1,7 @@
 """A timm model that was fine-tuned in all or in some of its own parameters, as its difference.
 
-Files: safetensors, Hugging Face's folder with one, or a torch checkpoint of timm's `train.py` and the like, a plain state dict or one under
-`state_dict`, `model`, `state_dict_ema` or `model_ema`. Full fine-tuning, linear probing, BitFit and norm
+Files: safetensors, Hugging Face's folder with one, or a torch checkpoint of timm's `train.py` and the like, a
+plain state dict or one under `state_dict`, `model`, `state_dict_ema` or `model_ema`. Full fine-tuning, linear probing, BitFit and norm
 tuning differ in what changed and nothing else; see `differences.carry`.
 """
 

@@ -361,6 +361,18 @@ def test_check_wants_every_delta_of_the_bundle(cli: Any, files: Path, bundle: Pa
     assert "the deltas of some tasks are not given" in said.err
 
 
+def test_check_says_which_delta_is_not_there(cli: Any, files: Path, bundle: Path) -> None:
+    said = cli("check", bundle, files / "none.safetensors", "--weights", files / "backbone")
+    assert (said.code, said.out) == (2, "")
+    assert "there is no such file" in said.err
+    assert "none.safetensors" in said.err
+    said = cli(
+        "check", bundle, files / "lora.safetensors", "--weights", files / "backbone", "--seed", -1
+    )
+    assert said.code == 2
+    assert "--seed" in said.err
+
+
 # predict
 
 

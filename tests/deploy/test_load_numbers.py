@@ -10,6 +10,7 @@ import pytest
 
 from utune_deploy.deploy.bench.latency import latency_of
 from utune_deploy.deploy.load.arrivals import due_times
+from utune_deploy.deploy.load.cautions import find_cautions
 from utune_deploy.deploy.load.changes import Change, effect
 from utune_deploy.deploy.load.drive import Run, Sample
 from utune_deploy.deploy.load.numbers import numbers
@@ -303,3 +304,15 @@ def test_the_verdict_says_what_is_known(load_report):
     )
     none = replace(fast, latency=None)
     assert verdict(replace(closed, steps=(none,))) == "No request had a good answer"
+
+
+def test_statistics_that_end_early_are_told_of(load_report):
+    report = load_report(CLOSED)
+    steps = [Step(CLOSED, result.level) for result in report.steps]
+    unseen = [replace(result, server=None) for result in report.steps]
+    for handed_over in (False, True):
+        said = " ".join(
+            find_cautions(steps, unseen, report.machine, report.load, handed_over=handed_over)
+        )
+        assert ("takes a request over" in said) is handed_over
+        assert ("could not be read" in said) is not handed_over

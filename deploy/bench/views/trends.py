@@ -128,8 +128,8 @@ def overhead_views(reports: Mapping[str, Report]) -> Iterator[View]:
         if lines:
             yield View(
                 title=f"Overhead against the {what}",
-                note="Dots are measured ratios to the baseline of the same run with their 95 % intervals, joined within a comparison; "
-                f"the thin dashed lines are the ratios of multiply-accumulates. {_shown(len(lines))}",
+                note="Dots are measured ratios to the baseline of the same run with their 95 % intervals, joined within a "
+                f"comparison; the thin dashed lines are the ratios of multiply-accumulates. {_shown(len(lines))}",
                 rows=[
                     ("case", *(["comparison"] if len(reports) > 1 else []), "subject", "tasks", "rank", "ratio",
                      "95 % low", "95 % high", "bound"),

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from utune_deploy.deploy.bench import wording
+from utune_deploy.deploy.bench.summary import Ratio
 from utune_deploy.deploy.bench.views.page import Section, render_html, write_html, write_sweep_html
+from utune_deploy.deploy.bench.views.trends import Point, overhead_chart
 from utune_deploy.deploy.page.drawing import Axis
 
 VOID = {"meta", "br", "input"}
@@ -223,6 +225,20 @@ def test_a_sweep_draws_the_overhead_over_all_its_reports(full, tmp_path):
     first = (tmp_path / "x.html").read_text().partition("</main>")[0]
     assert "Overhead against the number of tasks" in first
     assert "Roofline" not in first
+
+
+def test_overheads_are_joined_only_within_a_comparison():
+    """And not where two engines of it have as many tasks: they differ in something else."""
+    one, many = Ratio(1.0, 1.0, 1.0, 0.95, 9), Ratio(1.2, 1.1, 1.3, 0.95, 9)
+
+    def lines(*points):
+        drawn = [(tasks, Point(name, "s", "c", tasks, 8, r, None)) for name, tasks, r in points]
+        return overhead_chart([drawn], "number of tasks").count('class="line"')
+
+    assert lines(("a", 1, one), ("a", 8, many)) == 1
+    assert lines(("a", 1, one), ("a", 8, many), ("b", 1, one), ("b", 16, many)) == 2
+    assert lines(("a", 1, one), ("b", 8, many)) == 0
+    assert lines(("a", 8, one), ("a", 8, many)) == 0
 
 
 def test_a_sweep_folds_each_comparison_under_its_name_and_verdict(report, tmp_path):

@@ -63,3 +63,21 @@ def test_the_verdict_of_a_baseline_alone_is_its_latency(report):
     alone = replace(report, subjects=report.subjects[:1], cases=cases)
     p50 = milliseconds(cases[-1].results[0].summary.p50_ms)
     assert verdict(alone) == f"backbone: {p50} ms for a mixed batch of 8"
+
+
+def test_a_pipe_gets_the_whole_table(report, capsys, monkeypatch):
+    """Nobody sees how wide it is: names of any length leave room for the numbers."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "an engine of a name that takes most of a terminal's eighty columns by itself"
+    subjects = tuple(replace(s, name=f"{long} {s.name}") for s in report.subjects)
+    cases = tuple(
+        replace(
+            case, results=tuple(replace(r, subject=f"{long} {r.subject}") for r in case.results)
+        )
+        for case in report.cases
+    )
+    print_table(replace(report, subjects=subjects, cases=cases))
+    lines = capsys.readouterr().out.splitlines()
+    ratio = report.cases[0].results[1].ratio
+    (row,) = [line for line in lines if f"{ratio.low:.3f}-{ratio.high:.3f}" in line][:1]
+    assert row.startswith(f"{long} {report.subjects[1].name}")

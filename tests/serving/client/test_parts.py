@@ -18,6 +18,7 @@ from utune_deploy.merge.no_class import NO_CLASS
 from utune_deploy.serving.client import Client, Retry
 from utune_deploy.serving.client.address import parse
 from utune_deploy.serving.client.answers import _own
+from utune_deploy.serving.client.calls import model_facts
 from utune_deploy.serving.client.failures import FINAL, LOST, REFUSED, seconds
 from utune_deploy.serving.rejections import InvalidRequest, from_line, one_line
 
@@ -132,3 +133,16 @@ def test_columns_of_classes_that_a_task_does_not_have_are_no_logits(dtype, shape
     row = np.full(shape, torch.tensor(lowest, dtype=dtype).float().numpy())
     row[..., :2] = -1e4
     np.testing.assert_array_equal(_own(row), row[..., :2])
+
+
+@pytest.mark.parametrize(
+    ("more", "hands_over"),
+    [
+        ({}, False),
+        ({"backend": "python"}, False),  # somebody else's model
+        ({"backend": "onnxruntime", "parameters": {"identity": {}}}, False),
+        ({"backend": "python", "parameters": {"identity": {}}}, True),
+    ],
+)
+def test_our_model_in_triton_is_known_by_its_configuration(more, hands_over):
+    assert model_facts({"max_batch_size": 4, "input": [], **more}).hands_over is hands_over
